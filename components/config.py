@@ -1,0 +1,375 @@
+"""Every knob of Tune16: one frozen model per step, a sentence, a limit and a unit per field.
+
+The defaults are the reference recipe: Llama-2-7b-chat on guanaco-llama2-1k as the QLoRA notebooks train it. A recipe
+file sets any field under its step's name; the pipeline's form shows the ones that people turn most as
+``<step>_<field>`` and takes the rest as one JSON object, ``<step>_options``.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from components.errors import Tune16Error
+
+# The keys of an OpenShift AI connection, and the variables that the steps read.
+CONNECTION_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_S3_ENDPOINT",
+    "AWS_DEFAULT_REGION",
+    "AWS_S3_BUCKET",
+)
+TOKEN_VARIABLES = ("HF_TOKEN", "WANDB_API_KEY")
+
+# The verdicts of the step evaluate: a new champion, or the current one stays.
+PROMOTED = "promoted"
+KEPT = "kept"
+
+Config = TypeVar("Config", bound="StepConfig")
+Share = Annotated[float, Field(ge=0, lt=1, json_schema_extra={"unit": "share of 1"})]
+
+
+class StepConfig(BaseModel):
+    """Base of the step models: frozen, strict about unknown keys, and clear about what is wrong."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def load(cls, options: dict[str, Any] | None = None, **fields: Any) -> Self:
+        """Build the settings of one step from its form `fields` and its JSON `options`.
+
+        Raises:
+            Tune16Error: a key is unknown or given twice, or a value is out of its limits; every fault is named.
+        """
+        twice = sorted(set(options or {}) & set(fields))
+        if twice:
+            step = step_name(cls)
+            raise Tune16Error(f"{step}_options: '{twice[0]}' has a field of its own, {step}_{twice[0]}. Set it there.")
+        return parse(cls, {**(options or {}), **fields}, where=step_name(cls))
+
+
+class PreflightConfig(StepConfig):
+    """What goes in, and the GPU it has to fit."""
+
+    model: str = Field(
+        "NousResearch/Llama-2-7b-chat-hf",
+        min_length=1,
+        description="Model to tune: a Hugging Face id, with @revision if you like, an s3:// or https:// folder, or a "
+        "path. s3:///folder means the connection's own bucket.",
+    )
+    data: str = Field(
+        "mlabonne/guanaco-llama2-1k",
+        min_length=1,
+        description="Data set: a Hugging Face id, an s3:// or https:// address, or a path, of JSONL, JSON, CSV or "
+        "Parquet files.",
+    )
+    gpu_memory: float = Field(
+        14.2,
+        gt=0,
+        le=1024,
+        description="GPU memory that tensors may fill; a 16 GB card has 14.2 GiB of it.",
+        json_schema_extra={"unit": "GiB"},
+    )
+
+
+class PrepareConfig(StepConfig):
+    """How rows become token sequences."""
+
+    max_tokens: int = Field(
+        1024,
+        ge=16,
+        le=131072,
+        description="Longest sequence, and the length of a packed one; longer conversations are cut at the end.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "llama2_text"] = Field(
+        "auto", description="Form of the rows; auto looks at the keys of the first row."
+    )
+    template: Literal["auto", "llama2", "llama3", "mistral", "qwen2", "qwen3", "phi3", "chatml"] = Field(
+        "auto", description="Chat template; auto takes the one that the model's own tokenizer asks for."
+    )
+    split: str = Field("train", min_length=1, description="Split to read where a data set has several.")
+    held_out_share: float = Field(
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="Share of the rows that is kept from training and used to judge the result.",
+        json_schema_extra={"unit": "share of 1"},
+    )
+
+
+class QuantizeConfig(StepConfig):
+    """How the frozen base model is stored."""
+
+    bits: Literal[4, 8, 16] = Field(
+        4,
+        description="4 trains QLoRA on NF4 weights with double quantisation, 8 trains LoRA on LLM.int8 weights, 16 "
+        "plain LoRA.",
+        json_schema_extra={"unit": "bits per weight"},
+    )
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        """A pipeline hands numbers over as doubles: 4.0 is 4."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class TrainConfig(StepConfig):
+    """How the adapter is trained."""
+
+    epochs: float = Field(1.0, gt=0, le=1000, description="Times that every row is seen.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
+    rank: int = Field(64, ge=1, le=1024, description="Rank of the adapter's matrices.")
+    micro_batch: int = Field(
+        4,
+        ge=1,
+        le=1024,
+        description="Sequences that pass through the GPU at once.",
+        json_schema_extra={"unit": "sequences"},
+    )
+    alpha: float = Field(16, gt=0, le=4096, description="LoRA alpha: the adapter's output is scaled by alpha / rank.")
+    dropout: Share = Field(0.1, description="Dropout on the adapter's input.")
+    rank_stabilized: bool = Field(False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
+    target_modules: str = Field(
+        "all-linear",
+        min_length=1,
+        description="Layers that get an adapter: all-linear, or names with commas such as q_proj,v_proj.",
+    )
+    gradient_accumulation: int = Field(
+        1,
+        ge=1,
+        le=4096,
+        description="Micro-batches that are added up before the optimiser steps.",
+        json_schema_extra={"unit": "micro-batches"},
+    )
+    schedule: Literal["constant", "cosine"] = Field("constant", description="Course of the learning rate.")
+    warmup_share: Share = Field(0.03, description="Share of the steps over which the learning rate rises to its peak.")
+    max_gradient_norm: float = Field(0.3, gt=0, le=1e6, description="Gradients are scaled down to this norm.")
+    weight_decay: float = Field(0.001, ge=0, lt=1, description="Weight decay of AdamW.")
+    optimizer: Literal["auto", "paged_adamw_8bit", "adamw"] = Field(
+        "auto", description="auto is paged 8-bit AdamW on a GPU and plain AdamW without one."
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Number format of the computation; auto is bfloat16 where the device really has it, else float16 "
+        "on a GPU and float32 on a CPU.",
+    )
+    activation_checkpointing: bool = Field(
+        True, description="Keep only layer boundaries and recompute the rest in the backward pass."
+    )
+    packing: bool = Field(True, description="Fill each sequence with several rows, which never see each other.")
+    num_evaluations: int = Field(
+        4, ge=1, le=1000, description="Times that the held-out loss is measured.", json_schema_extra={"unit": "times"}
+    )
+    wandb_project: str = Field(
+        "", description="Weights & Biases project to log to; empty is off. WANDB_MODE=offline works without network."
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of everything random.")
+
+
+class EvaluateConfig(StepConfig):
+    """How the result is judged."""
+
+    minimum_improvement: Share = Field(
+        0.01, description="Share by which the held-out loss must fall below the base model's for a promotion."
+    )
+    num_rows: int = Field(
+        500, ge=1, le=1_000_000, description="Held-out rows that are scored.", json_schema_extra={"unit": "rows"}
+    )
+    num_prompts: int = Field(
+        50,
+        ge=10,
+        le=100_000,
+        description="Held-out prompts that both models answer.",
+        json_schema_extra={"unit": "prompts"},
+    )
+    max_new_tokens: int = Field(
+        128, ge=1, le=8192, description="Longest answer.", json_schema_extra={"unit": "tokens"}
+    )
+    batch_size: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description="Rows or prompts that pass through the model at once.",
+        json_schema_extra={"unit": "rows"},
+    )
+
+
+class MergeConfig(StepConfig):
+    """How the merged weights are written."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Number format of the merged weights; auto is the base model's own."
+    )
+
+
+class UploadConfig(StepConfig):
+    """Where the result goes."""
+
+    path: str = Field(
+        "tune16/llama-2-7b-chat-guanaco",
+        pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)+$",
+        description="Folder in the connection's bucket for this model's versions, as prefix/model-name.",
+    )
+
+
+class ClusterConfig(StepConfig):
+    """What the cluster provides: secrets by name, and where the GPU steps may run."""
+
+    connection: str = Field(
+        "tune16-connection",
+        min_length=1,
+        description="Name of the Secret with the S3 connection (AWS_ACCESS_KEY_ID and so on).",
+    )
+    tokens: str = Field(
+        "tune16-tokens",
+        min_length=1,
+        description="Name of the Secret with HF_TOKEN for gated models and WANDB_API_KEY for Weights & Biases; it need "
+        "not exist.",
+    )
+    node_selector: dict[str, str] = Field({}, description="Labels of the nodes that GPU steps may run on.")
+    tolerations: list[dict[str, Any]] = Field(
+        [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        description="Taints that GPU steps tolerate, as in a pod.",
+    )
+
+
+class Recipe(StepConfig):
+    """One fine-tune from end to end: the settings of every step."""
+
+    description: str = Field("", description="One sentence on what the recipe does.")
+    setup: Literal["", "demo"] = Field("", description="What to put into the bucket before the run; demo: its model.")
+    preflight: PreflightConfig = PreflightConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    merge: MergeConfig = MergeConfig()
+    upload: UploadConfig = UploadConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        """A section of a recipe whose lines are all commented out is an empty one."""
+        return {} if value is None else value
+
+
+def step_name(cls: type[StepConfig]) -> str:
+    """The step that a model belongs to: ``train`` for :class:`TrainConfig`."""
+    return cls.__name__.removesuffix("Config").lower()
+
+
+CONFIG_OF_STEP: dict[str, type[StepConfig]] = {
+    step_name(cls): cls
+    for cls in (
+        PreflightConfig,
+        PrepareConfig,
+        QuantizeConfig,
+        TrainConfig,
+        EvaluateConfig,
+        MergeConfig,
+        UploadConfig,
+        ClusterConfig,
+    )
+}
+
+
+def form_help(name: str) -> str:
+    """The help of a form field such as ``train_epochs``: its config field's sentence."""
+    step, _, field = name.partition("_")
+    if field == "options":
+        return f"More settings of the step {step} as JSON; components/KNOBS.md lists them."
+    return str(CONFIG_OF_STEP[step].model_fields[field].description)
+
+
+def form_values(recipe: Recipe, names: Iterable[str]) -> dict[str, Any]:
+    """The form filled in from a recipe: its own fields flat, what is set beyond them as ``<step>_options``."""
+    fields = {name: name.partition("_")[::2] for name in names}
+    own = {pair for pair in fields.values() if pair[1] != "options"}
+    values: dict[str, Any] = {}
+    for name, (step, field) in fields.items():
+        settings: StepConfig = getattr(recipe, step)
+        if field == "options":
+            changed = settings.model_dump(exclude_defaults=True)
+            values[name] = {key: value for key, value in changed.items() if (step, key) not in own}
+        else:
+            values[name] = getattr(settings, field)
+    return values
+
+
+def parse(cls: type[Config], values: Any, where: str) -> Config:
+    """Validate `values` against `cls`; `where` names their origin in messages.
+
+    Raises:
+        Tune16Error: one line per fault, with a suggestion for a misspelt key.
+    """
+    if not isinstance(values, dict):
+        raise Tune16Error(f"{where}: expected keys and values, got {type(values).__name__}.")
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{where}: {_explain(cls, fault)}" for fault in error.errors()]
+        raise Tune16Error("\n".join(lines)) from None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        Tune16Error: it is missing, no YAML, or a setting is wrong.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Tune16Error(f"{path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise Tune16Error(f"{path}: not UTF-8 text. Save the recipe as UTF-8.") from None
+    except yaml.YAMLError as error:
+        raise Tune16Error(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    return parse(Recipe, {} if content is None else content, where=str(path))
+
+
+def override(recipe: Recipe, settings: list[str]) -> Recipe:
+    """Apply ``step.field=value`` settings, values in YAML, to a recipe.
+
+    Raises:
+        Tune16Error: a setting has no such form, names no field, or its value is out of limits.
+    """
+    content = recipe.model_dump()
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        step, dot, field = name.partition(".")
+        if not (equals and dot):
+            raise Tune16Error(f"--set {setting}: write step.field=value, for example train.epochs=3.")
+        if not isinstance(content.get(step), dict):
+            raise Tune16Error(f"--set {setting}: there is no step '{step}'.{_suggest(step, CONFIG_OF_STEP)}")
+        content[step][field] = yaml.safe_load(text)
+    return parse(Recipe, content, where="--set")
+
+
+def _explain(cls: type[BaseModel], fault: Any) -> str:
+    """One fault of pydantic's in our words: the key's path, what was wrong, what was received."""
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key '{key}'.{_suggest(location[-1], _fields_at(cls, location[:-1]))}"
+    return f"'{key}' is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+
+
+def _fields_at(cls: type[BaseModel], location: list[str]) -> dict[str, Any]:
+    for part in location:
+        annotation = cls.model_fields[part].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        cls = annotation
+    return cls.model_fields
+
+
+def _suggest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."

@@ -1,0 +1,38 @@
+"""Pipeline wrapper of the step evaluate."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components import images
+
+
+@dsl.component(base_image=images.TRAINER, install_kfp_package=False)
+def evaluate(
+    weights: dsl.Input[dsl.Model],
+    adapter: dsl.Input[dsl.Model],
+    rows: dsl.Input[dsl.Dataset],
+    minimum_improvement: float,
+    options: dict[str, Any],
+    path: str,
+    champion: str,
+    evaluation: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+) -> str:
+    """Compare tuned and base model on held-out rows; the verdict is 'promoted' or 'kept'."""
+    from pathlib import Path
+
+    from components.config import EvaluateConfig
+    from components.evaluate.evaluation import evaluate_adapter
+    from components.outputs import copy_report
+    from components.steps import step
+
+    with step("evaluate"):
+        config = EvaluateConfig.load(options, minimum_improvement=minimum_improvement)
+        inputs = (Path(weights.path), Path(adapter.path), Path(rows.path))
+        result = evaluate_adapter(*inputs, Path(evaluation.path), config, path, champion)
+        copy_report(evaluation.path, report.path)
+        for name, value in result.metrics().items():
+            metrics.log_metric(name, value)
+    return result.verdict

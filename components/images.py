@@ -1,0 +1,20 @@
+"""Which step runs in which container image.
+
+Tags are versions and never move: the pipeline cache tells two runs apart by the image's name, not by its content.
+"""
+
+REGISTRY = "image-registry.openshift-image-registry.svc:5000/tune16"
+VERSION = "0.1.0"
+
+TOOLS = f"{REGISTRY}/tools:{VERSION}"
+TRAINER = f"{REGISTRY}/trainer:{VERSION}"
+
+IMAGE_OF_STEP = {
+    "preflight": TOOLS,
+    "prepare": TOOLS,
+    "quantize": TRAINER,
+    "train": TRAINER,
+    "evaluate": TRAINER,
+    "merge": TRAINER,
+    "upload": TOOLS,
+}

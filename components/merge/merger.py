@@ -1,0 +1,177 @@
+"""The step merge: the adapter added to the full-precision base model, shard by shard, on a CPU.
+
+W' = W + scale * B @ A for every adapted layer (LoRA, https://arxiv.org/abs/2106.09685), computed in float32 a slice
+of rows at a time. Merging into the 4-bit copy would lose precision; here each weight is rounded once. Memory is set
+by the largest tensor.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.config import MergeConfig
+from components.errors import Tune16Error
+from components.outputs import RECORD, new_folder, read_record, write_record
+from components.references import MODEL_FILES, fetch, parse, read_config
+from components.steps import say
+from components.tensors import INDEX_FILE, TensorWriter, read_ahead, read_header, weight_files, write_index
+
+ADAPTER_FOLDER = "adapter"
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_SLICE_BYTES = 64 << 20
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass
+class Delta:
+    """The update of one weight: `scale` times `b` of [rows, rank] times `a` of [rank, columns]."""
+
+    scale: float
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def merge_adapter(model: str, adapter: Path, output: Path, config: MergeConfig) -> dict[str, float]:
+    """Merge an adapter into its base model.
+
+    Args:
+        model: reference of the full-precision base model.
+        adapter: output of the step train.
+        output: becomes a folder with ``merged/``, a Hugging Face model folder, and ``adapter/``, a copy.
+        config: the number format of the result.
+
+    Returns:
+        ``num_merged`` weights and ``bytes`` written.
+
+    Raises:
+        Tune16Error: the adapter belongs to another base model, or does not fit it.
+    """
+    trained = read_record(adapter, "train")
+    if trained["model"] != model:
+        raise Tune16Error(f"The adapter in {adapter} belongs to the base model {trained['model']}, not to {model}.")
+    with tempfile.TemporaryDirectory(dir=output.parent if output.parent.is_dir() else None) as scratch:
+        source = fetch(parse(model, "model"), Path(scratch), MODEL_FILES)
+        with new_folder(output) as folder:
+            numbers = merge_weights(source, adapter, folder / "merged", config.dtype)
+            shutil.copytree(adapter, folder / ADAPTER_FOLDER)
+            write_record(folder, "merge", config, model=model, **numbers)
+    say("merge", f"{numbers['num_merged']} weights merged, {numbers['bytes'] / 2**30:.2f} GiB written")
+    return numbers
+
+
+def merge_weights(source: Path, adapter: Path, target: Path, dtype: str = "auto") -> dict[str, float]:
+    """Merge the adapter folder `adapter` (PEFT's format) into the model folder `source`, giving `target`.
+
+    Raises:
+        Tune16Error: a part of the adapter fits no weight of the model, or the result is not finite.
+    """
+    target.mkdir(parents=True)
+    deltas = read_deltas(adapter)
+    num_deltas = len(deltas)
+    base_config = read_config(parse(str(source.absolute()), "model"), source)
+    number_format: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
+    untied = bool(base_config.get("tie_word_embeddings")) and bool({_EMBEDDING, _HEAD} & set(deltas))
+    files = weight_files(source)
+    file_of_tensor: dict[str, str] = {}
+    for position, file in enumerate(files, 1):
+        tensors = read_header(file)
+        with TensorWriter(target / file.name, num_tensors=len(tensors) + 1) as writer:
+            for stored, tensor in read_ahead(tensors):
+                if untied and stored.name == _EMBEDDING:
+                    head = tensor.clone()
+                    writer.add(_HEAD, _merged(_HEAD, head, deltas.pop(_HEAD, None), number_format))
+                if untied and stored.name == _HEAD:
+                    continue
+                writer.add(stored.name, _merged(stored.name, tensor, deltas.pop(stored.name, None), number_format))
+            file_of_tensor |= dict.fromkeys(writer.names, file.name)
+        say("merge", f"{file.name} done, {position} of {len(files)}")
+    if deltas:
+        raise Tune16Error(f"{adapter}: adapts {min(deltas)}, which the base model does not have.")
+    write_index(target, file_of_tensor)
+    _write_companions(source, adapter, target, base_config, number_format, untied)
+    return {"num_merged": num_deltas, "bytes": sum(path.stat().st_size for path in target.iterdir())}
+
+
+def read_deltas(adapter: Path) -> dict[str, Delta]:
+    """The updates of an adapter, by the name of the weight that each belongs to.
+
+    Raises:
+        Tune16Error: it is no plain LoRA adapter.
+    """
+    try:
+        config = json.loads((adapter / _ADAPTER_CONFIG).read_text())
+        tensors = {stored.name: stored.read() for stored in read_header(adapter / _ADAPTER_WEIGHTS)}
+    except FileNotFoundError as error:
+        raise Tune16Error(f"{error.filename}: missing. {adapter} is no adapter folder of PEFT's.") from None
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        raise Tune16Error(f"{adapter}: only LoRA adapters can be merged, this is {config.get('peft_type')}.")
+    deltas = {}
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        a = tensors.pop(name)
+        b = tensors.pop(name.replace(".lora_A.", ".lora_B."))
+        deltas[f"{module}.weight"] = Delta(_scale(config, module), a, b)
+    embeddings = [name for name in tensors if name.endswith(".lora_embedding_A")]
+    for name in embeddings:
+        module = name.removeprefix(_PREFIX).removesuffix(".lora_embedding_A")
+        a = tensors.pop(name)  # of an embedding PEFT keeps both transposed
+        b = tensors.pop(name.replace("_embedding_A", "_embedding_B"))
+        deltas[f"{module}.weight"] = Delta(_scale(config, module), b.T.contiguous(), a.T.contiguous())
+    if tensors:
+        raise Tune16Error(f"{adapter}: holds {min(tensors)}, which is no part of a plain LoRA adapter.")
+    return deltas
+
+
+def _scale(config: dict[str, Any], module: str) -> float:
+    """alpha / rank, or alpha / sqrt(rank) where the adapter is rank-stabilised."""
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise Tune16Error(f"The adapter gives {module} a rank or alpha of its own (rank_pattern), which is not supported.")
+    rank: int = config["r"]
+    return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _merged(name: str, weight: torch.Tensor, delta: Delta | None, dtype: torch.dtype | None) -> torch.Tensor:
+    """The weight in its final format, the update added."""
+    if delta is not None:
+        if (delta.b.shape[0], delta.a.shape[1]) != tuple(weight.shape):
+            raise Tune16Error(
+                f"The adapter's update of {name} is {delta.b.shape[0]} x {delta.a.shape[1]}, the weight "
+                f"{' x '.join(map(str, weight.shape))}. It belongs to another base model."
+            )
+        add_delta(weight, delta)
+        if not weight.isfinite().all():
+            raise Tune16Error(f"{name}: the merged weight leaves the range of {weight.dtype}. Set merge_dtype to bfloat16.")
+    return weight if dtype is None or not weight.is_floating_point() else weight.to(dtype)
+
+
+def add_delta(weight: torch.Tensor, delta: Delta) -> None:
+    """Add the update to `weight` in place, in float32, a slice of rows at a time."""
+    rows_at_once = max(1, _SLICE_BYTES // (4 * weight.shape[1]))
+    a, b = delta.a.float(), delta.b.float()
+    for start in range(0, weight.shape[0], rows_at_once):
+        rows = weight[start : start + rows_at_once]
+        rows.copy_(torch.addmm(rows.float(), b[start : start + rows_at_once], a, alpha=delta.scale))
+
+
+def _write_companions(
+    source: Path, adapter: Path, target: Path, base_config: dict[str, Any], dtype: torch.dtype | None, untied: bool
+) -> None:
+    """Copy what is not weights; the tokenizer, with its chat template, is the one the adapter was trained with."""
+    for folder in (source, adapter):
+        for path in folder.iterdir():
+            skipped = path.name in {"config.json", INDEX_FILE, RECORD, _ADAPTER_CONFIG} or path.suffix == ".html"
+            if path.is_file() and path.suffix != ".safetensors" and not skipped:
+                shutil.copyfile(path, target / path.name)
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    if dtype is not None:
+        changes["dtype"] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps({**base_config, **changes}, indent=2) + "\n")

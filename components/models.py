@@ -1,0 +1,77 @@
+"""Loading the quantised base model on the device at hand, for training and for evaluation."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.errors import Tune16Error
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_flush_denormal(True)  # masked attention makes denormals, which a CPU multiplies a hundred times slower
+
+_FIRST_CAPABILITY_WITH_BFLOAT16 = (8, 0)
+
+
+def device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """The number format of the computation.
+
+    ``auto`` is bfloat16 where the GPU has it in hardware (compute capability 8.0; `is_bf16_supported` also counts a
+    T4's emulation, which is slow), float16 on other GPUs, and float32 on a CPU.
+
+    Raises:
+        Tune16Error: bfloat16 is asked for on a GPU without it.
+    """
+    on_gpu = torch.cuda.is_available()
+    has_bfloat16 = on_gpu and torch.cuda.get_device_capability() >= _FIRST_CAPABILITY_WITH_BFLOAT16
+    if name == "auto":
+        if not on_gpu:
+            return torch.float32
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if name == "bfloat16" and on_gpu and not has_bfloat16:
+        raise Tune16Error(
+            f"train.compute_dtype: {torch.cuda.get_device_name()} has no bfloat16. Use auto, or float16."
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_base(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a quantised checkpoint (an output of the step quantize) to compute in `dtype`.
+
+    Raises:
+        Tune16Error: the folder holds no model that can be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device()},
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise Tune16Error(f"{folder}: the model cannot be loaded: {str(error).splitlines()[0]}") from error
+    _compute_in(model, dtype)
+    return model
+
+
+def _compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Let 4-bit layers dequantise straight into `dtype`: the checkpoint remembers the base model's format instead."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
+            module.weight.quant_state.dtype = dtype
+    model.config.use_cache = False

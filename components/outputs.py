@@ -1,0 +1,77 @@
+"""Output folders of the steps: they appear whole or not at all, and each carries the settings it was made with."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.config import StepConfig
+from components.errors import Tune16Error
+
+RECORD = "tune16.json"
+REPORT = "report.html"
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a fresh folder beside `target` that takes its place when the block ends well.
+
+    Whatever goes wrong, `target` is left as it was and the unfinished folder is removed. A leftover of a killed
+    process is overwritten by the next one.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _replace(partial, target)
+    finally:
+        _remove(partial)
+
+
+def _replace(new: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    _remove(old)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_record(folder: Path, step: str, config: StepConfig, **facts: Any) -> None:
+    """Write the folder's record: the step, its settings, and `facts` that later steps and the manifest need."""
+    write_json(folder / RECORD, {"step": step, "config": config.model_dump(), **facts})
+
+
+def read_record(folder: Path, step: str) -> dict[str, Any]:
+    """Read the record that `step` left in `folder`.
+
+    Raises:
+        Tune16Error: there is none, or another step's.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        raise Tune16Error(f"{folder} is no output of the step {step}: it has no {RECORD}. Run that step first.")
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record["step"] != step:
+        raise Tune16Error(f"{folder} was made by the step {record['step']}, but an output of {step} is needed here.")
+    return record
+
+
+def copy_report(folder: str, target: str) -> None:
+    """Copy the report of an output folder to the path of the artifact that the dashboard shows."""
+    shutil.copyfile(Path(folder) / REPORT, target)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

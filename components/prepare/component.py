@@ -1,0 +1,33 @@
+"""Pipeline wrapper of the step prepare."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components import images
+
+
+@dsl.component(base_image=images.TOOLS, install_kfp_package=False)
+def prepare(
+    model: str,
+    data: str,
+    max_tokens: int,
+    options: dict[str, Any],
+    rows: dsl.Output[dsl.Dataset],
+    report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Turn the data set into tokenised rows to train on and rows held out."""
+    from pathlib import Path
+
+    from components.config import PrepareConfig
+    from components.outputs import copy_report
+    from components.prepare.dataset import prepare_dataset
+    from components.steps import step
+
+    with step("prepare"):
+        config = PrepareConfig.load(options, max_tokens=max_tokens)
+        counts = prepare_dataset(data, model, Path(rows.path), config)
+        copy_report(rows.path, report.path)
+        for name, value in vars(counts).items():
+            metrics.log_metric(name, value)

@@ -1,0 +1,365 @@
+"""Names of models and data sets: parsed, turned into fixed references, fetched.
+
+A name is what a person types: ``org/name``, ``org/name@revision``, ``s3://bucket/folder``, ``https://…``, a path. A
+fixed reference says the content too, so that the pipeline cache can trust it: ``hf://org/name@<commit>`` (data sets
+``hf://datasets/org/name@<commit>``, as Hugging Face writes it), and ``<address>#<digest>`` for all others.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import httpx
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from components import s3
+from components.errors import Tune16Error
+
+Kind = Literal["model", "data"]
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
+DATA_FILES = tuple(f"*{suffix}{compression}" for suffix in DATA_SUFFIXES for compression in COMPRESSIONS)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_HTTPS_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+    "model.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model or data set: its scheme, its address without scheme, and the digest or commit (empty: not fixed)."""
+
+    kind: Kind
+    scheme: Literal["hf", "s3", "https", "http", "file"]
+    address: str
+    pin: str = ""
+
+    def __str__(self) -> str:
+        if self.scheme == "hf":
+            folder = "datasets/" if self.kind == "data" else ""
+            return f"hf://{folder}{self.address}" + (f"@{self.pin}" if self.pin else "")
+        return f"{self.scheme}://{self.address}" + (f"#{self.pin}" if self.pin else "")
+
+
+def parse(name: str, kind: Kind) -> Reference:
+    """Read a name as a person types it, or a fixed reference.
+
+    Raises:
+        Tune16Error: the scheme is not supported, or the name is none of the known forms.
+    """
+    scheme, separator, rest = name.partition("://")
+    if not separator:
+        if name.startswith((".", "/", "~")) or Path(name).exists():
+            return Reference(kind, "file", str(Path(name).expanduser().absolute()))
+        if not _HUB_ID.fullmatch(name):
+            raise Tune16Error(
+                f"{name!r} is no {kind} that can be found: give a Hugging Face id (org/name), s3://, https:// or a path."
+            )
+        scheme, rest = "hf", name
+    if scheme == "hf":
+        address, _, revision = rest.removeprefix("datasets/").partition("@")
+        return Reference(kind, "hf", address, revision)
+    address, _, pin = rest.partition("#")
+    if scheme == "s3":
+        bucket, _, key = address.partition("/")
+        return Reference(kind, "s3", f"{bucket or s3.default_bucket()}/{key.strip('/')}", pin)
+    if scheme in ("https", "http"):
+        return Reference(kind, scheme, address.rstrip("/"), pin)  # type: ignore[arg-type]
+    if scheme == "file":
+        return Reference(kind, "file", address, pin)
+    if scheme == "oci":
+        raise Tune16Error(
+            f"{name}: models in OCI images (modelcars) cannot be read yet. Copy the model to S3 and name it as "
+            "s3://bucket/folder."
+        )
+    raise Tune16Error(f"{name}: '{scheme}://' is not supported. Use a Hugging Face id, s3://, https:// or a path.")
+
+
+def pin(reference: Reference) -> Reference:
+    """Fix a reference to the content it has now.
+
+    Raises:
+        Tune16Error: it is missing, gated, unreachable, or a model without safetensors; the message says what to do.
+    """
+    if reference.scheme == "hf":
+        with _hub_errors(reference):
+            api = HfApi()
+            repo_type = _repo_type(reference)
+            api.auth_check(reference.address, repo_type=repo_type)
+            info = api.repo_info(reference.address, revision=reference.pin or None, repo_type=repo_type)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        fixed = replace(reference, pin=str(info.sha))
+    else:
+        entries = dict(_entries(reference))
+        names = list(entries)
+        listing = json.dumps(sorted(entries.items())).encode()
+        fixed = replace(reference, pin=hashlib.sha256(listing).hexdigest()[:32])
+    _check_names(reference, names)
+    return fixed
+
+
+def fetch(reference: Reference, folder: Path, patterns: Iterable[str]) -> Path:
+    """Bring the files that match `patterns` onto this disk; a fixed reference is checked against its digest.
+
+    Args:
+        reference: what to fetch.
+        folder: where downloads go; a Hugging Face snapshot stays in its cache and a local path where it is.
+        patterns: shell patterns of file names.
+
+    Returns:
+        The folder with the files, or the file where the reference is a single one.
+
+    Raises:
+        Tune16Error: it is missing or unreachable, or its content is no longer what the reference says.
+    """
+    if reference.scheme == "hf":
+        with _hub_errors(reference):
+            return Path(
+                snapshot_download(
+                    reference.address,
+                    repo_type=_repo_type(reference),
+                    revision=reference.pin or None,
+                    allow_patterns=list(patterns),
+                )
+            )
+    if reference.pin and pin(replace(reference, pin="")) != reference:
+        raise Tune16Error(f"{reference}: its content changed since the run began. Start the run again.")
+    if reference.scheme == "file":
+        path = Path(reference.address)
+        _check_names(reference, [name for name, _ in _files(path)])
+        return path
+    if reference.scheme == "s3":
+        return _fetch_s3(reference, folder, tuple(patterns))
+    return _fetch_https(reference, folder, tuple(patterns))
+
+
+def read_config(reference: Reference, folder: Path) -> dict[str, object]:
+    """The model's config.json.
+
+    Raises:
+        Tune16Error: the model has none, or it is no JSON.
+    """
+    path = fetch(reference, folder, ["config.json"]) / "config.json"
+    try:
+        content: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Tune16Error(f"{reference}: no model folder, it has no config.json.") from None
+    except ValueError as error:
+        raise Tune16Error(f"{reference}: its config.json is no JSON ({error}).") from None
+    return content
+
+
+def _check_names(reference: Reference, names: list[str]) -> None:
+    """Refuse a model without safetensors weights, and an empty place."""
+    if not names:
+        raise Tune16Error(f"{reference}: nothing is there. Check the address.")
+    if reference.kind == "model" and not any(name.endswith(".safetensors") for name in names):
+        pickles = sorted(name for name in names if name.endswith(_PICKLES))
+        if pickles:
+            raise Tune16Error(
+                f"{reference}: has its weights as pickle only ({pickles[0]}), which can run code when it is loaded. "
+                "Take a revision with safetensors, or convert it with save_pretrained(…) where you trust it."
+            )
+        raise Tune16Error(f"{reference}: no model folder, it has no .safetensors file.")
+
+
+def _entries(reference: Reference) -> Iterator[tuple[str, str]]:
+    """Name and content mark (ETag or SHA-256) of every file behind a reference that is not on Hugging Face."""
+    if reference.scheme == "file":
+        yield from _files(Path(reference.address), digest=True)
+    elif reference.scheme == "s3":
+        bucket, key = _bucket_and_key(reference)
+        for stored in _s3_objects(reference):
+            yield stored.key.removeprefix(key).lstrip("/") or Path(key).name, f"{stored.etag}:{stored.size}"
+    else:
+        for name in _https_names(reference):
+            yield name, _https_mark(reference, name)
+
+
+def _files(path: Path, digest: bool = False) -> Iterator[tuple[str, str]]:
+    if path.is_file():
+        yield path.name, file_digest(path) if digest else ""
+    elif path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                yield str(file.relative_to(path)), file_digest(file) if digest else ""
+    else:
+        raise Tune16Error(f"{path}: there is no such file or folder.")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bucket_and_key(reference: Reference) -> tuple[str, str]:
+    bucket, _, key = reference.address.partition("/")
+    return bucket, key
+
+
+def _s3_objects(reference: Reference) -> list[s3.StoredObject]:
+    """The object with this very key, or all objects in the folder of this name."""
+    bucket, key = _bucket_and_key(reference)
+    objects = s3.list_objects(bucket, key)
+    inside = [stored for stored in objects if not key or stored.key == key or stored.key.startswith(f"{key}/")]
+    return [stored for stored in inside if not stored.key.endswith("/")]
+
+
+def _fetch_s3(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> Path:
+    bucket, key = _bucket_and_key(reference)
+    objects = _s3_objects(reference)
+    if [stored.key for stored in objects] == [key]:
+        s3.download(bucket, key, folder / Path(key).name)
+        return folder / Path(key).name
+    for stored in objects:
+        name = stored.key.removeprefix(key).lstrip("/")
+        if _matches(name, patterns):
+            s3.download(bucket, stored.key, _inside(folder, name))
+    return folder
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused where it would lie outside."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise Tune16Error(f"{name!r} would be written outside {folder}; refused.")
+    return path
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(Path(name).name, pattern) for pattern in patterns)
+
+
+def _https_names(reference: Reference) -> list[str]:
+    """A data set at https:// is one file; a model is a folder whose known files are tried by name."""
+    if reference.kind == "data":
+        return [""]
+    names = [name for name in _HTTPS_MODEL_FILES if _https_exists(f"{_url(reference)}/{name}")]
+    if "model.safetensors.index.json" in names:
+        index = _https_get(f"{_url(reference)}/model.safetensors.index.json").json()
+        names += sorted(set(index["weight_map"].values()))
+    return names
+
+
+def _url(reference: Reference, name: str = "") -> str:
+    return f"{reference.scheme}://{reference.address}" + (f"/{name}" if name else "")
+
+
+def _https_mark(reference: Reference, name: str) -> str:
+    """A strong ETag where the server gives one, else the SHA-256 of what it sends."""
+    url = _url(reference, name)
+    with _http_errors(url):
+        headers = httpx.head(url, follow_redirects=True, timeout=30).raise_for_status().headers
+        etag = headers.get("etag", "")
+        if etag and not etag.startswith("W/"):
+            return str(etag)
+        digest = hashlib.sha256()
+        with httpx.stream("GET", url, follow_redirects=True, timeout=60) as response:
+            for block in response.raise_for_status().iter_bytes():
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _https_exists(url: str) -> bool:
+    with _http_errors(url):
+        response = httpx.head(url, follow_redirects=True, timeout=30)
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return False
+        response.raise_for_status()
+    return True
+
+
+def _https_get(url: str) -> httpx.Response:
+    with _http_errors(url):
+        return httpx.get(url, follow_redirects=True, timeout=30).raise_for_status()
+
+
+def _fetch_https(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    if reference.kind == "data":
+        target = folder / Path(httpx.URL(_url(reference)).path).name
+        _https_download(_url(reference), target)
+        return target
+    for name in _https_names(reference):
+        if _matches(name, patterns):
+            _https_download(_url(reference, name), _inside(folder, name))
+    return folder
+
+
+def _https_download(url: str, target: Path) -> None:
+    with _http_errors(url), httpx.stream("GET", url, follow_redirects=True, timeout=60) as response:
+        response.raise_for_status()
+        with target.open("wb") as file:
+            for block in response.iter_bytes(1 << 20):
+                file.write(block)
+
+
+@contextmanager
+def _http_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        raise Tune16Error(f"{url}: the server answers {status}. Check the address and its access rights.") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Tune16Error(f"{url}: cannot be reached ({error}). Check the address and the network.") from None
+
+
+def _repo_type(reference: Reference) -> Literal["model", "dataset"]:
+    return "dataset" if reference.kind == "data" else "model"
+
+
+@contextmanager
+def _hub_errors(reference: Reference) -> Iterator[None]:
+    """Turn the Hub's errors into messages that name the page to visit and the secret to set."""
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
+    page = f"{endpoint}/{'datasets/' if reference.kind == 'data' else ''}{reference.address}"
+    secret = "put a token of that account into the key HF_TOKEN of the Secret that cluster_tokens names"
+    try:
+        yield
+    except GatedRepoError:
+        raise Tune16Error(
+            f"{reference}: is gated. Open {page}, accept its terms, and {secret} (on a laptop: export HF_TOKEN)."
+        ) from None
+    except RevisionNotFoundError:
+        raise Tune16Error(f"{reference}: there is no such revision. See {page}/tree/main for what there is.") from None
+    except RepositoryNotFoundError:
+        raise Tune16Error(
+            f"{reference}: not found. Check the spelling at {page}; if it is private, {secret} (on a laptop: export "
+            "HF_TOKEN)."
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, HfHubHTTPError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise Tune16Error(
+            f"{reference}: {endpoint} cannot be reached ({first}). Without internet, name an s3:// folder or a path, "
+            "or set HF_ENDPOINT to a mirror."
+        ) from None

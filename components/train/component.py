@@ -1,0 +1,38 @@
+"""Pipeline wrapper of the step train."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components import images
+
+
+@dsl.component(base_image=images.TRAINER, install_kfp_package=False)
+def train(
+    weights: dsl.Input[dsl.Model],
+    rows: dsl.Input[dsl.Dataset],
+    epochs: float,
+    learning_rate: float,
+    rank: int,
+    micro_batch: int,
+    options: dict[str, Any],
+    adapter: dsl.Output[dsl.Model],
+    report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Train a LoRA adapter on the frozen base model."""
+    from pathlib import Path
+
+    from components.config import TrainConfig
+    from components.outputs import copy_report
+    from components.steps import step
+    from components.train.trainer import train_adapter
+
+    with step("train"):
+        config = TrainConfig.load(
+            options, epochs=epochs, learning_rate=learning_rate, rank=rank, micro_batch=micro_batch
+        )
+        numbers = train_adapter(Path(weights.path), Path(rows.path), Path(adapter.path), config)
+        copy_report(adapter.path, report.path)
+        for name, value in numbers.items():
+            metrics.log_metric(name, value)

@@ -1,0 +1,52 @@
+"""Progress of a training run, as lines."""
+
+import resource
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from components.steps import say
+
+
+class Progress(TrainerCallback):
+    """Says at each log entry: step, loss, speed, time left, memory."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Say one line per training loss and per held-out loss."""
+        logs = logs or {}
+        if "eval_loss" in logs:
+            say("train", f"step {state.global_step:,}/{state.max_steps:,}  held-out loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs:
+            elapsed = time.monotonic() - self._started
+            left = elapsed / state.global_step * (state.max_steps - state.global_step)
+            say(
+                "train",
+                f"step {state.global_step:,}/{state.max_steps:,}  loss {float(logs['loss']):.4f}  "
+                f"{logs.get('num_tokens', 0) / elapsed:,.0f} tokens/s  {left / 60:.1f} min left  "
+                f"{self.peak_memory():.1f} GiB",
+            )
+
+    @staticmethod
+    def peak_memory() -> float:
+        """Peak memory in GiB: of the GPU's tensors, or of this process where there is no GPU."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,226 @@
+"""The step train: QLoRA on the quantised base model with TRL, PEFT and bitsandbytes."""
+
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from components.config import TrainConfig
+from components.errors import Tune16Error
+from components.models import choose_dtype, load_base
+from components.outputs import new_folder, read_record, write_record
+from components.references import parse
+from components.report import significant
+from components.steps import say
+from components.train.progress import Progress
+from components.train.report import write_report
+
+_SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
+_OPTIMIZERS = {"paged_adamw_8bit": "paged_adamw_8bit", "adamw": "adamw_torch"}
+_MAX_EVALUATED_ROWS = 200
+
+
+def train_adapter(model: Path, data: Path, output: Path, config: TrainConfig) -> dict[str, float]:
+    """Train an adapter.
+
+    Args:
+        model: output of the step quantize.
+        data: output of the step prepare.
+        output: becomes a folder with the adapter in PEFT's format, the tokenizer and ``report.html``.
+
+    Returns:
+        Rounded metrics: losses, steps, tokens, tokens/s, seconds and peak memory.
+
+    Raises:
+        Tune16Error: inputs do not belong together, or a setting does not suit the model or the device.
+    """
+    prepared, quantized = read_record(data, "prepare"), read_record(model, "quantize")
+    _check_same_model(prepared["model"], quantized["model"])
+    trackers = _trackers(config)
+    dtype = choose_dtype(config.compute_dtype)
+    with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
+        trainer = _build(model, data, prepared["config"]["max_tokens"], dtype, trackers, Path(scratch), config)
+        trainer.train()
+        metrics = _metrics(trainer)
+        _save(trainer, folder, quantized["model"])
+        write_report(trainer.state.log_history, metrics, config, folder)
+        write_record(
+            folder,
+            "train",
+            config,
+            model=quantized["model"],
+            bits=quantized["config"]["bits"],
+            compute_dtype=str(dtype).removeprefix("torch."),
+            data=prepared["data"],
+            held_out_sha256=prepared["held_out_sha256"],
+            prepare=prepared["config"],
+            metrics=metrics,
+        )
+    return metrics
+
+
+def _check_same_model(of_data: str, of_weights: str) -> None:
+    if of_data != of_weights:
+        raise Tune16Error(
+            f"The data was tokenised for {of_data}, but the weights are of {of_weights}. Prepare the data again."
+        )
+
+
+def _build(
+    model: Path,
+    data: Path,
+    max_tokens: int,
+    dtype: torch.dtype,
+    trackers: list[str],
+    scratch: Path,
+    config: TrainConfig,
+) -> SFTTrainer:
+    """Put the trainer together: model, adapter, rows, arguments."""
+    base = load_base(model, dtype)
+    columns = ["input_ids", "labels"]
+    train_rows = Dataset.from_parquet(str(data / "train.parquet"), columns=columns, cache_dir=str(scratch))
+    held_out = Dataset.from_parquet(str(data / "held_out.parquet"), columns=columns, cache_dir=str(scratch))
+    progress = Progress()
+    trainer = SFTTrainer(
+        model=base,
+        args=_arguments(config, max_tokens, dtype, trackers, scratch),
+        train_dataset=train_rows,
+        eval_dataset=held_out.select(range(min(len(held_out), _MAX_EVALUATED_ROWS))),
+        processing_class=AutoTokenizer.from_pretrained(data / "tokenizer"),
+        peft_config=_lora(config, base),
+        callbacks=[progress],
+    )
+    _keep_adapter_in_float32(trainer)
+    steps = max(1, math.ceil(len(trainer.train_dataset) / (config.micro_batch * config.gradient_accumulation)))
+    steps = max(1, math.ceil(steps * config.epochs))
+    trainer.args.eval_steps = max(1, steps // config.num_evaluations)
+    trainer.args.logging_steps = max(1, steps // 50)
+    say("train", f"{len(train_rows):,} rows in {len(trainer.train_dataset):,} sequences, {steps:,} steps, {dtype}")
+    return trainer
+
+
+def _arguments(
+    config: TrainConfig, max_tokens: int, dtype: torch.dtype, trackers: list[str], scratch: Path
+) -> SFTConfig:
+    on_gpu = torch.cuda.is_available()
+    optimizer = config.optimizer if config.optimizer != "auto" else ("paged_adamw_8bit" if on_gpu else "adamw")
+    return SFTConfig(
+        output_dir=str(scratch),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.micro_batch,
+        per_device_eval_batch_size=config.micro_batch,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=_SCHEDULES[config.schedule],
+        warmup_steps=config.warmup_share,
+        max_grad_norm=config.max_gradient_norm,
+        weight_decay=config.weight_decay,
+        optim=_OPTIMIZERS[optimizer],
+        max_length=max_tokens,
+        packing=config.packing,
+        eval_packing=False,
+        gradient_checkpointing=config.activation_checkpointing,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        eval_strategy="steps",
+        save_strategy="no",
+        report_to=trackers,
+        disable_tqdm=True,
+        seed=config.seed,
+    )
+
+
+def _lora(config: TrainConfig, base: Any) -> LoraConfig:
+    """The adapter's configuration.
+
+    Raises:
+        Tune16Error: a target is no linear layer of this model.
+    """
+    targets: str | list[str] = config.target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in config.target_modules.split(",")]
+        linears = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        unknown = [name for name in targets if name not in linears]
+        if unknown:
+            raise Tune16Error(
+                f"train.target_modules: this model has no linear layer {unknown[0]!r}. It has: all-linear, "
+                f"{', '.join(sorted(linears))}."
+            )
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+        lora_dropout=config.dropout,
+        use_rslora=config.rank_stabilized,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _keep_adapter_in_float32(trainer: SFTTrainer) -> None:
+    """TRL turns the adapter of a 4-bit model into bfloat16 whatever the device; float16's loss scaling needs float32."""
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _trackers(config: TrainConfig) -> list[str]:
+    """MLflow where its server is named in the environment, Weights & Biases where a project is asked for.
+
+    Raises:
+        Tune16Error: Weights & Biases is asked for but nobody is logged in.
+    """
+    trackers = ["mlflow"] if os.environ.get("MLFLOW_TRACKING_URI") else []
+    if config.wandb_project:
+        if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+            raise Tune16Error(
+                "train.wandb_project: is set, but there is no WANDB_API_KEY in the environment. Put it into the "
+                "Secret that cluster_tokens names, or set WANDB_MODE=offline."
+            )
+        os.environ["WANDB_PROJECT"] = config.wandb_project
+        trackers.append("wandb")
+    return trackers
+
+
+def _metrics(trainer: SFTTrainer) -> dict[str, float]:
+    """The run in numbers, rounded for people."""
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    if not losses or not all(map(math.isfinite, losses + held_out)):
+        raise Tune16Error(
+            "train: the loss is no number any more. Lower train_learning_rate, or set compute_dtype to float32."
+        )
+    seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
+    num_tokens = max(entry.get("num_tokens", 0) for entry in history)
+    metrics = {
+        "train_loss_first": losses[0],
+        "train_loss_last": losses[-1],
+        "held_out_loss": held_out[-1],
+        "steps": trainer.state.global_step,
+        "tokens": num_tokens,
+        "tokens_per_second": num_tokens / seconds,
+        "seconds": seconds,
+        "peak_memory_gib": Progress.peak_memory(),
+    }
+    return {name: significant(value) for name, value in metrics.items()}
+
+
+def _save(trainer: SFTTrainer, folder: Path, model: str) -> None:
+    """Write the adapter as PEFT reads it, naming the base model it belongs to, and the tokenizer."""
+    reference = parse(model, "model")
+    adapter = trainer.accelerator.unwrap_model(trainer.model)
+    config = adapter.peft_config["default"]
+    config.base_model_name_or_path = reference.address if reference.scheme == "hf" else str(reference)
+    config.revision = reference.pin if reference.scheme == "hf" else None
+    adapter.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the step evaluate writes a full one
+    trainer.processing_class.save_pretrained(folder)

@@ -1,0 +1,28 @@
+"""Pipeline wrapper of the step upload."""
+
+from kfp import dsl
+
+from components import images
+
+
+@dsl.component(base_image=images.TOOLS, install_kfp_package=False)
+def upload(
+    merged: dsl.Input[dsl.Model],
+    evaluation: dsl.Input[dsl.Artifact],
+    path: str,
+    manifest: dsl.Output[dsl.Artifact],
+) -> str:
+    """Publish the model as a new version in S3 and make it the champion; returns its address."""
+    from pathlib import Path
+
+    from components.config import UploadConfig
+    from components.outputs import write_json
+    from components.steps import step
+    from components.upload.publisher import publish
+
+    with step("upload"):
+        published = publish(Path(merged.path), Path(evaluation.path), UploadConfig.load(path=path))
+        write_json(Path(manifest.path), published)
+        manifest.metadata.update(version=published["version"], address=published["address"])
+    address: str = published["address"]
+    return address

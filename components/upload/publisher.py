@@ -1,0 +1,172 @@
+"""The step upload: a version of the model in S3, complete or invisible.
+
+Files go first and the manifest last, by conditional write; then the champion log grows by one entry. An upload that
+was killed leaves files that no reader sees; the next one takes them away.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from components import s3, versions
+from components.config import PROMOTED, UploadConfig
+from components.errors import Tune16Error
+from components.outputs import REPORT, read_record, write_json
+from components.steps import say
+
+_VERSION = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
+_LEFTOVER_AGE = timedelta(days=1)
+_SAY_EVERY_SECONDS = 10
+
+
+def publish(merged: Path, evaluation: Path, config: UploadConfig) -> dict[str, Any]:
+    """Upload a merged model with its adapter and evaluation as a new version, and make it the champion.
+
+    Args:
+        merged: output of the step merge.
+        evaluation: output of the step evaluate, with the verdict ``promoted``.
+        config: where to.
+
+    Returns:
+        The manifest, with the version's name and address.
+
+    Raises:
+        Tune16Error: the model was not promoted, or the storage cannot be written.
+    """
+    if read_record(evaluation, "evaluate")["verdict"] != PROMOTED:
+        raise Tune16Error(f"{evaluation}: this model was not promoted, so it is not published.")
+    remove_leftovers(config.path, datetime.now(UTC) - _LEFTOVER_AGE)
+    with tempfile.TemporaryDirectory(dir=merged.parent) as scratch:
+        folder = _lay_out(merged, evaluation, Path(scratch))
+        files = versions.describe_files(folder)
+        content = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        version = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{content[:8]}"
+        manifest = _manifest(merged, evaluation, version, config.path, files)
+        try:
+            _upload_files(folder, files, f"{config.path}/{version}")
+            versions.write_manifest(config.path, version, manifest)
+        except BaseException:
+            _remove(f"{config.path}/{version}/", files)
+            raise
+    champion = versions.append_champion(config.path, version)
+    say("upload", f"{manifest['address']} is champion {champion.number}")
+    return manifest
+
+
+def _lay_out(merged: Path, evaluation: Path, folder: Path) -> Path:
+    """Bring the version's files together under the names they have in S3; links, so that nothing is copied."""
+    for part in ("merged", "adapter"):
+        shutil.copytree(merged / part, folder / part, copy_function=_link)
+    (folder / "report").mkdir()
+    for name, source in (
+        ("report/evaluation.html", evaluation / REPORT),
+        ("report/training.html", merged / "adapter" / REPORT),
+        ("evaluation.json", evaluation / "evaluation.json"),
+        ("README.md", evaluation / "README.md"),
+    ):
+        _link(source, folder / name)
+    write_json(folder / "config.json", _settings(merged, evaluation))
+    return folder
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    Path(target).symlink_to(Path(source).absolute())
+
+
+def _settings(merged: Path, evaluation: Path) -> dict[str, Any]:
+    """The settings of every step that made this version, as the steps recorded them."""
+    trained = read_record(merged / "adapter", "train")
+    return {
+        "prepare": trained["prepare"],
+        "quantize": {"bits": trained["bits"]},
+        "train": trained["config"],
+        "evaluate": read_record(evaluation, "evaluate")["config"],
+        "merge": read_record(merged, "merge")["config"],
+    }
+
+
+def _manifest(
+    merged: Path, evaluation: Path, version: str, path: str, files: list[dict[str, Any]]
+) -> dict[str, Any]:
+    trained = read_record(merged / "adapter", "train")
+    scores = json.loads((evaluation / "evaluation.json").read_text())
+    return {
+        "format": 1,
+        "version": version,
+        "address": versions.address(path, version),
+        "lineage": {"model": trained["model"], "data": trained["data"], "held_out": trained["held_out_sha256"]},
+        "scores": {name: scores[name] for name in ("base", "tuned", "loss_difference")},
+        "files": files,
+    }
+
+
+def _upload_files(folder: Path, files: list[dict[str, Any]], prefix: str) -> None:
+    advance = _progress(sum(file["size"] for file in files))
+    for file in files:
+        s3.upload(folder / file["path"], s3.default_bucket(), f"{prefix}/{file['path']}", advance)
+
+
+def _remove(prefix: str, files: list[dict[str, Any]]) -> None:
+    """Take back the files of an upload that failed, as far as the storage still answers."""
+    with suppress(Tune16Error):
+        for file in files:
+            s3.delete(s3.default_bucket(), prefix + file["path"])
+
+
+def _progress(total: int) -> Callable[[int], None]:
+    """A callback that says now and then how much has gone; parts of a file report from several threads."""
+    sent, started, said = 0, time.monotonic(), time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal sent, said
+        sent += count
+        now = time.monotonic()
+        if sent >= total or now - said >= _SAY_EVERY_SECONDS:
+            said = now
+            rate = sent / 2**20 / max(now - started, 1e-3)
+            say("upload", f"{sent / 2**20:,.0f} of {total / 2**20:,.0f} MiB, {rate:,.0f} MiB/s")
+
+    return advance
+
+
+def remove_leftovers(path: str, before: datetime) -> int:
+    """Remove what killed uploads left under `path`: versions without manifest and unfinished multipart uploads.
+
+    Args:
+        path: ``prefix/model-name`` in the connection's bucket.
+        before: what is younger may be an upload that is still going on, and stays.
+
+    Returns:
+        The number of objects and uploads removed.
+    """
+    bucket = s3.default_bucket()
+    keys = [stored.key for stored in s3.list_objects(bucket, f"{path}/")]
+    complete = {_version_of(key, path) for key in keys if key.endswith(f"/{versions.MANIFEST}")}
+    stale = [
+        key
+        for key in keys
+        if (version := _version_of(key, path)) and version not in complete and _started(version) < before
+    ]
+    for key in stale:
+        s3.delete(bucket, key)
+    num_uploads = s3.abort_uploads(bucket, f"{path}/", before)
+    if stale or num_uploads:
+        say("upload", f"removed {len(stale)} files and {num_uploads} unfinished uploads of earlier, killed runs")
+    return len(stale) + num_uploads
+
+
+def _version_of(key: str, path: str) -> str | None:
+    name = key.removeprefix(f"{path}/").partition("/")[0]
+    return name if _VERSION.fullmatch(name) else None
+
+
+def _started(version: str) -> datetime:
+    return datetime.strptime(version[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)

@@ -1,0 +1,1 @@
+"""The pipeline, its compiler, the command `tune16` and the recipes."""

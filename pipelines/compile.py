@@ -1,0 +1,52 @@
+"""Compiles the pipeline: the Kubernetes form for `oc apply`, or the plain form for the dashboard's upload."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+from kfp.compiler import Compiler
+from kfp.compiler.compiler_utils import KubernetesManifestOptions
+
+from components.images import VERSION
+from pipelines.finetune import finetune
+
+MANIFEST = Path("manifests/base/pipeline.yaml")
+NAME = "tune16"
+
+
+def compile_manifest(target: Path) -> None:
+    """Write the objects Pipeline and PipelineVersion.
+
+    A version's spec cannot be changed on the cluster, so its name carries the hash of the content.
+    """
+    digest = hashlib.sha256(_compiled(_options(f"{NAME}-{VERSION}"))).hexdigest()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(_compiled(_options(f"{NAME}-{VERSION}-{digest[:8]}")))
+
+
+def compile_ir(target: Path) -> None:
+    """Write the plain intermediate representation, one YAML file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(_compiled(None))
+
+
+def _options(version_name: str) -> KubernetesManifestOptions:
+    return KubernetesManifestOptions(
+        pipeline_name=NAME,
+        pipeline_display_name="Tune16",
+        pipeline_version_name=version_name,
+        pipeline_version_display_name=version_name,
+        include_pipeline_manifest=True,
+    )
+
+
+def _compiled(options: KubernetesManifestOptions | None) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        Compiler().compile(
+            finetune,  # type: ignore[arg-type]
+            str(path),
+            kubernetes_manifest_format=options is not None,
+            kubernetes_manifest_options=options,
+        )
+        return path.read_bytes()

@@ -1,0 +1,125 @@
+"""The pipeline: which step feeds which, what each asks of the cluster, and the form that people fill in."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+from components.config import CONNECTION_VARIABLES, PROMOTED, TOKEN_VARIABLES, Recipe, form_help
+from components.evaluate.component import evaluate
+from components.merge.component import merge
+from components.preflight.component import preflight
+from components.prepare.component import prepare
+from components.quantize.component import quantize
+from components.train.component import train
+from components.upload.component import upload
+
+_DEFAULT = Recipe()
+
+# CPU and memory that each step asks for; training and evaluation also take one GPU.
+_RESOURCES = {
+    "preflight": ("500m", "1Gi"),
+    "prepare": ("2", "4Gi"),
+    "quantize": ("2", "4Gi"),
+    "train": ("4", "24Gi"),
+    "evaluate": ("2", "16Gi"),
+    "merge": ("2", "4Gi"),
+    "upload": ("1", "2Gi"),
+}
+
+
+def _with_help(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the help of each form field to the docstring, which is where kfp looks for it: the config's own sentence."""
+    lines = [f"{name}: {form_help(name)}" for name in inspect.signature(function).parameters]
+    function.__doc__ = "\n".join([str(function.__doc__), "", "Args:", *(f"    {line}" for line in lines)])
+    return function
+
+
+def _place(task: dsl.PipelineTask, connection: Any, tokens: Any) -> None:
+    """Give a task its resources, and the secrets by name."""
+    cpu, memory = _RESOURCES[task.name]
+    task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
+    kubernetes.use_secret_as_env(task, connection, {name: name for name in CONNECTION_VARIABLES})
+    kubernetes.use_secret_as_env(task, tokens, {name: name for name in TOKEN_VARIABLES}, optional=True)
+
+
+@dsl.pipeline(
+    name="tune16",
+    display_name="Tune16",
+    description="Fine-tunes a large language model with QLoRA on one 16 GB GPU and proves that it got better.",
+)
+@_with_help
+def finetune(
+    preflight_model: str = _DEFAULT.preflight.model,
+    preflight_data: str = _DEFAULT.preflight.data,
+    preflight_gpu_memory: float = _DEFAULT.preflight.gpu_memory,
+    prepare_max_tokens: int = _DEFAULT.prepare.max_tokens,
+    prepare_options: dict[str, Any] = {},  # noqa: B006  (kfp needs the default itself)
+    quantize_bits: int = _DEFAULT.quantize.bits,
+    train_epochs: float = _DEFAULT.train.epochs,
+    train_learning_rate: float = _DEFAULT.train.learning_rate,
+    train_rank: int = _DEFAULT.train.rank,
+    train_micro_batch: int = _DEFAULT.train.micro_batch,
+    train_options: dict[str, Any] = {},  # noqa: B006
+    evaluate_minimum_improvement: float = _DEFAULT.evaluate.minimum_improvement,
+    evaluate_options: dict[str, Any] = {},  # noqa: B006
+    merge_dtype: str = _DEFAULT.merge.dtype,
+    upload_path: str = _DEFAULT.upload.path,
+    cluster_connection: str = _DEFAULT.cluster.connection,
+    cluster_tokens: str = _DEFAULT.cluster.tokens,
+    cluster_node_selector: dict[str, str] = _DEFAULT.cluster.node_selector,
+    cluster_tolerations: list[dict[str, Any]] = _DEFAULT.cluster.tolerations,
+) -> None:
+    """Prepare data, train an adapter, compare it with the base model, and publish it if it is better."""
+    fixed = preflight(
+        model=preflight_model,
+        data=preflight_data,
+        gpu_memory=preflight_gpu_memory,
+        max_tokens=prepare_max_tokens,
+        prepare_options=prepare_options,
+        bits=quantize_bits,
+        epochs=train_epochs,
+        learning_rate=train_learning_rate,
+        rank=train_rank,
+        micro_batch=train_micro_batch,
+        train_options=train_options,
+        minimum_improvement=evaluate_minimum_improvement,
+        evaluate_options=evaluate_options,
+        path=upload_path,
+    )
+    fixed.set_caching_options(False)  # names may point to something else today
+    model, data = fixed.outputs["model"], fixed.outputs["data"]
+    prepared = prepare(model=model, data=data, max_tokens=prepare_max_tokens, options=prepare_options)
+    quantized = quantize(model=model, bits=quantize_bits)
+    trained = train(
+        weights=quantized.outputs["weights"],
+        rows=prepared.outputs["rows"],
+        epochs=train_epochs,
+        learning_rate=train_learning_rate,
+        rank=train_rank,
+        micro_batch=train_micro_batch,
+        options=train_options,
+    )
+    evaluated = evaluate(
+        weights=quantized.outputs["weights"],
+        adapter=trained.outputs["adapter"],
+        rows=prepared.outputs["rows"],
+        minimum_improvement=evaluate_minimum_improvement,
+        options=evaluate_options,
+        path=upload_path,
+        champion=fixed.outputs["champion"],
+    )
+    with dsl.If(evaluated.outputs["Output"] == PROMOTED, name="better-than-the-champion"):
+        merged = merge(model=model, adapter=trained.outputs["adapter"], dtype=merge_dtype)
+        uploaded = upload(
+            merged=merged.outputs["merged"], evaluation=evaluated.outputs["evaluation"], path=upload_path
+        )
+        uploaded.set_caching_options(False)  # what was published may have been removed since
+
+    for task in (fixed, prepared, quantized, trained, evaluated, merged, uploaded):
+        _place(task, cluster_connection, cluster_tokens)
+    for task in (trained, evaluated):
+        task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1)
+        kubernetes.add_node_selector_json(task, node_selector_json=cluster_node_selector)
+        kubernetes.add_toleration_json(task, toleration_json=cluster_tolerations)
