@@ -6,6 +6,7 @@ file sets any field under its step's name; the pipeline's form shows the ones th
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -325,7 +326,7 @@ def load_recipe(path: Path) -> Recipe:
         Tune16Error: it is missing, no YAML, or a setting is wrong.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _YamlWithFloats)
     except OSError as error:
         raise Tune16Error(f"{path}: {error.strerror}.") from None
     except UnicodeDecodeError:
@@ -342,15 +343,41 @@ def override(recipe: Recipe, settings: list[str]) -> Recipe:
         Tune16Error: a setting has no such form, names no field, or its value is out of limits.
     """
     content = recipe.model_dump()
-    for setting in settings:
-        name, equals, text = setting.partition("=")
+    for name, value in read_assignments(settings).items():
         step, dot, field = name.partition(".")
-        if not (equals and dot):
-            raise Tune16Error(f"--set {setting}: write step.field=value, for example train.epochs=3.")
-        if not isinstance(content.get(step), dict):
-            raise Tune16Error(f"--set {setting}: there is no step '{step}'.{_suggest(step, CONFIG_OF_STEP)}")
-        content[step][field] = yaml.safe_load(text)
+        if not dot:
+            raise Tune16Error(f"--set {name}: write step.field=value, for example train.epochs=3.")
+        if step not in CONFIG_OF_STEP:
+            raise Tune16Error(f"--set {name}: there is no step '{step}'.{_suggest(step, CONFIG_OF_STEP)}")
+        content[step][field] = value
     return parse(Recipe, content, where="--set")
+
+
+def read_assignments(assignments: list[str]) -> dict[str, Any]:
+    """``["rank=8", "packing=false"]`` as a dictionary; values are YAML.
+
+    Raises:
+        Tune16Error: one has no equals sign, or its value is no YAML.
+    """
+    values = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise Tune16Error(f"--set {assignment}: write name=value.")
+        try:
+            values[name] = yaml.load(text, _YamlWithFloats)
+        except yaml.YAMLError:
+            raise Tune16Error(f"--set {assignment}: the value is no YAML.") from None
+    return values
+
+
+class _YamlWithFloats(yaml.SafeLoader):
+    """YAML 1.1 reads 2e-4 as text, because it has no point; people mean a number."""
+
+
+_YamlWithFloats.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
 
 
 def _explain(cls: type[BaseModel], fault: Any) -> str:

@@ -41,6 +41,18 @@ def read_champion(path: str) -> Champion | None:
     return Champion(int(Path(keys[-1]).stem), json.loads(content)["version"])
 
 
+def champion_version(path: str) -> str:
+    """The version that is champion now.
+
+    Raises:
+        Tune16Error: there is none yet.
+    """
+    champion = read_champion(path)
+    if champion is None:
+        raise Tune16Error(f"s3://{s3.default_bucket()}/{path}: has no champion yet. Publish a version first.")
+    return champion.version
+
+
 def append_champion(path: str, version: str) -> Champion:
     """Make `version` the champion. Of two publishers one wins a number, and the other takes the next.
 

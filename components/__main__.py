@@ -1,0 +1,136 @@
+"""`python -m components STEP …`: one step on local folders, without a pipeline."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components import config as settings
+from components.errors import user_errors
+from components.knobs import knobs_page
+from components.steps import step
+
+Set = Annotated[list[str], typer.Option("--set", help="A setting of the step, as field=value; repeat it for more.")]
+Model = Annotated[str, typer.Option(help="Base model: Hugging Face id, s3://, https:// or a folder.")]
+Data = Annotated[str, typer.Option(help="Data set: Hugging Face id, s3://, https://, a file or a folder.")]
+Rows = Annotated[Path, typer.Option(help="Output folder of prepare.")]
+Weights = Annotated[Path, typer.Option(help="Output folder of quantize.")]
+Adapter = Annotated[Path, typer.Option(help="Output folder of train.")]
+Output = Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")]
+Bucket = Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables; empty: none.")]
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
+def preflight(
+    model: Model,
+    data: Data,
+    path: Bucket = "",
+    set_: Annotated[list[str], typer.Option("--set", help="A setting of any step, as step.field=value.")] = [],  # noqa: B006
+) -> None:
+    """Fix model and data set, check the storage and plan the GPU's memory."""
+    from components.preflight.checks import check
+
+    with step("preflight"):
+        recipe = settings.override(settings.Recipe(), set_)
+        place = settings.PreflightConfig.load(model=model, data=data, gpu_memory=recipe.preflight.gpu_memory)
+        check(place, recipe.prepare, recipe.quantize, recipe.train, path)
+
+
+@app.command()
+def prepare(model: Model, data: Data, output: Output, set_: Set = []) -> None:  # noqa: B006
+    """Turn a data set into tokenised rows to train on and rows held out."""
+    from components.prepare.dataset import prepare_dataset
+
+    with step("prepare"):
+        prepare_dataset(data, model, output, _load(settings.PrepareConfig, set_))
+
+
+@app.command()
+def quantize(model: Model, output: Output, set_: Set = []) -> None:  # noqa: B006
+    """Turn a base model into a 4-bit checkpoint."""
+    from components.quantize.checkpoint import quantize_checkpoint
+
+    with step("quantize"):
+        quantize_checkpoint(model, output, _load(settings.QuantizeConfig, set_))
+
+
+@app.command()
+def train(weights: Weights, rows: Rows, output: Output, set_: Set = []) -> None:  # noqa: B006
+    """Train an adapter on a quantised model."""
+    from components.train.trainer import train_adapter
+
+    with step("train"):
+        train_adapter(weights, rows, output, _load(settings.TrainConfig, set_))
+
+
+@app.command()
+def evaluate(
+    weights: Weights,
+    adapter: Adapter,
+    rows: Rows,
+    output: Output,
+    path: Bucket = "",
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Compare base, tuned model and champion on the rows held out."""
+    from components.evaluate.evaluation import evaluate_adapter
+    from components.versions import read_champion
+
+    with step("evaluate"):
+        champion = read_champion(path) if path else None
+        version = champion.version if champion else ""
+        evaluate_adapter(weights, adapter, rows, output, _load(settings.EvaluateConfig, set_), path, version)
+
+
+@app.command()
+def merge(model: Model, adapter: Adapter, output: Output, set_: Set = []) -> None:  # noqa: B006
+    """Add an adapter to its full-precision base model."""
+    from components.merge.merger import merge_adapter
+
+    with step("merge"):
+        merge_adapter(model, adapter, output, _load(settings.MergeConfig, set_))
+
+
+@app.command()
+def upload(
+    merged: Annotated[Path, typer.Option(help="Output folder of merge.")],
+    evaluation: Annotated[Path, typer.Option(help="Output folder of evaluate.")],
+    path: Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables.")],
+) -> None:
+    """Publish a model as a new version in S3 and make it the champion."""
+    from components.upload.publisher import publish
+
+    with step("upload"):
+        publish(merged, evaluation, settings.UploadConfig.load(path=path))
+
+
+@app.command()
+def download(
+    path: Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables.")],
+    output: Output,
+    version: Annotated[str, typer.Option(help="Version; empty is the champion.")] = "",
+    part: Annotated[str, typer.Option(help="One part, such as adapter or merged; empty is all.")] = "",
+) -> None:
+    """Download a version from S3 and check every file's SHA-256."""
+    from components import versions
+
+    with step("download"):
+        versions.download(path, version or versions.champion_version(path), output, part)
+
+
+@app.command()
+def knobs() -> None:
+    """Print the page of all settings (components/KNOBS.md)."""
+    print(knobs_page(), end="")
+
+
+def _load(cls: type[settings.Config], assignments: list[str]) -> settings.Config:
+    """A step's settings from field=value assignments."""
+    return settings.parse(cls, settings.read_assignments(assignments), where="--set")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        app()
