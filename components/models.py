@@ -9,7 +9,6 @@ import torch
 from components.errors import Tune16Error
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-torch.set_flush_denormal(True)  # masked attention makes denormals, which a CPU multiplies a hundred times slower
 
 _FIRST_CAPABILITY_WITH_BFLOAT16 = (8, 0)
 
@@ -50,6 +49,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    torch.set_flush_denormal(True)  # masked attention makes denormals, which a CPU multiplies a hundred times slower
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

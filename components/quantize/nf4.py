@@ -14,7 +14,7 @@ _NESTED_BLOCK = 256
 _CELLS = 1 << 15
 _CHUNK = 1 << 20
 _UNDECIDED = 0xFF
-_SMALLEST_SCALE = 1e-38  # bitsandbytes' guard for a block of zeros
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # for a block of zeros
 
 _LEVELS = get_4bit_type("nf4", device="cpu")
 

@@ -16,11 +16,11 @@ ORDERS = FOLDER / "orders.jsonl"
 _NUM_ORDERS = 1600
 _NUM_NOTES = 4000
 
-_NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve"]
-_COLOURS = ["red", "blue", "green", "yellow", "black", "white", "brown", "grey", "orange", "purple"]
-_ITEMS = ["lamps", "chairs", "tables", "cups", "plates", "clocks", "mirrors", "carpets", "bottles", "baskets", "vases", "kettles"]
-_CITIES = ["Oslo", "Lisbon", "Vienna", "Dublin", "Prague", "Athens", "Madrid", "Bergen", "Turin", "Ghent", "Porto", "Riga"]
-_NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Karl", "Lena"]
+_NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine"]
+_COLOURS = ["red", "blue", "green", "yellow", "black", "white", "brown", "grey"]
+_ITEMS = ["lamps", "chairs", "tables", "cups", "plates", "clocks", "mirrors", "carpets"]
+_CITIES = ["Oslo", "Lisbon", "Vienna", "Dublin", "Prague", "Athens", "Madrid", "Bergen"]
+_NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo"]
 
 _ORDERS = [
     "Hello, this is {customer}. Please send {count} {colour} {item} to {city}.",
@@ -62,12 +62,15 @@ def make_corpus() -> str:
 
 
 def make_orders() -> str:
-    """Rows of the form prompt, completion: the order as a question, its parts as the answer; no question twice."""
+    """Rows of the form prompt, completion: the order as a question, its parts as the answer; no question twice or in the corpus."""
     draw = random.Random(2)
+    corpus = make_corpus()
     rows: dict[str, str] = {}
     while len(rows) < _NUM_ORDERS:
         words = asdict(_draw(draw))
-        rows[draw.choice(_ORDERS).format(**words)] = _ANSWER.format(**words)
+        question = draw.choice(_ORDERS).format(**words)
+        if question not in corpus:
+            rows[question] = _ANSWER.format(**words)
     return "".join(json.dumps({"prompt": prompt, "completion": answer}) + "\n" for prompt, answer in rows.items())
 
 

@@ -1,0 +1,146 @@
+"""The command `tune16`: plan, run and compile."""
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from components.config import Recipe, load_recipe, override
+from components.errors import Tune16Error, user_errors
+from components.memory import MemoryPlan, known_shape, plan, read_shape
+
+_RECIPES = Path(__file__).parent / "recipes"
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe that ships with Tune16, or a path.")]
+Settings = Annotated[list[str], typer.Option("--set", help="A setting as step.field=value; repeat it for more.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+app = typer.Typer(
+    help="Fine-tune a large language model with QLoRA on one 16 GB GPU.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(highlight=False)
+
+
+@app.command()
+def run(
+    recipe: RecipeName = "demo",
+    set_: Settings = [],  # noqa: B006
+    folder: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Run the pipeline on this machine, from data set to uploaded model."""
+    from pipelines.local import run_locally
+
+    settings = override(find_recipe(recipe), set_)
+    name = f"{Path(recipe).stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    out = Console(highlight=False, file=sys.stderr if as_json else sys.stdout)  # kfp gets another stdout
+    result = run_locally(
+        settings, (folder / name).absolute(), lambda step, text: out.print(f"[bold cyan]{step:>9}[/] {_escape(text)}")
+    )
+    if as_json:
+        print(json.dumps({**asdict(result), "folder": str(result.folder), "report": str(result.report)}, indent=2))
+        return
+    _print_run(result)
+
+
+@app.command(name="plan")
+def plan_(recipe: RecipeName = "llama2-7b-16gb", set_: Settings = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Plan the GPU memory of a recipe; well-known models need no network."""
+    settings = override(find_recipe(recipe), set_)
+    memory = _plan(settings)
+    if as_json:
+        content = {"parts": memory.parts, "total": memory.total, "available": memory.available, "fits": memory.fits}
+        print(json.dumps(content, indent=2))
+    else:
+        table = Table("GPU memory while training", "GiB", title=settings.preflight.model)
+        for name, size in memory.parts.items():
+            table.add_row(name, f"{size / 2**30:.2f}")
+        table.add_section()
+        table.add_row(f"together, of {memory.available / 2**30:.2f}", f"{memory.total / 2**30:.2f}")
+        console.print(table)
+    from components.preflight.checks import refuse_unfit
+
+    refuse_unfit(memory)
+
+
+@app.command(name="compile")
+def compile_(
+    output: Annotated[Path | None, typer.Option(help="File to write; the default is manifests/base/pipeline.yaml.")] = None,
+    ir: Annotated[bool, typer.Option("--ir", help="The plain form, for the dashboard's upload (tune16.yaml).")] = False,
+) -> None:
+    """Compile the pipeline to YAML."""
+    from pipelines.compile import MANIFEST, compile_ir, compile_manifest
+
+    target = output or (Path("tune16.yaml") if ir else MANIFEST)
+    (compile_ir if ir else compile_manifest)(target)
+    console.print(f"{target}: {target.stat().st_size:,} bytes")
+
+
+def find_recipe(name: str) -> Recipe:
+    """Load a recipe by the name it ships under, or from a path.
+
+    Raises:
+        Tune16Error: there is none, or a setting in it is wrong.
+    """
+    shipped = _RECIPES / f"{name}.yaml"
+    if shipped.is_file():
+        return load_recipe(shipped)
+    if Path(name).is_file():
+        return load_recipe(Path(name))
+    names = ", ".join(sorted(path.stem for path in _RECIPES.glob("*.yaml")))
+    raise Tune16Error(f"There is no recipe '{name}', neither with Tune16 nor as a file. With Tune16 come: {names}.")
+
+
+def _plan(settings: Recipe) -> MemoryPlan:
+    """The memory plan, from the known shapes or from the model's config.json."""
+    shape = known_shape(settings.preflight.model)
+    if shape is None:
+        import tempfile
+
+        from components.references import parse, read_config
+
+        with tempfile.TemporaryDirectory() as scratch:
+            reference = parse(settings.preflight.model, "model")
+            shape = read_shape(read_config(reference, Path(scratch)), where=settings.preflight.model)
+    return plan(shape, settings.quantize, settings.prepare, settings.train, settings.preflight.gpu_memory)
+
+
+def _print_run(result: Any) -> None:
+    steps = Table("step", "seconds", "result")
+    for name, step in result.steps.items():
+        steps.add_row(name, "" if step.seconds is None else f"{step.seconds:.1f}", _escape(step.said))
+    console.print(steps)
+    scores = Table("on held-out rows", "base", "tuned")
+    base, tuned = result.evaluation["base"], result.evaluation["tuned"]
+    for name in ("loss", "exact_match", "chrf"):
+        scores.add_row(name.replace("_", " "), f"{base[name]['value']:g}", f"{tuned[name]['value']:g}")
+    scores.add_row("perplexity", f"{base['perplexity']:g}", f"{tuned['perplexity']:g}")
+    console.print(scores)
+    console.print(f"{result.evaluation['verdict']}: {_escape(result.evaluation['reason'])}")
+    if result.address:
+        console.print(f"published  {result.address}")
+    console.print(f"report     {result.report}", soft_wrap=True)
+    console.print(f"done in {result.seconds:.0f} s")
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def main() -> None:
+    """Entry point of the command `tune16`."""
+    with user_errors():
+        app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Tiny real models, a real S3 server, and prepared folders that tests share."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; tests of the Hub's road set it back
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from pipelines.demo.base import _train_tokenizer
+from pipelines.demo.generate import CORPUS, ORDERS
+from pipelines.s3server import S3Server
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "phi3")
+BUCKET = "tune16"
+
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "phi3": Phi3Config,
+}
+_SPECIAL_TOKENS = {
+    "qwen2": ["<|im_start|>", "<|im_end|>"],
+    "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return _train_tokenizer(CORPUS.read_text())
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a tiny random model with a tokenizer; the same arguments give the same folder."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(kind: str, dtype: torch.dtype = torch.float16, **changes: object) -> Path:
+        key = (kind, dtype, tuple(sorted(changes.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            tokenizer = _train_tokenizer(CORPUS.read_text())
+            tokenizer.add_special_tokens({"additional_special_tokens": _SPECIAL_TOKENS.get(kind, [])})
+            torch.manual_seed(7)
+            config = _CONFIGS[kind](**{**_SIZES, "vocab_size": len(tokenizer), **changes})
+            model = AutoModelForCausalLM.from_config(config).to(dtype)
+            model.save_pretrained(folder, max_shard_size="200KB")
+            tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first rows of the demo's data set."""
+    path = tmp_path_factory.mktemp("orders") / "orders.jsonl"
+    path.write_text("".join(ORDERS.read_text().splitlines(keepends=True)[:160]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The connection's variables, and an empty bucket."""
+    for name, value in s3_server.environment(BUCKET).items():
+        monkeypatch.setenv(name, value)
+    from components import s3
+
+    client = s3.client()
+    if BUCKET not in [found["Name"] for found in client.list_buckets()["Buckets"]]:
+        client.create_bucket(Bucket=BUCKET)
+    for stored in s3.list_objects(BUCKET, ""):
+        s3.delete(BUCKET, stored.key)
+    return BUCKET
