@@ -7,6 +7,7 @@ but the row at hand.
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
     ".gz": lambda path: gzip.open(path, "rb"),
     ".bz2": lambda path: bz2.open(path, "rb"),
     ".xz": lambda path: lzma.open(path, "rb"),
-    ".zst": lambda path: zstandard.open(path, "rb"),
+    ".zst": lambda path: io.BufferedReader(zstandard.open(path, "rb")),
 }
 
 

@@ -224,7 +224,9 @@ def test_only_answers_are_trained_on(orders: Path, make_model: Callable[..., Pat
     for row in _rows(tmp_path / "out", "train"):
         learned = [label for label in row["labels"] if label != IGNORED]
         assert learned[-1] == stop_id
-        assert tokenizer.decode(learned[:-1]).strip() == row["messages"][-1]["content"]
+        # Spaces aside: the tiny tokenizer is Llama's, which Transformers decodes as Qwen's for a Qwen model.
+        decoded = tokenizer.decode(learned[:-1])
+        assert "".join(decoded.split()) == "".join(row["messages"][-1]["content"].split())
         assert row["input_ids"].count(tokenizer.bos_token_id) <= 1
         prompt = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, return_dict=False)
         assert row["input_ids"][: len(prompt)] == prompt
@@ -305,7 +307,7 @@ def test_spans_cover_the_answers_and_the_plain_template_renders_the_same(
     conversation = [SYSTEM, *MESSAGES]
     text, spans = template.render(conversation)
     assert [text[start:end].strip().startswith(answer) for (start, end), (_, answer) in zip(spans, TURNS, strict=True)]
-    assert "generation" not in template.plain_source
+    assert "generation -%}" not in template.plain_source
     plain = tokenizer.apply_chat_template(conversation, chat_template=template.plain_source, tokenize=False)
     assert plain == text
     prompt = tokenizer.apply_chat_template(
