@@ -189,9 +189,7 @@ class EvaluateConfig(StepConfig):
         description="Held-out prompts that both models answer.",
         json_schema_extra={"unit": "prompts"},
     )
-    max_new_tokens: int = Field(
-        128, ge=1, le=8192, description="Longest answer.", json_schema_extra={"unit": "tokens"}
-    )
+    max_new_tokens: int = Field(128, ge=1, le=8192, description="Longest answer.", json_schema_extra={"unit": "tokens"})
     batch_size: int = Field(
         8,
         ge=1,
@@ -375,7 +373,7 @@ class _YamlWithFloats(yaml.SafeLoader):
     """YAML 1.1 reads 2e-4 as text, because it has no point; people mean a number."""
 
 
-_YamlWithFloats.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_YamlWithFloats.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
 )
 

@@ -33,7 +33,7 @@ def _values(field: Any) -> str:
     """What a field takes: its choices, or its type and limits."""
     if get_origin(field.annotation) is Literal:
         return ", ".join(str(choice) for choice in get_args(field.annotation))
-    limits = {}
+    limits: dict[str, float] = {}
     for constraint in field.metadata:
         limits |= {sign: getattr(constraint, sign) for sign in ("gt", "ge", "lt", "le") if hasattr(constraint, sign)}
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}

@@ -34,9 +34,7 @@ def choose_dtype(name: str) -> torch.dtype:
             return torch.float32
         return torch.bfloat16 if has_bfloat16 else torch.float16
     if name == "bfloat16" and on_gpu and not has_bfloat16:
-        raise Tune16Error(
-            f"train.compute_dtype: {torch.cuda.get_device_name()} has no bfloat16. Use auto, or float16."
-        )
+        raise Tune16Error(f"train.compute_dtype: {torch.cuda.get_device_name()} has no bfloat16. Use auto, or float16.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

@@ -80,9 +80,7 @@ def parse(name: str, kind: Kind) -> Reference:
         if name.startswith((".", "/", "~")) or Path(name).exists():
             return Reference(kind, "file", str(Path(name).expanduser().absolute()))
         if not _HUB_ID.fullmatch(name):
-            raise Tune16Error(
-                f"{name!r} is no {kind} that can be found: give a Hugging Face id (org/name), s3://, https:// or a path."
-            )
+            raise Tune16Error(f"{name!r} is no {kind}: use a Hugging Face id (org/name), s3://, https:// or a path.")
         scheme, rest = "hf", name
     if scheme == "hf":
         address, _, revision = rest.removeprefix("datasets/").partition("@")
@@ -115,7 +113,7 @@ def pin(reference: Reference) -> Reference:
             repo_type = _repo_type(reference)
             api.auth_check(reference.address, repo_type=repo_type)
             info = api.repo_info(reference.address, revision=reference.pin or None, repo_type=repo_type)
-        names = [sibling.rfilename for sibling in info.siblings or []]
+        names = [sibling.rfilename for sibling in getattr(info, "siblings", None) or []]
         fixed = replace(reference, pin=str(info.sha))
     else:
         entries = dict(_entries(reference))
@@ -196,7 +194,7 @@ def _entries(reference: Reference) -> Iterator[tuple[str, str]]:
     if reference.scheme == "file":
         yield from _files(Path(reference.address), digest=True)
     elif reference.scheme == "s3":
-        bucket, key = _bucket_and_key(reference)
+        key = _bucket_and_key(reference)[1]
         for stored in _s3_objects(reference):
             yield stored.key.removeprefix(key).lstrip("/") or Path(key).name, f"{stored.etag}:{stored.size}"
     else:

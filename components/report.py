@@ -18,7 +18,8 @@ th, td { border-bottom: 1px solid #dfe3ea; padding: .4rem .6rem; text-align: lef
 th { font-weight: 600; background: #f5f7fa; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .verdict { border-left: .4rem solid #b3261e; background: #fdf1f0; padding: .8rem 1rem; margin: 1rem 0; }
 .verdict.good { border-color: #1a7f37; background: #eefaf1; }
-pre { background: #f5f7fa; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .85rem; }
+pre { background: #f5f7fa; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
+  font-size: .85rem; }
 mark { background: #c9ecd2; color: inherit; } img { max-width: 100%; }
 """
 

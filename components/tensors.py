@@ -59,7 +59,7 @@ class StoredTensor:
         buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset)
-            view = memoryview(buffer.numpy())
+            view = memoryview(buffer.numpy().data)
             while view:
                 count = file.readinto(view)
                 if not count:
@@ -143,7 +143,7 @@ class TensorWriter:
         """Append one tensor."""
         assert name not in self._entries, name
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._stream.write(memoryview(data))
+        self._stream.write(data.data)
         self._entries[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),

@@ -17,7 +17,9 @@ from components.memory import MemoryPlan, known_shape, plan, read_shape
 
 _RECIPES = Path(__file__).parent / "recipes"
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe that ships with Tune16, or a path.")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a recipe that ships with Tune16, or a path.")
+]
 Settings = Annotated[list[str], typer.Option("--set", help="A setting as step.field=value; repeat it for more.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -74,7 +76,9 @@ def plan_(recipe: RecipeName = "llama2-7b-16gb", set_: Settings = [], as_json: A
 
 @app.command(name="compile")
 def compile_(
-    output: Annotated[Path | None, typer.Option(help="File to write; the default is manifests/base/pipeline.yaml.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; the default is manifests/base/pipeline.yaml.")
+    ] = None,
     ir: Annotated[bool, typer.Option("--ir", help="The plain form, for the dashboard's upload (tune16.yaml).")] = False,
 ) -> None:
     """Compile the pipeline to YAML."""
@@ -143,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

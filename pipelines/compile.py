@@ -44,7 +44,7 @@ def _compiled(options: KubernetesManifestOptions | None) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         Compiler().compile(
-            finetune,  # type: ignore[arg-type]
+            finetune,
             str(path),
             kubernetes_manifest_format=options is not None,
             kubernetes_manifest_options=options,

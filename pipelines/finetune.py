@@ -112,9 +112,7 @@ def finetune(
     )
     with dsl.If(evaluated.outputs["Output"] == PROMOTED, name="better-than-the-champion"):
         merged = merge(model=model, adapter=trained.outputs["adapter"], dtype=merge_dtype)
-        uploaded = upload(
-            merged=merged.outputs["merged"], evaluation=evaluated.outputs["evaluation"], path=upload_path
-        )
+        uploaded = upload(merged=merged.outputs["merged"], evaluation=evaluated.outputs["evaluation"], path=upload_path)
         uploaded.set_caching_options(False)  # what was published may have been removed since
 
     for task in (fixed, prepared, quantized, trained, evaluated, merged, uploaded):

@@ -196,7 +196,7 @@ def _reserve_port(reserved: ExitStack) -> int:
 
 def _build_ring(path: Path, port: int) -> None:
     """Write the ring of one kind of store: a single device on a loopback port."""
-    from swift.common.ring import RingBuilder  # type: ignore[import-untyped]
+    from swift.common.ring import RingBuilder
 
     builder = RingBuilder(part_power=4, replicas=1, min_part_hours=0)
     address = {"ip": "127.0.0.1", "port": port}
@@ -210,7 +210,7 @@ def _serve(role: str, etc: Path, parent: int, ports: list[int]) -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return 1
-    from swift.common.wsgi import run_wsgi  # type: ignore[import-untyped]
+    from swift.common.wsgi import run_wsgi
 
     if role == "proxy":  # the only one that reads the rings
         for name, port in zip(STORES, ports, strict=True):

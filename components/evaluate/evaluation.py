@@ -159,7 +159,10 @@ def decide(
     if champion.loss is None:
         return True, f"{change}; champion {champion.version} has another base model and is not comparable."
     if tuned_loss < champion.loss:
-        return True, f"{change}, and it beats champion {champion.version} ({tuned_loss:.4f} against {champion.loss:.4f})."
+        return (
+            True,
+            f"{change}, and it beats champion {champion.version} ({tuned_loss:.4f} against {champion.loss:.4f}).",
+        )
     return False, f"{change}, but champion {champion.version} is at least as good ({champion.loss:.4f})."
 
 

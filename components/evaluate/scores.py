@@ -110,7 +110,7 @@ def _pad(batch: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch
 def _token_losses(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     losses = [
         torch.nn.functional.cross_entropy(head(states).float(), wanted, reduction="none")
-        for states, wanted in zip(hidden.split(_LOGIT_TOKENS), labels.split(_LOGIT_TOKENS), strict=True)
+        for states, wanted in zip(torch.split(hidden, _LOGIT_TOKENS), torch.split(labels, _LOGIT_TOKENS), strict=True)
     ]
     return torch.cat(losses).double().cpu()
 

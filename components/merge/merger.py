@@ -132,9 +132,11 @@ def read_deltas(adapter: Path) -> dict[str, Delta]:
 
 
 def _scale(config: dict[str, Any], module: str) -> float:
-    """alpha / rank, or alpha / sqrt(rank) where the adapter is rank-stabilised."""
+    """Alpha / rank, or alpha / sqrt(rank) where the adapter is rank-stabilised."""
     if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise Tune16Error(f"The adapter gives {module} a rank or alpha of its own (rank_pattern), which is not supported.")
+        raise Tune16Error(
+            f"The adapter gives {module} a rank or alpha of its own (rank_pattern), which is not supported."
+        )
     rank: int = config["r"]
     return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -149,7 +151,9 @@ def _merged(name: str, weight: torch.Tensor, delta: Delta | None, dtype: torch.d
             )
         add_delta(weight, delta)
         if not weight.isfinite().all():
-            raise Tune16Error(f"{name}: the merged weight leaves the range of {weight.dtype}. Set merge_dtype to bfloat16.")
+            raise Tune16Error(
+                f"{name}: the merged weight leaves the range of {weight.dtype}. Set merge_dtype to bfloat16."
+            )
     return weight if dtype is None or not weight.is_floating_point() else weight.to(dtype)
 
 

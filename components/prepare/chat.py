@@ -49,7 +49,7 @@ _SPECIAL_TOKENS = {
 class _Generation(Extension):
     """The block tag ``{% generation %}``: surrounds what is inside with marks."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})  # type: ignore[assignment]
 
     def parse(self, parser: Parser) -> Node:
         line = next(parser.stream).lineno

@@ -26,7 +26,7 @@ from components.outputs import new_folder, write_record
 from components.prepare import report
 from components.prepare.chat import ChatTemplate, Messages, choose_template
 from components.prepare.findings import Findings
-from components.prepare.formats import BadRow, detect_format, to_messages
+from components.prepare.formats import BadRowError, detect_format, to_messages
 from components.prepare.readers import Place, read_rows
 from components.references import DATA_FILES, TOKENIZER_FILES, fetch, file_digest, parse, read_config
 from components.steps import say
@@ -91,6 +91,7 @@ def prepare_dataset(data: str, model: str, output: Path, config: PrepareConfig) 
         model: reference of the model whose tokenizer and chat template are used.
         output: becomes a folder with ``train.parquet`` and ``held_out.parquet`` (columns ``messages``, ``source``,
             ``input_ids``, ``labels``), ``tokenizer/`` and ``report.html``.
+        config: form, template, split and limits.
 
     Raises:
         Tune16Error: the data set or the tokenizer cannot be used; every faulty row is named.
@@ -140,7 +141,9 @@ def load_tokenizer(model: str, template: str, scratch: Path) -> "tuple[PreTraine
     except (OSError, ValueError) as error:
         raise Tune16Error(f"{model}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
     if not tokenizer.is_fast:
-        raise Tune16Error(f"{model}: has no tokenizer.json, which a fast tokenizer needs. Convert it once with `AutoTokenizer`.")
+        raise Tune16Error(
+            f"{model}: has no tokenizer.json, which a fast tokenizer needs. Convert it once with `AutoTokenizer`."
+        )
     return tokenizer, choose_template(template, tokenizer, model_type)
 
 
@@ -203,16 +206,14 @@ def _form_of(files: list[Path], findings: Findings, name: str) -> str:
     return detect_format(next(read_rows(files, findings))[1], name)
 
 
-def _conversations(
-    files: list[Path], form: str, findings: Findings, name: str
-) -> Iterator[tuple[Place, Messages]]:
+def _conversations(files: list[Path], form: str, findings: Findings, name: str) -> Iterator[tuple[Place, Messages]]:
     """All rows as conversations; bad ones go to `findings`."""
     for place, row in read_rows(files, findings):
         if form == "auto":
             form = detect_format(row, name)
         try:
             yield place, to_messages(row, form)
-        except BadRow as fault:
+        except BadRowError as fault:
             findings.add(place, fault.rule, str(fault))
 
 
@@ -263,7 +264,7 @@ class _Writer:
     """Tokenises batches of rendered rows and appends them to the two Parquet files."""
 
     def __init__(self, folder: Path, tokenizer: "PreTrainedTokenizerBase", prepared: Prepared, max_tokens: int) -> None:
-        self._encode = tokenizer.backend_tokenizer.encode_batch  # type: ignore[attr-defined]
+        self._encode = tokenizer.backend_tokenizer.encode_batch
         self._prepared = prepared
         self._max_tokens = max_tokens
         self._train = pq.ParquetWriter(folder / "train.parquet", _SCHEMA)

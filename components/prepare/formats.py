@@ -19,7 +19,7 @@ _LLAMA2_TURN = re.compile(r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=
 _LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 
 
-class BadRow(Exception):
+class BadRowError(Exception):
     """A row that cannot be used: the rule it breaks and what is wrong with it."""
 
     def __init__(self, rule: str, message: str) -> None:
@@ -54,7 +54,7 @@ def to_messages(row: dict[str, Any], form: str) -> Messages:
     """Turn one row into a checked conversation.
 
     Raises:
-        BadRow: the row has not this form, roles are out of order, or there is nothing to learn in it.
+        BadRowError: the row has not this form, roles are out of order, or there is nothing to learn in it.
     """
     messages = _CONVERTERS[form](row)
     _check(messages)
@@ -69,15 +69,15 @@ def _check(messages: Messages) -> None:
         if role == "system" and number == 0:
             pass
         elif role != expected:
-            raise BadRow("roles-out-of-order", f"message {number + 1} is from {role!r}, but {expected!r} is due.")
+            raise BadRowError("roles-out-of-order", f"message {number + 1} is from {role!r}, but {expected!r} is due.")
         else:
             expected = "assistant" if expected == "user" else "user"
         if not content or content.isspace():
-            raise BadRow("empty-content", f"message {number + 1} ({role}) is empty.")
+            raise BadRowError("empty-content", f"message {number + 1} ({role}) is empty.")
         if MARK_START in content or MARK_END in content:
-            raise BadRow("noncharacter", f"message {number + 1} has a Unicode noncharacter (U+FDD0 or U+FDD1).")
+            raise BadRowError("noncharacter", f"message {number + 1} has a Unicode noncharacter (U+FDD0 or U+FDD1).")
     if not messages or messages[-1]["role"] != "assistant":
-        raise BadRow("no-answer", "the conversation has no answer at its end.")
+        raise BadRowError("no-answer", "the conversation has no answer at its end.")
 
 
 def _from_messages(row: dict[str, Any]) -> Messages:
@@ -86,14 +86,14 @@ def _from_messages(row: dict[str, Any]) -> Messages:
 
 def _message_list(value: Any, key: str) -> Messages:
     if not isinstance(value, list):
-        raise BadRow("wrong-type", f"'{key}' is {_kind(value)}, a list of messages is needed.")
+        raise BadRowError("wrong-type", f"'{key}' is {_kind(value)}, a list of messages is needed.")
     messages = []
     for number, item in enumerate(value, 1):
         if not isinstance(item, dict):
-            raise BadRow("wrong-type", f"{key}[{number}] is {_kind(item)}, an object is needed.")
+            raise BadRowError("wrong-type", f"{key}[{number}] is {_kind(item)}, an object is needed.")
         role = item.get("role")
         if role not in ("system", "user", "assistant"):
-            raise BadRow("unknown-role", f"{key}[{number}].role is {role!r}; known: system, user, assistant.")
+            raise BadRowError("unknown-role", f"{key}[{number}].role is {role!r}; known: system, user, assistant.")
         messages.append({"role": role, "content": _text(item, "content", f"{key}[{number}].")})
     return messages
 
@@ -101,15 +101,15 @@ def _message_list(value: Any, key: str) -> Messages:
 def _from_sharegpt(row: dict[str, Any]) -> Messages:
     turns = row.get("conversations")
     if not isinstance(turns, list):
-        raise BadRow("wrong-type", f"'conversations' is {_kind(turns)}, a list of turns is needed.")
+        raise BadRowError("wrong-type", f"'conversations' is {_kind(turns)}, a list of turns is needed.")
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise BadRow("wrong-type", f"conversations[{number}] is {_kind(turn)}, an object is needed.")
+            raise BadRowError("wrong-type", f"conversations[{number}] is {_kind(turn)}, an object is needed.")
         role = _SHAREGPT_ROLES.get(str(turn.get("from")))
         if role is None:
             known = ", ".join(_SHAREGPT_ROLES)
-            raise BadRow("unknown-role", f"conversations[{number}].from is {turn.get('from')!r}; known: {known}.")
+            raise BadRowError("unknown-role", f"conversations[{number}].from is {turn.get('from')!r}; known: {known}.")
         messages.append({"role": role, "content": _text(turn, "value", f"conversations[{number}].")})
     return messages
 
@@ -150,9 +150,11 @@ def _from_llama2_text(row: dict[str, Any]) -> Messages:
         messages.append({"role": "assistant", "content": answer.strip()})
         position = match.end()
     if text[position:].strip() or not messages:
-        raise BadRow("not-llama2-text", f"no [INST] question [/INST] answer at character {position + 1} of 'text'.")
+        raise BadRowError(
+            "not-llama2-text", f"no [INST] question [/INST] answer at character {position + 1} of 'text'."
+        )
     if not messages[-1]["content"]:
-        raise BadRow("no-answer", "the conversation has no answer at its end.")
+        raise BadRowError("no-answer", "the conversation has no answer at its end.")
     return messages
 
 
@@ -161,8 +163,8 @@ def _text(item: dict[str, Any], key: str, where: str = "") -> str:
     if isinstance(value, str):
         return value
     if key not in item:
-        raise BadRow("missing-key", f"'{where}{key}' is missing.")
-    raise BadRow("wrong-type", f"'{where}{key}' is {_kind(value)}, text is needed.")
+        raise BadRowError("missing-key", f"'{where}{key}' is missing.")
+    raise BadRowError("wrong-type", f"'{where}{key}' is {_kind(value)}, text is needed.")
 
 
 def _kind(value: Any) -> str:

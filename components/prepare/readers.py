@@ -12,7 +12,7 @@ import json
 import lzma
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -27,12 +27,12 @@ Place = tuple[str, int]
 
 _BLOCK = 1 << 20
 _LARGEST_ROW = 64 << 20
-_OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
-    "": lambda path: path.open("rb"),
-    ".gz": lambda path: gzip.open(path, "rb"),
-    ".bz2": lambda path: bz2.open(path, "rb"),
-    ".xz": lambda path: lzma.open(path, "rb"),
-    ".zst": lambda path: io.BufferedReader(zstandard.open(path, "rb")),
+_OPENERS: dict[str, Callable[..., Any]] = {
+    "": open,
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": zstandard.open,
 }
 
 
@@ -65,9 +65,14 @@ def split_suffix(path: Path) -> tuple[str, str]:
     )
 
 
+def _open(path: Path, compression: str) -> io.BufferedReader:
+    """Open a file to read bytes and lines, unpacked on the way."""
+    return io.BufferedReader(_OPENERS[compression](path, "rb"))
+
+
 def _lines(path: Path, compression: str, findings: Findings) -> Iterator[tuple[int, str]]:
     """Numbered lines of a text file, with those left out that are not UTF-8."""
-    with _OPENERS[compression](path) as file:
+    with _open(path, compression) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -94,7 +99,7 @@ def _read_jsonl(path: Path, compression: str, findings: Findings) -> Iterator[tu
 
 def _read_json(path: Path, compression: str, findings: Findings) -> Iterator[tuple[Place, Row]]:
     """A JSON file is an array of rows, or JSON lines under another name."""
-    with _OPENERS[compression](path) as file:
+    with _open(path, compression) as file:
         start = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     reader = _read_array if start == b"[" else _read_jsonl
     yield from reader(path, compression, findings)

@@ -36,7 +36,9 @@ def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
         report.section("Length of the rows", report.picture(_histogram(prepared), "Histogram of tokens per row")),
         report.section(
             "What the model sees",
-            report.paragraph("The first rows as they are tokenised; the marked text is what the model learns to write."),
+            report.paragraph(
+                "The first rows as they are tokenised; the marked text is what the model learns to write."
+            ),
             *(f"<p><pre>{_marked(text, spans)}</pre></p>" for text, spans in prepared.examples),
         ),
     )

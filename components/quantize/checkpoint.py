@@ -21,7 +21,15 @@ from components.outputs import new_folder, write_record
 from components.quantize.nf4 import quantize_nf4
 from components.references import MODEL_FILES, fetch, parse, read_config
 from components.steps import say
-from components.tensors import INDEX_FILE, StoredTensor, TensorWriter, read_ahead, read_header, weight_files, write_index
+from components.tensors import (
+    INDEX_FILE,
+    StoredTensor,
+    TensorWriter,
+    read_ahead,
+    read_header,
+    weight_files,
+    write_index,
+)
 
 _LLM_INT8_ROW_MAJOR = 0  # bitsandbytes' number for the plain weight layout
 
@@ -86,7 +94,9 @@ def _parts(name: str, weight: torch.Tensor, bits: int) -> Iterator[tuple[str, to
         try:
             packed, state = quantize_nf4(weight)
         except ValueError as error:
-            raise Tune16Error(f"The model's weight {name} cannot be quantised: {error}. Fetch the model again.") from None
+            raise Tune16Error(
+                f"The model's weight {name} cannot be quantised: {error}. Fetch the model again."
+            ) from None
         yield name, packed
         for key, part in state.as_dict(packed=True).items():
             yield f"{name}.{key}", part

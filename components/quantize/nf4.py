@@ -49,7 +49,8 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, QuantState]:
         ValueError: a weight is NaN or infinite.
     """
     if weight.numel() % BLOCK:
-        return quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        return packed, state
     flat = weight.reshape(-1)
     packed = torch.empty(flat.numel() // 2, dtype=torch.uint8)
     scales = torch.empty(flat.numel() // BLOCK, dtype=torch.float32)

@@ -10,14 +10,12 @@ from components.config import TrainConfig
 from components.outputs import REPORT
 
 
-def write_report(
-    history: list[dict[str, Any]], metrics: dict[str, float], config: TrainConfig, folder: Path
-) -> None:
+def write_report(history: list[dict[str, Any]], metrics: dict[str, float], config: TrainConfig, folder: Path) -> None:
     """Write ``report.html`` into `folder` from the trainer's log entries."""
     changed = config.model_dump(exclude_defaults=True)
     html = report.page(
         "Training",
-        f"{metrics['steps']:,.0f} steps in {metrics['seconds']:,.0f} seconds, held-out loss {metrics['held_out_loss']}.",
+        f"{metrics['steps']:,.0f} steps in {metrics['seconds']:,.0f} s, held-out loss {metrics['held_out_loss']}.",
         report.picture(_loss_chart(history), "Training and held-out loss over the steps"),
         report.section(
             "Numbers", report.table(("What", "Value"), [(k.replace("_", " "), v) for k, v in metrics.items()])

@@ -34,6 +34,7 @@ def train_adapter(model: Path, data: Path, output: Path, config: TrainConfig) ->
         model: output of the step quantize.
         data: output of the step prepare.
         output: becomes a folder with the adapter in PEFT's format, the tokenizer and ``report.html``.
+        config: adapter, optimiser, schedule and so on.
 
     Returns:
         Rounded metrics: losses, steps, tokens, tokens/s, seconds and peak memory.
@@ -148,7 +149,9 @@ def _lora(config: TrainConfig, base: Any) -> LoraConfig:
     targets: str | list[str] = config.target_modules
     if targets != "all-linear":
         targets = [name.strip() for name in config.target_modules.split(",")]
-        linears = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        linears = {
+            name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)
+        }
         unknown = [name for name in targets if name not in linears]
         if unknown:
             raise Tune16Error(
@@ -157,7 +160,7 @@ def _lora(config: TrainConfig, base: Any) -> LoraConfig:
             )
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+        lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         use_rslora=config.rank_stabilized,
         target_modules=targets,
@@ -166,7 +169,7 @@ def _lora(config: TrainConfig, base: Any) -> LoraConfig:
 
 
 def _keep_adapter_in_float32(trainer: SFTTrainer) -> None:
-    """TRL turns the adapter of a 4-bit model into bfloat16 whatever the device; float16's loss scaling needs float32."""
+    """TRL makes a 4-bit model's adapter bfloat16 whatever the device; float16's loss scaling needs float32."""
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -93,9 +93,7 @@ def _settings(merged: Path, evaluation: Path) -> dict[str, Any]:
     }
 
 
-def _manifest(
-    merged: Path, evaluation: Path, version: str, path: str, files: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _manifest(merged: Path, evaluation: Path, version: str, path: str, files: list[dict[str, Any]]) -> dict[str, Any]:
     trained = read_record(merged / "adapter", "train")
     scores = json.loads((evaluation / "evaluation.json").read_text())
     return {

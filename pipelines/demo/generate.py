@@ -62,7 +62,7 @@ def make_corpus() -> str:
 
 
 def make_orders() -> str:
-    """Rows of the form prompt, completion: the order as a question, its parts as the answer; no question twice or in the corpus."""
+    """Rows of prompt and completion: an order, and its parts; no order stands twice or in the corpus."""
     draw = random.Random(2)
     corpus = make_corpus()
     rows: dict[str, str] = {}

@@ -20,15 +20,13 @@ from components.outputs import read_record
 from components.prepare.chat import ChatTemplate, choose_template
 from components.prepare.dataset import IGNORED, prepare_dataset
 from components.prepare.findings import Findings
-from components.prepare.formats import BadRow, to_messages
+from components.prepare.formats import BadRowError, to_messages
 from components.prepare.readers import read_rows
 from tests.conftest import ARCHITECTURES
 
 TURNS = [("What is two and two?", "Four."), ("And three?", "Seven, naturally.")]
 MESSAGES = [
-    {"role": role, "content": text}
-    for pair in TURNS
-    for role, text in zip(("user", "assistant"), pair, strict=True)
+    {"role": role, "content": text} for pair in TURNS for role, text in zip(("user", "assistant"), pair, strict=True)
 ]
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -51,7 +49,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ("prompt_completion", {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]}, MESSAGES),
         (
             "llama2_text",
-            {"text": f"<s>[INST] {TURNS[0][0]} [/INST] {TURNS[0][1]} </s><s>[INST] {TURNS[1][0]} [/INST] {TURNS[1][1]} </s>"},
+            {"text": "".join(f"<s>[INST] {question} [/INST] {answer} </s>" for question, answer in TURNS)},
             MESSAGES,
         ),
         (
@@ -85,7 +83,7 @@ def test_every_form_becomes_messages(form: str, row: dict[str, Any], expected: l
     ],
 )
 def test_bad_rows_name_the_rule(form: str, row: dict[str, Any], rule: str) -> None:
-    with pytest.raises(BadRow) as fault:
+    with pytest.raises(BadRowError) as fault:
         to_messages(row, form)
     assert fault.value.rule == rule
 
@@ -140,7 +138,9 @@ def test_places_are_lines_of_the_file(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 nothing", 0, "broken-parquet"),
     ],
 )
-def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, line: int, rule: str) -> None:
+def test_broken_files_are_named_with_their_line(
+    tmp_path: Path, name: str, content: bytes, line: int, rule: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     findings = Findings()
@@ -256,7 +256,9 @@ def test_duplicates_go_and_the_split_is_stable(orders: Path, make_model: Callabl
     def questions(folder: str, side: str) -> set[str]:
         return {row["messages"][0]["content"] for row in _rows(tmp_path / folder, side)}
 
-    assert questions("a", "held_out") == questions("b", "held_out") & (questions("a", "held_out") | questions("a", "train"))
+    assert questions("a", "held_out") == questions("b", "held_out") & (
+        questions("a", "held_out") | questions("a", "train")
+    )
     assert not questions("b", "held_out") & questions("b", "train")
 
 
@@ -265,7 +267,9 @@ def test_same_question_with_other_answers_stays_on_one_side(tmp_path: Path, make
     rows = [{"prompt": f"Question {n % 20}{' ' * (n % 3)}", "completion": f"Answer {n}"} for n in range(200)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare_dataset(str(path), str(make_model("llama")), tmp_path / "out", PrepareConfig(held_out_share=0.3))
-    sides = [{row["messages"][0]["content"].strip() for row in _rows(tmp_path / "out", s)} for s in ("train", "held_out")]
+    sides = [
+        {row["messages"][0]["content"].strip() for row in _rows(tmp_path / "out", s)} for s in ("train", "held_out")
+    ]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
@@ -324,7 +328,9 @@ def test_llama2_form_is_the_papers() -> None:
     )
 
 
-def test_templates_are_chosen_by_the_tokenizer(tokenizer: PreTrainedTokenizerFast, make_model: Callable[..., Path]) -> None:
+def test_templates_are_chosen_by_the_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, make_model: Callable[..., Path]
+) -> None:
     assert choose_template("auto", tokenizer, "llama").name == "llama2"
     assert choose_template("auto", tokenizer, "mistral").name == "mistral"
     assert choose_template("auto", AutoTokenizer.from_pretrained(make_model("qwen2")), "qwen2").name == "qwen2"
