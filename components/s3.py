@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,12 +71,18 @@ def client() -> "S3Client":
             f"S3 connection: {', '.join(missing)} not set. Name a connection's Secret in cluster_connection, or "
             f"export {', '.join(CONNECTION_VARIABLES)}."
         )
-    endpoint = os.environ["AWS_S3_ENDPOINT"]
+    return _client(*(os.environ.get(name, "") for name in CONNECTION_VARIABLES[:4]))
+
+
+@lru_cache(maxsize=1)
+def _client(access_key: str, secret_key: str, endpoint: str, region: str) -> "S3Client":
     try:
         return boto3.client(
             "s3",
             endpoint_url=endpoint if "://" in endpoint else f"https://{endpoint}",
-            region_name=os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+            region_name=region or "us-east-1",
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret_key,
             config=Config(
                 s3={"addressing_style": "path"},
                 retries={"mode": "standard", "max_attempts": 4},

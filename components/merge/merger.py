@@ -149,7 +149,7 @@ def _merged(name: str, weight: torch.Tensor, delta: Delta | None, dtype: torch.d
                 f"The adapter's update of {name} is {delta.b.shape[0]} x {delta.a.shape[1]}, the weight "
                 f"{' x '.join(map(str, weight.shape))}. It belongs to another base model."
             )
-        add_delta(weight, delta)
+        weight = add_delta(weight, delta, dtype or weight.dtype)
         if not weight.isfinite().all():
             raise Tune16Error(
                 f"{name}: the merged weight leaves the range of {weight.dtype}. Set merge_dtype to bfloat16."
@@ -157,13 +157,15 @@ def _merged(name: str, weight: torch.Tensor, delta: Delta | None, dtype: torch.d
     return weight if dtype is None or not weight.is_floating_point() else weight.to(dtype)
 
 
-def add_delta(weight: torch.Tensor, delta: Delta) -> None:
-    """Add the update to `weight` in place, in float32, a slice of rows at a time."""
+def add_delta(weight: torch.Tensor, delta: Delta, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of `weight` and its update, computed in float32 a slice of rows at a time and rounded once to `dtype`."""
+    merged = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
     rows_at_once = max(1, _SLICE_BYTES // (4 * weight.shape[1]))
     a, b = delta.a.float(), delta.b.float()
     for start in range(0, weight.shape[0], rows_at_once):
-        rows = weight[start : start + rows_at_once]
-        rows.copy_(torch.addmm(rows.float(), b[start : start + rows_at_once], a, alpha=delta.scale))
+        end = start + rows_at_once
+        merged[start:end] = torch.addmm(weight[start:end].float(), b[start:end], a, alpha=delta.scale)
+    return merged
 
 
 def _write_companions(

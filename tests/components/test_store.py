@@ -1,0 +1,155 @@
+"""S3, versions and uploads against a real server."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from components import s3, versions
+from components.config import PROMOTED, EvaluateConfig, MergeConfig, TrainConfig, UploadConfig
+from components.errors import Tune16Error
+from components.outputs import write_record
+from components.references import parse, pin
+from components.upload.publisher import publish, remove_leftovers
+
+PATH = "prefix/model"
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> tuple[Path, Path]:
+    """What the steps merge and evaluate leave, small."""
+    merged, evaluation = tmp_path / "out" / "merged", tmp_path / "out" / "evaluation"
+    for folder in (merged / "merged", merged / "adapter", evaluation):
+        folder.mkdir(parents=True)
+    (merged / "merged" / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    (merged / "adapter" / "adapter_model.safetensors").write_bytes(b"adapter")
+    (merged / "adapter" / "report.html").write_text("training")
+    (evaluation / "report.html").write_text("evaluation")
+    (evaluation / "README.md").write_text("card")
+    scores = {name: {} for name in ("base", "tuned", "loss_difference")}
+    (evaluation / "evaluation.json").write_text(json.dumps(scores))
+    facts = {"model": "m", "data": "d", "held_out_sha256": "h", "prepare": {}, "bits": 4}
+    write_record(merged / "adapter", "train", TrainConfig(), **facts)
+    write_record(merged, "merge", MergeConfig(), model="m")
+    write_record(evaluation, "evaluate", EvaluateConfig(), verdict=PROMOTED)
+    return merged, evaluation
+
+
+def test_published_versions_are_downloaded_whole(bucket: str, outputs: tuple[Path, Path], tmp_path: Path) -> None:
+    manifest = publish(*outputs, UploadConfig(path=PATH))
+    assert versions.read_champion(PATH) == versions.Champion(1, manifest["version"])
+    folder = versions.download(PATH, manifest["version"], tmp_path / "copy")
+    assert versions.describe_files(folder) == manifest["files"]
+    part = versions.download(PATH, manifest["version"], tmp_path / "part", part="adapter")
+    assert (part / "adapter_model.safetensors").read_bytes() == b"adapter"
+    assert json.loads((folder / "config.json").read_text())["train"]["rank"] == 64
+    names = {Path(file["path"]).parts[0] for file in manifest["files"]}
+    assert names == {"merged", "adapter", "report", "evaluation.json", "README.md", "config.json"}
+
+
+def test_the_next_version_is_the_next_champion(bucket: str, outputs: tuple[Path, Path]) -> None:
+    publish(*outputs, UploadConfig(path=PATH))
+    (outputs[1] / "README.md").write_text("another card")
+    second = publish(*outputs, UploadConfig(path=PATH))
+    assert versions.read_champion(PATH) == versions.Champion(2, second["version"])
+
+
+def test_changed_and_missing_files_are_noticed(bucket: str, outputs: tuple[Path, Path], tmp_path: Path) -> None:
+    version = publish(*outputs, UploadConfig(path=PATH))["version"]
+    key = f"{PATH}/{version}/adapter/adapter_model.safetensors"
+    s3.client().put_object(Bucket=bucket, Key=key, Body=b"adaptex")
+    with pytest.raises(Tune16Error, match="is not the file that was published"):
+        versions.download(PATH, version, tmp_path / "copy")
+    s3.delete(bucket, key)
+    with pytest.raises(Tune16Error, match="there is no such object"):
+        versions.download(PATH, version, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_version_without_manifest_does_not_exist(bucket: str, tmp_path: Path) -> None:
+    s3.create(bucket, f"{PATH}/20260101T000000Z-00000000/merged/a", b"x")
+    with pytest.raises(Tune16Error, match="no such version, or its upload never ended"):
+        versions.download(PATH, "20260101T000000Z-00000000", tmp_path / "copy")
+    with pytest.raises(Tune16Error, match="no such version"):
+        versions.append_champion(PATH, "20260101T000000Z-00000000")
+    with pytest.raises(Tune16Error, match="has no champion yet"):
+        versions.champion_version(PATH)
+
+
+def test_a_manifest_that_points_outside_is_refused(bucket: str, tmp_path: Path) -> None:
+    manifest = {"files": [{"path": "../../evil", "size": 1, "sha256": ""}]}
+    versions.write_manifest(PATH, "v", manifest)
+    with pytest.raises(Tune16Error, match="outside the folder"):
+        versions.download(PATH, "v", tmp_path / "copy")
+    with pytest.raises(Tune16Error, match="has been published already"):
+        versions.write_manifest(PATH, "v", manifest)
+
+
+def test_leftovers_are_removed_and_versions_stay(bucket: str, outputs: tuple[Path, Path]) -> None:
+    version = publish(*outputs, UploadConfig(path=PATH))["version"]
+    s3.create(bucket, f"{PATH}/20260101T000000Z-00000000/merged/a", b"x")
+    s3.client().create_multipart_upload(Bucket=bucket, Key=f"{PATH}/20260101T000000Z-00000000/merged/b")
+    assert remove_leftovers(PATH, datetime.now(UTC) - timedelta(days=365 * 50)) == 0
+    assert remove_leftovers(PATH, datetime.now(UTC) + timedelta(days=1)) == 2
+    assert versions.read_manifest(PATH, version)["version"] == version
+    assert "Uploads" not in s3.client().list_multipart_uploads(Bucket=bucket)
+
+
+def test_what_was_not_promoted_is_not_published(bucket: str, outputs: tuple[Path, Path]) -> None:
+    write_record(outputs[1], "evaluate", EvaluateConfig(), verdict="kept")
+    with pytest.raises(Tune16Error, match="was not promoted"):
+        publish(*outputs, UploadConfig(path=PATH))
+    assert s3.list_objects(bucket, "") == []
+
+
+def test_a_failed_upload_takes_its_files_back(
+    bucket: str, outputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., None] = s3.upload
+
+    def breaks(path: Path, bucket: str, key: str, advance: Callable[[int], None] | None = None) -> None:
+        if key.endswith("model.safetensors") and "merged" in key:
+            raise Tune16Error("the network is gone")
+        real(path, bucket, key, advance)
+
+    monkeypatch.setattr(s3, "upload", breaks)
+    with pytest.raises(Tune16Error, match="the network is gone"):
+        publish(*outputs, UploadConfig(path=PATH))
+    assert s3.list_objects(bucket, "") == []
+
+
+def test_the_storage_is_probed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.check_writable(bucket, PATH)
+    assert s3.list_objects(bucket, "") == []
+    with pytest.raises(Tune16Error, match="there is no such bucket. Create it, or correct AWS_S3_BUCKET"):
+        s3.check_writable("no-such-bucket", PATH)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(Tune16Error, match="the secret key is wrong. Check AWS_SECRET_ACCESS_KEY"):
+        s3.check_writable(bucket, PATH)
+    monkeypatch.setenv("AWS_S3_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(Tune16Error, match="cannot be reached"):
+        s3.check_writable(bucket, PATH)
+    monkeypatch.delenv("AWS_S3_ENDPOINT")
+    with pytest.raises(Tune16Error, match="AWS_S3_ENDPOINT not set"):
+        s3.check_writable(bucket, PATH)
+
+
+def test_s3_references_are_fixed_by_content(bucket: str, make_model: Callable[..., Path]) -> None:
+    folder = make_model("llama")
+    for path in folder.iterdir():
+        s3.upload(path, bucket, f"models/tiny/{path.name}")
+    s3.create(bucket, "models/tiny2/other", b"x")  # shares the beginning of the name, but is another folder
+    reference = pin(parse("s3:///models/tiny", "model"))
+    assert str(reference).startswith(f"s3://{bucket}/models/tiny#")
+    assert pin(parse(f"s3://{bucket}/models/tiny/", "model")) == reference
+    from components.references import MODEL_FILES, fetch
+
+    got = fetch(parse(str(reference), "model"), folder.parent / "fetched", MODEL_FILES)
+    assert (got / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    s3.client().put_object(Bucket=bucket, Key="models/tiny/config.json", Body=b"{}")
+    with pytest.raises(Tune16Error, match="its content changed since the run began"):
+        fetch(reference, folder.parent / "fetched2", MODEL_FILES)
+    with pytest.raises(Tune16Error, match="nothing is there"):
+        pin(parse(f"s3://{bucket}/nothing", "model"))
