@@ -87,7 +87,7 @@ class PrepareConfig(StepConfig):
         description="Longest sequence, and the length of a packed one; longer conversations are cut at the end.",
         json_schema_extra={"unit": "tokens"},
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "llama2_text"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "llama2_text", "oasst"] = Field(
         "auto", description="Form of the rows; auto looks at the keys of the first row."
     )
     template: Literal["auto", "llama2", "llama3", "mistral", "qwen2", "qwen3", "phi3", "chatml"] = Field(

@@ -24,6 +24,7 @@ LOG = "pipeline.log"
 REPORT = "report.html"
 
 _LINE = re.compile(r"(?P<step>[a-z]+): (?P<text>.*)")
+_SETUP = "demo"  # who speaks while the demo's base model is made
 _INDENT = "    "  # what kfp puts before the lines of a step
 _FINISHED = re.compile(r"finished in (?P<seconds>[\d.]+) s")
 
@@ -66,11 +67,12 @@ def run_locally(recipe: Recipe, folder: Path, show: Callable[[str, str], None]) 
     run = LocalRun(folder)
     started = time.monotonic()
     folder.mkdir(parents=True)
-    with storage(folder / "s3"):
-        if recipe.setup == "demo":
-            _put_demo(folder / "demo")
-        with (folder / LOG).open("w", encoding="utf-8") as log:
-            _run_pipeline(recipe, folder, _Listener(run, log, show))
+    with storage(folder / "s3"), (folder / LOG).open("w", encoding="utf-8") as log:
+        listener = _Listener(run, log, show)
+        with contextlib.redirect_stdout(listener):
+            if recipe.setup == "demo":
+                _put_demo(folder / "demo")
+            _run_pipeline(recipe, folder, listener)
     _collect(run)
     run.seconds = time.monotonic() - started
     return run
@@ -112,7 +114,7 @@ def _put_demo(folder: Path) -> None:
 def _run_pipeline(recipe: Recipe, folder: Path, listener: "_Listener") -> None:
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "steps"), raise_on_error=True)
     arguments = form_values(recipe, finetune.component_spec.inputs)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(listener):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # kfp warns of images, limits and secrets, which mean nothing here
         try:
             finetune(**arguments)
@@ -151,15 +153,18 @@ class _Listener:
         elif self.error and line.startswith("  "):
             self.error += f"\n{line}"
         match = _LINE.fullmatch(line)
-        if not match or match["step"] not in CONFIG_OF_STEP:
-            return
-        result = self._run.steps.setdefault(match["step"], StepResult())
-        finished = _FINISHED.fullmatch(match["text"])
+        if match and match["step"] in CONFIG_OF_STEP:
+            self._keep(match["step"], match["text"])
+        if match and (match["step"] in CONFIG_OF_STEP or match["step"] == _SETUP):
+            self._show(match["step"], match["text"])
+
+    def _keep(self, step: str, text: str) -> None:
+        result = self._run.steps.setdefault(step, StepResult())
+        finished = _FINISHED.fullmatch(text)
         if finished:
             result.seconds = float(finished["seconds"])
         else:
-            result.said = match["text"]
-        self._show(match["step"], match["text"])
+            result.said = text
 
 
 def _collect(run: LocalRun) -> None:

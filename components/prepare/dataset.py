@@ -5,13 +5,13 @@ tokenises, splits and writes. Memory holds 24 bytes per row (two digests) and th
 """
 
 import hashlib
+import itertools
 import tempfile
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from components.outputs import new_folder, write_record
 from components.prepare import report
 from components.prepare.chat import ChatTemplate, Messages, choose_template
 from components.prepare.findings import Findings
-from components.prepare.formats import BadRowError, detect_format, to_messages
+from components.prepare.formats import BadRowError, best_threads, detect_format, to_messages
 from components.prepare.readers import Place, read_rows
 from components.references import DATA_FILES, TOKENIZER_FILES, fetch, file_digest, parse, read_config
 from components.steps import say
@@ -208,9 +208,13 @@ def _form_of(files: list[Path], findings: Findings, name: str) -> str:
 
 def _conversations(files: list[Path], form: str, findings: Findings, name: str) -> Iterator[tuple[Place, Messages]]:
     """All rows as conversations; bad ones go to `findings`."""
-    for place, row in read_rows(files, findings):
-        if form == "auto":
-            form = detect_format(row, name)
+    rows = read_rows(files, findings)
+    first = next(rows, None)
+    if first is None:
+        return
+    form = detect_format(first[1], name) if form == "auto" else form
+    rows = itertools.chain([first], rows)
+    for place, row in best_threads(rows) if form == "oasst" else rows:
         try:
             yield place, to_messages(row, form)
         except BadRowError as fault:
@@ -256,7 +260,7 @@ def _kept_rows(files: list[Path], checked: Checked) -> Iterator[_Row]:
 
 def _batches(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:
     iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
+    while batch := list(itertools.islice(iterator, size)):
         yield batch
 
 

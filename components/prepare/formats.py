@@ -1,7 +1,9 @@
 """Rows of every known form, turned into one: a list of messages with roles system, user and assistant."""
 
+import itertools
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from components.errors import Tune16Error
@@ -42,12 +44,33 @@ def detect_format(row: dict[str, Any], name: str) -> str:
         return "alpaca"
     if {"prompt", "completion"} <= keys:
         return "prompt_completion"
+    if {"message_tree_id", "parent_id", "text"} <= keys:
+        return "oasst"
     if "text" in keys:
         return "llama2_text"
     raise Tune16Error(
         f"{name}: the rows have the keys {', '.join(sorted(keys))}, which is no known form. Known: messages; "
-        "conversations (ShareGPT); instruction, input, output (Alpaca); prompt, completion; text in [INST] form."
+        "conversations (ShareGPT); instruction, input, output (Alpaca); prompt, completion; text in [INST] form; oasst1's message trees."
     )
+
+
+def best_threads(rows: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """OpenAssistant's message trees, one message a row, as the best-ranked conversation of each tree.
+
+    A tree's rows stand together, parents before children. Trees whose first question nobody answered give nothing.
+    """
+    for _, tree in itertools.groupby(rows, key=lambda placed: placed[1].get("message_tree_id")):
+        placed = list(tree)
+        children: dict[Any, list[dict[str, Any]]] = {}
+        for _, row in placed:
+            children.setdefault(row.get("parent_id"), []).append(row)
+        thread: list[dict[str, Any]] = []
+        while replies := children.get(thread[-1].get("message_id") if thread else None):
+            thread.append(min(replies, key=lambda row: math.inf if row.get("rank") is None else row["rank"]))
+        if thread and thread[-1].get("role") != "assistant":
+            thread.pop()
+        if thread:
+            yield placed[0][0], {"messages": thread}
 
 
 def to_messages(row: dict[str, Any], form: str) -> Messages:
@@ -158,6 +181,17 @@ def _from_llama2_text(row: dict[str, Any]) -> Messages:
     return messages
 
 
+def _from_oasst(row: dict[str, Any]) -> Messages:
+    roles = {"prompter": "user", "assistant": "assistant"}
+    messages = []
+    for message in row["messages"]:
+        role = roles.get(str(message.get("role")))
+        if role is None:
+            raise BadRowError("unknown-role", f"role is {message.get('role')!r}; known: {', '.join(roles)}.")
+        messages.append({"role": role, "content": _text(message, "text")})
+    return messages
+
+
 def _text(item: dict[str, Any], key: str, where: str = "") -> str:
     value = item.get(key)
     if isinstance(value, str):
@@ -177,4 +211,5 @@ _CONVERTERS: dict[str, Callable[[dict[str, Any]], Messages]] = {
     "alpaca": _from_alpaca,
     "prompt_completion": _from_prompt_completion,
     "llama2_text": _from_llama2_text,
+    "oasst": _from_oasst,
 }

@@ -63,6 +63,28 @@ def test_every_form_becomes_messages(form: str, row: dict[str, Any], expected: l
     assert to_messages(row, form) == expected
 
 
+def test_message_trees_give_their_best_thread(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    def message(tree: int, name: str, parent: str | None, role: str, rank: int | None = None) -> dict[str, Any]:
+        keys = {"message_tree_id": str(tree), "message_id": f"{tree}{name}", "parent_id": parent and f"{tree}{parent}"}
+        return {**keys, "role": role, "text": f"text {tree}{name}", "rank": rank}
+
+    rows = []
+    for tree in range(30):
+        rows += [
+            message(tree, "a", None, "prompter"),
+            message(tree, "b", "a", "assistant", 1),
+            message(tree, "c", "a", "assistant", 0),
+            message(tree, "d", "c", "prompter", 0),
+        ]
+    rows.append(message(99, "a", None, "prompter"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert prepare_dataset(str(path), str(make_model("llama")), tmp_path / "out", PrepareConfig()).rows == 30
+    row = _rows(tmp_path / "out", "train")[0]
+    tree = row["messages"][0]["content"].removeprefix("text ").removesuffix("a")
+    assert [m["content"] for m in row["messages"]] == [f"text {tree}a", f"text {tree}c"]
+
+
 @pytest.mark.parametrize(
     ("form", "row", "rule"),
     [

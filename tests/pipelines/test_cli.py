@@ -1,0 +1,94 @@
+"""The commands as people call them, each in a process of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.demo.generate import CORPUS, ORDERS, make_corpus, make_orders
+
+BIN = Path(sys.executable).parent
+
+
+def call(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        check=False,
+    )
+
+
+def test_plan_prints_a_table_or_json() -> None:
+    table = call(BIN / "tune16", "plan", "llama2-7b-16gb")
+    assert table.returncode == 0 and "frozen linears" in table.stdout and "together, of 14.20" in table.stdout
+    plan = json.loads(call(BIN / "tune16", "plan", "mistral-7b-16gb", "--json").stdout)
+    assert plan["fits"] and plan["total"] == sum(plan["parts"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "nothing"], "There is no recipe 'nothing'"),
+        (["plan", "--set", "train.rnk=3"], "unknown key 'train.rnk'. Did you mean 'rank'?"),
+        (["plan", "--set", "train.micro_batch=512"], "This run does not fit the GPU: it needs"),
+        (["run", "demo", "--set", "train.epochs=-1"], "'train.epochs' is -1"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_code_two(arguments: list[str], message: str) -> None:
+    done = call(BIN / "tune16", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_steps_on_local_folders(orders: Path, tmp_path: Path) -> None:
+    done = call(
+        sys.executable, "-m", "components", "prepare",
+        "--model", "nowhere/at-all", "--data", orders, "--output", tmp_path / "rows",
+    )  # fmt: skip
+    assert done.returncode == 2 and "cannot be reached" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert "--rows" in call(sys.executable, "-m", "components", "train", "--help").stdout
+
+
+def test_the_demos_files_are_what_the_generator_makes() -> None:
+    assert CORPUS.read_text() == make_corpus()
+    assert ORDERS.read_text() == make_orders()
+    rows = [json.loads(line) for line in ORDERS.read_text().splitlines()]
+    assert len({row["prompt"] for row in rows}) == len(rows) >= 1000
+    assert not any(row["prompt"] in make_corpus() for row in rows)
+
+
+@pytest.mark.slow
+def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
+    """The main job: the real pipeline through kfp.local with a real S3 server, and the tuned model clearly better."""
+    environment = {name: "" for name in os.environ if name.startswith("AWS_S3")}
+    done = call(BIN / "tune16", "run", "demo", "--folder", tmp_path, "--json", **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert [*result["steps"]] == ["preflight", "prepare", "quantize", "train", "evaluate", "merge", "upload"]
+    assert all(step["seconds"] is not None for step in result["steps"].values())
+    base, tuned = result["evaluation"]["base"], result["evaluation"]["tuned"]
+    assert tuned["loss"]["value"] <= 0.7 * base["loss"]["value"]
+    assert tuned["exact_match"]["value"] >= base["exact_match"]["value"] + 0.5
+    assert result["evaluation"]["verdict"] == "promoted"
+    assert re.fullmatch(r"s3://tune16/tune16/demo/\d{8}T\d{6}Z-[0-9a-f]{8}", result["address"])
+    assert "Promoted" in Path(result["report"]).read_text()
+    log = (Path(result["folder"]) / "pipeline.log").read_text()
+    assert "SUCCESS" in log
+
+
+@pytest.mark.slow
+def test_a_users_mistake_inside_a_step_is_told_plainly(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{broken\n')
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"preflight: {{model: {tmp_path / 'none'}, data: {rows}}}\n")
+    done = call(BIN / "tune16", "run", recipe, "--folder", tmp_path / "runs")
+    assert done.returncode == 2
+    assert "there is no such file or folder" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,173 @@
+"""The compiled pipeline, the form, the recipes and the import rules."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components import config, images
+from pipelines.compile import MANIFEST, compile_ir, compile_manifest
+from pipelines.finetune import finetune
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = {"prepare_options", "train_options", "evaluate_options"}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
+    compile_manifest(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def version(manifest: Path) -> dict[str, Any]:
+    objects = list(yaml.safe_load_all(manifest.read_text()))
+    assert [found["kind"] for found in objects] == ["Pipeline", "PipelineVersion"]
+    content: dict[str, Any] = objects[1]
+    return content
+
+
+def test_the_compiled_file_is_up_to_date_stable_and_small(manifest: Path, tmp_path: Path) -> None:
+    compile_manifest(tmp_path / "again.yaml")
+    assert manifest.read_bytes() == (tmp_path / "again.yaml").read_bytes() == (ROOT / MANIFEST).read_bytes()
+    assert manifest.stat().st_size < 100_000
+
+
+def test_the_version_carries_its_content(version: dict[str, Any]) -> None:
+    assert version["metadata"]["name"].startswith(f"tune16-{images.VERSION}-")
+    assert version["spec"]["pipelineName"] == "tune16"
+
+
+def test_tasks_and_edges(version: dict[str, Any]) -> None:
+    spec = version["spec"]["pipelineSpec"]
+    tasks = spec["root"]["dag"]["tasks"]
+    edges = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
+    assert edges == {
+        "preflight": set(),
+        "prepare": {"preflight"},
+        "quantize": {"preflight"},
+        "train": {"prepare", "quantize"},
+        "evaluate": {"preflight", "prepare", "quantize", "train"},
+        "condition-1": {"evaluate", "preflight", "train"},
+    }
+    inner = spec["components"]["comp-condition-1"]["dag"]["tasks"]
+    assert {name: set(task.get("dependentTasks", [])) for name, task in inner.items()} == {
+        "merge": set(),
+        "upload": {"merge"},
+    }
+    cached = {name for name, task in {**tasks, **inner}.items() if task.get("cachingOptions", {}).get("enableCache")}
+    assert cached == {"prepare", "quantize", "train", "evaluate", "merge"}
+
+
+def test_resources_images_and_secrets(version: dict[str, Any]) -> None:
+    spec = version["spec"]["pipelineSpec"]
+    platform = version["spec"]["platformSpec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    executors = spec["deploymentSpec"]["executors"]
+    assert {name.removeprefix("exec-") for name in executors} == set(images.IMAGE_OF_STEP)
+    for name, executor in executors.items():
+        container, step = executor["container"], name.removeprefix("exec-")
+        assert container["image"] == images.IMAGE_OF_STEP[step]
+        assert container["resources"]["resourceMemoryLimit"] and container["resources"]["resourceCpuRequest"]
+        assert ("accelerator" in container["resources"]) == (step in ("train", "evaluate"))
+        assert (
+            ("tolerations" in platform[name]) == ("nodeSelector" in platform[name]) == (step in ("train", "evaluate"))
+        )
+        assert [secret["optional"] for secret in platform[name]["secretAsEnv"]] == [False, True]
+
+
+def test_nothing_is_installed_mutable_or_secret(manifest: Path) -> None:
+    text = manifest.read_text()
+    assert "pip install" not in text and "pip3" not in text
+    assert ":latest" not in text
+    assert "AKIA" not in text and "password" not in text.lower()
+
+
+def test_the_form_is_the_config() -> None:
+    parameters = finetune.component_spec.inputs
+    assert len(parameters) <= 20
+    types = {"String": str, "Float": float, "Integer": int, "Dict": dict, "List": list}
+    for name, parameter in parameters.items():
+        step, _, field = name.partition("_")
+        assert parameter.description == config.form_help(name)
+        if name in OPTIONS:
+            assert parameter.default == {}
+            continue
+        knob = config.CONFIG_OF_STEP[step].model_fields[field]
+        assert parameter.default == knob.default
+        assert isinstance(knob.default, types[parameter.type.partition("[")[0]])
+
+
+def test_the_plain_form_is_written(tmp_path: Path) -> None:
+    compile_ir(tmp_path / "tune16.yaml")
+    spec = next(iter(yaml.safe_load_all((tmp_path / "tune16.yaml").read_text())))
+    assert spec["pipelineInfo"]["name"] == "tune16"
+
+
+def test_compiling_needs_no_model_library() -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'trl', 'bitsandbytes', 'datasets', 'boto3', 'matplotlib'}"
+    code = f"import sys, pipelines.compile; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def _imports(path: Path, top_level_only: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+STEP_NAMES = tuple(images.IMAGE_OF_STEP)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "components").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_import_rules_of_components(path: Path) -> None:
+    everything, top = _imports(path, False), _imports(path, True)
+    step = path.parent.name if path.parent.name in STEP_NAMES else None
+    assert not any(name.split(".")[0] == "pipelines" for name in everything)
+    if path.name == "component.py":
+        assert {name for name in top if name.startswith("components")} <= {"components", "components.images"}
+        assert "from __future__" not in path.read_text()
+        body = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)).body
+        assert len(body) <= 10
+        return
+    assert not any(name.split(".")[0] == "kfp" for name in everything)
+    if path.name != "__main__.py":
+        others = {f"components.{other}" for other in STEP_NAMES if other != step}
+        assert not {name for name in everything if any(name == o or name.startswith(f"{o}.") for o in others)}
+
+
+@pytest.mark.parametrize("path", [ROOT / "pipelines" / "finetune.py", ROOT / "pipelines" / "compile.py"])
+def test_import_rules_of_pipelines(path: Path) -> None:
+    allowed = {"components", "components.config", "components.images"}
+    for name in {name for name in _imports(path, False) if name.startswith("components.")}:
+        module = name if name.endswith(".component") else name.rpartition(".")[0]
+        assert name in allowed or module in allowed or module.endswith(".component"), name
+
+
+RECIPES = sorted((ROOT / "pipelines" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_fills_the_form_and_fits(path: Path) -> None:
+    from components.memory import known_shape, plan
+
+    recipe = config.load_recipe(path)
+    values = config.form_values(recipe, inspect.signature(finetune.pipeline_func).parameters)
+    assert set(values) == set(finetune.component_spec.inputs)
+    assert recipe.description.endswith(".")
+    shape = known_shape(recipe.preflight.model)
+    if recipe.setup != "demo":
+        assert shape is not None
+        assert plan(shape, recipe.quantize, recipe.prepare, recipe.train, recipe.preflight.gpu_memory).fits
