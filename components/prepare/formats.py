@@ -50,7 +50,8 @@ def detect_format(row: dict[str, Any], name: str) -> str:
         return "llama2_text"
     raise Tune16Error(
         f"{name}: the rows have the keys {', '.join(sorted(keys))}, which is no known form. Known: messages; "
-        "conversations (ShareGPT); instruction, input, output (Alpaca); prompt, completion; text in [INST] form; oasst1's message trees."
+        "conversations (ShareGPT); instruction, input, output (Alpaca); prompt, completion; text in [INST] form; "
+        "oasst1's message trees."
     )
 
 
