@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label of tokens that are not trained on, as in torch's cross-entropy
 
 _BATCH_ROWS = 512
+_ROW_GROUP = 8192
 _SAY_EVERY_ROWS = 50_000
 _SCHEMA = pa.schema(
     {
@@ -271,8 +272,8 @@ class _Writer:
         self._encode = tokenizer.backend_tokenizer.encode_batch
         self._prepared = prepared
         self._max_tokens = max_tokens
-        self._train = pq.ParquetWriter(folder / "train.parquet", _SCHEMA)
-        self._held_out = pq.ParquetWriter(folder / "held_out.parquet", _SCHEMA)
+        self._train = _RowFile(folder / "train.parquet")
+        self._held_out = _RowFile(folder / "held_out.parquet")
 
     def __enter__(self) -> "_Writer":
         return self
@@ -301,7 +302,7 @@ class _Writer:
         self._append(self._train, kept[False], "train")
         self._append(self._held_out, kept[True], "held_out")
 
-    def _append(self, file: pq.ParquetWriter, kept: list[Any], side: str) -> None:
+    def _append(self, file: "_RowFile", kept: list[Any], side: str) -> None:
         if not kept:
             return
         rows, input_ids, labels = zip(*kept, strict=True)
@@ -319,7 +320,31 @@ class _Writer:
             "input_ids": _lists(input_ids),
             "labels": _lists(labels),
         }
-        file.write_batch(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
+        file.add(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
+
+
+class _RowFile:
+    """A Parquet file that grows by whole row groups: one per batch would make it large and slow to read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pq.ParquetWriter(path, _SCHEMA)
+        self._batches: list[pa.RecordBatch] = []
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Append rows."""
+        self._batches.append(batch)
+        if sum(waiting.num_rows for waiting in self._batches) >= _ROW_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what waits, and the file's end."""
+        self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        if self._batches:
+            self._file.write_table(pa.Table.from_batches(self._batches))
+            self._batches = []
 
 
 def _labels(encoding: Any, input_ids: npt.NDArray[np.int32], spans: list[tuple[int, int]]) -> npt.NDArray[np.int32]:
