@@ -115,8 +115,8 @@ def measure(folder: Path, num_layers: int, peers: bool) -> dict[str, object]:
     if peers:
         commands |= {"from_pretrained(load_in_4bit)": LOAD_IN_4BIT, "merge_and_unload": MERGE_AND_UNLOAD}
     for name, code in commands.items():
-        print(f"{num_layers} layers: {name}", file=sys.stderr, flush=True)
         figures[name] = run(code, model, out, adapter)
+        print(f"{num_layers} layers: {name} {figures[name]}", file=sys.stderr, flush=True)
         shutil.rmtree(out)
     shutil.rmtree(model)
     shutil.rmtree(adapter)
