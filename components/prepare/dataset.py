@@ -179,7 +179,8 @@ def check_rows(files: list[Path], config: PrepareConfig, name: str) -> Checked:
     """
     findings = Findings()
     contents, questions = bytearray(), array("Q")
-    for _, messages in _conversations(files, config.format, findings, name):
+    form = config.format if config.format != "auto" else _form_of(files, name)
+    for _, messages in _conversations(files, form, findings):
         text = "\x1f".join([part for message in messages for part in message.values()])
         contents += hashlib.blake2b(text.encode(), digest_size=16).digest()
         questions.append(_question_hash(messages))
@@ -188,7 +189,6 @@ def check_rows(files: list[Path], config: PrepareConfig, name: str) -> Checked:
     findings.refuse(name)
     if not questions:
         raise Tune16Error(f"{name}: the data set is empty.")
-    form = config.format if config.format != "auto" else _form_of(files, findings, name)
     say("prepare", f"checked {len(questions):,} rows of the form {form}: no faults")
     checked = Checked(form, bytes(contents), questions, config.held_out_share)
     if (checked.is_held_out | checked.is_duplicate).all():
@@ -203,18 +203,15 @@ def _question_hash(messages: Messages) -> int:
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")
 
 
-def _form_of(files: list[Path], findings: Findings, name: str) -> str:
-    return detect_format(next(read_rows(files, findings))[1], name)
+def _form_of(files: list[Path], name: str) -> str:
+    """The form of the first readable row; empty where there is none."""
+    first = next(read_rows(files, Findings()), None)
+    return detect_format(first[1], name) if first else ""
 
 
-def _conversations(files: list[Path], form: str, findings: Findings, name: str) -> Iterator[tuple[Place, Messages]]:
+def _conversations(files: list[Path], form: str, findings: Findings) -> Iterator[tuple[Place, Messages]]:
     """All rows as conversations; bad ones go to `findings`."""
     rows = read_rows(files, findings)
-    first = next(rows, None)
-    if first is None:
-        return
-    form = detect_format(first[1], name) if form == "auto" else form
-    rows = itertools.chain([first], rows)
     for place, row in best_threads(rows) if form == "oasst" else rows:
         try:
             yield place, to_messages(row, form)
@@ -253,7 +250,7 @@ def _write_rows(
 
 
 def _kept_rows(files: list[Path], checked: Checked) -> Iterator[_Row]:
-    conversations = _conversations(files, checked.form, Findings(), "")
+    conversations = _conversations(files, checked.form, Findings())
     for number, (place, messages) in enumerate(conversations):
         if not checked.is_duplicate[number]:
             yield _Row(place, messages, bool(checked.is_held_out[number]))
