@@ -71,7 +71,10 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     done = call(BIN / "tune16", "run", "demo", "--folder", tmp_path, "--json", **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
-    assert [*result["steps"]] == ["preflight", "prepare", "quantize", "train", "evaluate", "merge", "upload"]
+    # prepare and quantize need only preflight: kfp starts them in either order.
+    order = [*result["steps"]]
+    assert order[0] == "preflight" and {*order[1:3]} == {"prepare", "quantize"}
+    assert order[3:] == ["train", "evaluate", "merge", "upload"]
     assert all(step["seconds"] is not None for step in result["steps"].values())
     base, tuned = result["evaluation"]["base"], result["evaluation"]["tuned"]
     assert tuned["loss"]["value"] <= 0.7 * base["loss"]["value"]
