@@ -7,8 +7,9 @@ pages would count as the step's memory.
 
 import json
 import struct
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Self
 import torch
 
 from components.errors import Tune16Error
+from components.steps import say
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,6 +39,8 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
 _HEADER_BYTES_PER_TENSOR = 320
+_PARTS = 6  # tensors that one may become; a quantised weight has this many
+_BYTES_AT_ONCE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ class StoredTensor:
                     raise Tune16Error(f"{self.file}: ends inside the tensor {self.name}. Fetch the model again.")
                 view = view[count:]
         return buffer.view(self.dtype).reshape(self.shape)
+
+
+# What becomes of one tensor: the tensors that take its place, by name. Runs in several threads at once.
+Work = Callable[[StoredTensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -116,24 +124,58 @@ def read_header(file: Path) -> list[StoredTensor]:
     return tensors
 
 
-def read_ahead(tensors: list[StoredTensor]) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
-    """Read `tensors` in order, each while the caller still works on the one before: at most two are in memory."""
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        upcoming = reader.submit(tensors[0].read) if tensors else None
-        for position, stored in enumerate(tensors):
-            assert upcoming is not None
-            tensor = upcoming.result()
-            if position + 1 < len(tensors):
-                upcoming = reader.submit(tensors[position + 1].read)
-            yield stored, tensor
-            del tensor
+def rewrite(source: Path, target: Path, work: Work, step: str) -> int:
+    """Write a model's weights anew: for each tensor of the folder `source` what `work` makes of it.
+
+    The files in `target` have the names of those they come from. `step` is who says what is done.
+
+    Returns:
+        The bytes written.
+    """
+    file_of_tensor: dict[str, str] = {}
+    files = weight_files(source)
+    for position, file in enumerate(files, 1):
+        tensors = read_header(file)
+        with TensorWriter(target / file.name, num_tensors=_PARTS * len(tensors)) as writer:
+            for parts in _stream(tensors, work):
+                for name, part in parts.items():
+                    writer.add(name, part)
+        file_of_tensor |= dict.fromkeys(writer.names, file.name)
+        say(step, f"{file.name} done, {position} of {len(files)}")
+    write_index(target, file_of_tensor)
+    return sum((target / file.name).stat().st_size for file in files)
+
+
+def _stream(tensors: list[StoredTensor], work: Work) -> Iterator[dict[str, torch.Tensor]]:
+    """Read `tensors` and work on them, several at once; the results come in order.
+
+    Each tensor is read and worked on by one thread: single threads on whole tensors do twice the work of operations
+    split over the cores. No more tensors are begun than fit into 256 MiB together, or one that is larger.
+    """
+    num_threads = torch.get_num_threads()
+    begun: deque[tuple[int, Future[dict[str, torch.Tensor]]]] = deque()
+    pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for stored in tensors:
+            while begun and stored.num_bytes + sum(size for size, _ in begun) > _BYTES_AT_ONCE:
+                yield begun.popleft()[1].result()
+            begun.append((stored.num_bytes, pool.submit(_read_and_work, stored, work)))
+        while begun:
+            yield begun.popleft()[1].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(num_threads)
+
+
+def _read_and_work(stored: StoredTensor, work: Work) -> dict[str, torch.Tensor]:
+    return work(stored, stored.read())
 
 
 class TensorWriter:
     """Writes one safetensors file, tensor after tensor; the header's room is kept free and filled in at the end."""
 
     def __init__(self, file: Path, num_tensors: int) -> None:
-        self._stream = file.open("wb")
+        self._stream = file.open("wb", buffering=0)
         self._room = 8 * ((1024 + _HEADER_BYTES_PER_TENSOR * num_tensors) // 8)
         self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._end = 0
@@ -142,14 +184,18 @@ class TensorWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor."""
         assert name not in self._entries, name
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._stream.write(data.data)
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._write(data)
         self._entries[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self._end, self._end + data.nbytes],
         }
         self._end += data.nbytes
+
+    def _write(self, data: memoryview) -> None:
+        while data:
+            data = data[self._stream.write(data) :]
 
     def __enter__(self) -> Self:
         return self
@@ -162,7 +208,7 @@ class TensorWriter:
                 header = json.dumps(self._entries, separators=(",", ":")).encode()
                 assert len(header) <= self._room, "more or longer tensor names than announced"
                 self._stream.seek(0)
-                self._stream.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+                self._write(memoryview(struct.pack("<Q", self._room) + header.ljust(self._room)))
 
     @property
     def names(self) -> list[str]:

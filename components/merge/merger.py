@@ -20,14 +20,14 @@ from components.errors import Tune16Error
 from components.outputs import RECORD, new_folder, read_record, write_record
 from components.references import MODEL_FILES, fetch, parse, read_config
 from components.steps import say
-from components.tensors import INDEX_FILE, TensorWriter, read_ahead, read_header, weight_files, write_index
+from components.tensors import INDEX_FILE, StoredTensor, read_header, rewrite
 
 ADAPTER_FOLDER = "adapter"
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
-_SLICE_BYTES = 64 << 20
+_SLICE_BYTES = 4 << 20  # of float32, which stays in the processor's cache
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -80,25 +80,22 @@ def merge_weights(source: Path, adapter: Path, target: Path, dtype: str = "auto"
     base_config = read_config(parse(str(source.absolute()), "model"), source)
     number_format: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
     untied = bool(base_config.get("tie_word_embeddings")) and bool({_EMBEDDING, _HEAD} & set(deltas))
-    files = weight_files(source)
-    file_of_tensor: dict[str, str] = {}
-    for position, file in enumerate(files, 1):
-        tensors = read_header(file)
-        with TensorWriter(target / file.name, num_tensors=len(tensors) + 1) as writer:
-            for stored, tensor in read_ahead(tensors):
-                if untied and stored.name == _EMBEDDING:
-                    head = tensor.clone()
-                    writer.add(_HEAD, _merged(_HEAD, head, deltas.pop(_HEAD, None), number_format))
-                if untied and stored.name == _HEAD:
-                    continue
-                writer.add(stored.name, _merged(stored.name, tensor, deltas.pop(stored.name, None), number_format))
-            file_of_tensor |= dict.fromkeys(writer.names, file.name)
-        say("merge", f"{file.name} done, {position} of {len(files)}")
+
+    def merge(stored: StoredTensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        if untied and stored.name == _HEAD:
+            return {}  # the embedding again; it stands for both
+        names = [_HEAD, _EMBEDDING] if untied and stored.name == _EMBEDDING else [stored.name]
+        copies = [weight.clone() for _ in names[1:]] + [weight]
+        return {
+            name: _merged(name, copy, deltas.pop(name, None), number_format)
+            for name, copy in zip(names, copies, strict=True)
+        }
+
+    num_bytes = rewrite(source, target, merge, "merge")
     if deltas:
         raise Tune16Error(f"{adapter}: adapts {min(deltas)}, which the base model does not have.")
-    write_index(target, file_of_tensor)
     _write_companions(source, adapter, target, base_config, number_format, untied)
-    return {"num_merged": num_deltas, "bytes": sum(path.stat().st_size for path in target.iterdir())}
+    return {"num_merged": num_deltas, "bytes": num_bytes}
 
 
 def read_deltas(adapter: Path) -> dict[str, Delta]:
@@ -150,7 +147,7 @@ def _merged(name: str, weight: torch.Tensor, delta: Delta | None, dtype: torch.d
                 f"{' x '.join(map(str, weight.shape))}. It belongs to another base model."
             )
         weight = add_delta(weight, delta, dtype or weight.dtype)
-        if not weight.isfinite().all():
+        if not all(extreme.isfinite() for extreme in weight.aminmax()):
             raise Tune16Error(
                 f"{name}: the merged weight leaves the range of {weight.dtype}. Set merge_dtype to bfloat16."
             )
@@ -160,11 +157,14 @@ def _merged(name: str, weight: torch.Tensor, delta: Delta | None, dtype: torch.d
 def add_delta(weight: torch.Tensor, delta: Delta, dtype: torch.dtype) -> torch.Tensor:
     """The sum of `weight` and its update, computed in float32 a slice of rows at a time and rounded once to `dtype`."""
     merged = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
-    rows_at_once = max(1, _SLICE_BYTES // (4 * weight.shape[1]))
     a, b = delta.a.float(), delta.b.float()
-    for start in range(0, weight.shape[0], rows_at_once):
-        end = start + rows_at_once
-        merged[start:end] = torch.addmm(weight[start:end].float(), b[start:end], a, alpha=delta.scale)
+    num_rows, num_columns = weight.shape
+    rows_at_once = max(1, _SLICE_BYTES // (4 * num_columns))
+    workspace = torch.empty(min(rows_at_once, num_rows), num_columns)
+    for start in range(0, num_rows, rows_at_once):
+        rows = slice(start, min(start + rows_at_once, num_rows))
+        total = workspace[: rows.stop - start].copy_(weight[rows])
+        merged[rows] = total.addmm_(b[rows], a, alpha=delta.scale)
     return merged
 
 

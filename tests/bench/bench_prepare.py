@@ -15,21 +15,19 @@ from pipelines.demo.generate import CORPUS
 
 ROWS = 52_000
 
-PREPARE = """
-import sys; from pathlib import Path
-from components.config import PrepareConfig
-from components.prepare.dataset import prepare_dataset
-prepare_dataset(sys.argv[1], sys.argv[2], Path(sys.argv[3]), PrepareConfig(template="llama2"))
-"""
-CHECK = """
-import sys; from pathlib import Path
-from components.config import PrepareConfig
-from components.prepare.dataset import check_rows
-check_rows([Path(sys.argv[1])], PrepareConfig(), "data")
-"""
-MAP = """
-import sys; from importlib.resources import files
-from datasets import load_dataset; from transformers import AutoTokenizer
+# Each command is its imports and its work on sys.argv: rows, model, target, how to map.
+PREPARE = (
+    "from components.config import PrepareConfig; from components.prepare.dataset import prepare_dataset\n"
+    "from transformers import AutoTokenizer",
+    'prepare_dataset(sys.argv[1], sys.argv[2], Path(sys.argv[3]), PrepareConfig(template="llama2"))',
+)
+CHECK = (
+    "from components.config import PrepareConfig; from components.prepare.dataset import check_rows",
+    'check_rows([Path(sys.argv[1])], PrepareConfig(), "data")',
+)
+MAP = (
+    "from importlib.resources import files; from datasets import load_dataset; from transformers import AutoTokenizer",
+    """
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 tokenizer.chat_template = (files("components.prepare") / "templates" / "llama2.jinja").read_text().strip()
 def messages(row):
@@ -44,8 +42,8 @@ def many(rows):
     return {"input_ids": done["input_ids"], "mask": done["assistant_masks"]}
 data = load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[3])
 data.map(many if sys.argv[4] == "batched" else one, batched=sys.argv[4] == "batched").save_to_disk(sys.argv[3] + "/out")
-"""
-IMPORTS = "import components.prepare.dataset, transformers; from transformers import AutoTokenizer; import datasets"
+""",
+)
 
 
 def write_rows(path: Path, num_rows: int) -> None:
@@ -72,15 +70,14 @@ if __name__ == "__main__":
         (model / "model.safetensors").write_bytes(b"")
         for name, num_rows in (("rows", ROWS), ("ten times", 10 * ROWS)):
             write_rows(folder / f"{name}.jsonl", num_rows)
-        for name, code, rows, extra in (
-            ("imports alone", IMPORTS, "rows", ""),
+        for name, (imports, work), rows, extra in (
             ("check", CHECK, "rows", ""),
             ("prepare", PREPARE, "rows", ""),
             ("map, row by row", MAP, "rows", "single"),
             ("map, batched", MAP, "rows", "batched"),
             ("prepare, ten times the rows", PREPARE, "ten times", ""),
         ):
-            print(name, file=sys.stderr, flush=True)
             target = folder / f"out {name}"
-            figures[name] = run(code, folder / f"{rows}.jsonl", model, target, extra)
+            figures[name] = run(imports, work, folder / f"{rows}.jsonl", model, target, extra)
+            print(name, figures[name], file=sys.stderr, flush=True)
     write("prepare", figures)

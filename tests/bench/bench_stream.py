@@ -17,29 +17,31 @@ HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 2048, 5504, 32000, 16
 LAYERS_PER_FILE = 8
 RANK = 64
 
-COPY = "import shutil,sys; shutil.copytree(sys.argv[1], sys.argv[2])"
-QUANTIZE = """
-import sys; from pathlib import Path
-from components.config import QuantizeConfig
-from components.quantize.checkpoint import quantize_checkpoint
-quantize_checkpoint(sys.argv[1], Path(sys.argv[2]), QuantizeConfig())
-"""
-MERGE = """
-import sys; from pathlib import Path
-from components.merge.merger import merge_weights
-merge_weights(Path(sys.argv[1]), Path(sys.argv[3]), Path(sys.argv[2]))
-"""
-LOAD_IN_4BIT = """
-import sys; from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+# Each command is its imports and its work on sys.argv: model, target, adapter.
+COPY = ("import shutil", "shutil.copytree(sys.argv[1], sys.argv[2])")
+QUANTIZE = (
+    "from components.config import QuantizeConfig; from components.quantize.checkpoint import quantize_checkpoint",
+    "quantize_checkpoint(sys.argv[1], Path(sys.argv[2]), QuantizeConfig())",
+)
+MERGE = (
+    "from components.merge.merger import merge_weights",
+    "merge_weights(Path(sys.argv[1]), Path(sys.argv[3]), Path(sys.argv[2]))",
+)
+LOAD_IN_4BIT = (
+    "import bitsandbytes; from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
+    """
 settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=settings, dtype="auto")
 model.save_pretrained(sys.argv[2])
-"""
-MERGE_AND_UNLOAD = """
-import sys; from transformers import AutoModelForCausalLM; from peft import PeftModel
+""",
+)
+MERGE_AND_UNLOAD = (
+    "from transformers import AutoModelForCausalLM; from peft import PeftModel",
+    """
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
 PeftModel.from_pretrained(base, sys.argv[3]).merge_and_unload().save_pretrained(sys.argv[2])
-"""
+""",
+)
 
 
 def write_model(folder: Path, num_layers: int) -> int:
@@ -114,8 +116,8 @@ def measure(folder: Path, num_layers: int, peers: bool) -> dict[str, object]:
     commands = {"warm-up": COPY, "copy": COPY, "quantize": QUANTIZE, "merge": MERGE}
     if peers:
         commands |= {"from_pretrained(load_in_4bit)": LOAD_IN_4BIT, "merge_and_unload": MERGE_AND_UNLOAD}
-    for name, code in commands.items():
-        figures[name] = run(code, model, out, adapter)
+    for name, (imports, work) in commands.items():
+        figures[name] = run(imports, work, model, out, adapter)
         print(f"{num_layers} layers: {name} {figures[name]}", file=sys.stderr, flush=True)
         shutil.rmtree(out)
     shutil.rmtree(model)

@@ -46,10 +46,10 @@ def test_nf4_of_zeros_odd_sizes_and_extremes() -> None:
 
 
 def _assert_same(weight: torch.Tensor) -> None:
-    packed, state = quantize_nf4(weight)
+    quantized = quantize_nf4(weight)
     wanted, wanted_state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    assert torch.equal(packed, wanted)
-    ours, theirs = state.as_dict(packed=True), wanted_state.as_dict(packed=True)
+    assert torch.equal(quantized.packed, wanted)
+    ours, theirs = quantized.state, wanted_state.as_dict(packed=True)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -72,6 +72,7 @@ def test_checkpoint_equals_what_transformers_makes_on_load(
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert loaded.config.quantization_config.to_dict() == settings.to_dict()
     ids = torch.arange(3, 40).unsqueeze(0)
     assert torch.equal(loaded(ids).logits, reference(ids).logits)
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components.errors import Tune16Error
-from components.tensors import StoredTensor, TensorWriter, read_ahead, read_header, weight_files
+from components.tensors import StoredTensor, TensorWriter, read_header, rewrite, weight_files
 
 TENSORS = {
     "a": torch.randn(5, 7, dtype=torch.float32),
@@ -27,10 +27,22 @@ def test_written_files_are_read_by_safetensors(tmp_path: Path) -> None:
 
 
 def test_files_of_safetensors_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file(TENSORS, path)
-    read = {stored.name: tensor for stored, tensor in read_ahead(read_header(path))}
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    read = {stored.name: stored.read() for stored in read_header(tmp_path / "model.safetensors")}
     assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_weights_are_rewritten_in_order(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    threads = torch.get_num_threads()
+    rewrite(
+        tmp_path, tmp_path / "new", lambda stored, tensor: {f"{stored.name}.0": tensor, f"{stored.name}.1": tensor}, "x"
+    )
+    assert torch.get_num_threads() == threads
+    new, old = (read_header(folder / "model.safetensors") for folder in (tmp_path / "new", tmp_path))
+    assert [stored.name for stored in new] == [f"{stored.name}.{part}" for stored in old for part in "01"]
+    assert all(torch.equal(stored.read(), TENSORS[stored.name[:-2]]) for stored in new)
 
 
 @pytest.mark.parametrize("length", [0, 4, 20, 300, -1])
