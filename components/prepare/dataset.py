@@ -25,6 +25,7 @@ from components.errors import Tune16Error
 from components.outputs import new_folder, write_record
 from components.prepare import report
 from components.prepare.chat import ChatTemplate, Messages, choose_template
+from components.prepare.encoder import make_encoder
 from components.prepare.findings import Findings
 from components.prepare.formats import BadRowError, best_threads, detect_format, to_messages
 from components.prepare.readers import Place, read_rows
@@ -266,7 +267,7 @@ class _Writer:
     """Tokenises batches of rendered rows and appends them to the two Parquet files."""
 
     def __init__(self, folder: Path, tokenizer: "PreTrainedTokenizerBase", prepared: Prepared, max_tokens: int) -> None:
-        self._encode = tokenizer.backend_tokenizer.encode_batch
+        self._encode = make_encoder(tokenizer).encode_batch
         self._prepared = prepared
         self._max_tokens = max_tokens
         self._train = _RowFile(folder / "train.parquet")
