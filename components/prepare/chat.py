@@ -6,7 +6,7 @@ tokenizer that travels with the model gets the same template without the marks, 
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,11 @@ class _Generation(Extension):
         return f"{MARK_START}{caller()}{MARK_END}"
 
 
+@cache
+def _compile(source: str) -> Template:
+    return Environment(extensions=[_Generation]).from_string(source)
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A template bound to a tokenizer's special tokens."""
@@ -70,10 +75,6 @@ class ChatTemplate:
     bos_token: str
     eos_token: str
 
-    @cached_property
-    def _template(self) -> Template:
-        return Environment(extensions=[_Generation]).from_string(self.source)
-
     def render(self, messages: Messages) -> tuple[str, list[Span]]:
         """Render a whole conversation.
 
@@ -81,7 +82,7 @@ class ChatTemplate:
             The text with its special tokens, and the character spans of the answers: what the model has to produce,
             the token that ends an answer included.
         """
-        marked = self._template.render(
+        marked = _compile(self.source).render(
             messages=messages, bos_token=self.bos_token, eos_token=self.eos_token, add_generation_prompt=False
         )
         pieces = re.split(f"[{MARK_START}{MARK_END}]", marked)

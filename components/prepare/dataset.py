@@ -8,9 +8,7 @@ import hashlib
 import itertools
 import tempfile
 from array import array
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +23,6 @@ from components.errors import Tune16Error
 from components.outputs import new_folder, write_record
 from components.prepare import report
 from components.prepare.chat import ChatTemplate, Messages, choose_template
-from components.prepare.encoder import make_encoder
 from components.prepare.findings import Findings
 from components.prepare.formats import BadRowError, best_threads, detect_format, to_messages
 from components.prepare.readers import Place, read_rows
@@ -228,20 +225,15 @@ def _write_rows(
     config: PrepareConfig,
     folder: Path,
 ) -> Prepared:
-    """Second pass: render here, tokenise and write in a second thread (the tokenizer works outside Python's lock)."""
+    """Second pass: render, tokenise and write, a batch at a time."""
     counts = Counts(rows=len(checked.is_duplicate), duplicates=checked.num_duplicates)
     prepared = Prepared(counts, checked.form, template, np.zeros(config.max_tokens + 2, dtype=np.int64), [])
-    with _Writer(folder, tokenizer, prepared, config.max_tokens) as writer, ThreadPoolExecutor(1) as worker:
-        pending: deque[Future[None]] = deque()
+    with _Writer(folder, tokenizer, prepared, config.max_tokens) as writer:
         for batch in _batches(_kept_rows(files, checked), _BATCH_ROWS):
             rendered = [template.render(row.messages) for row in batch]
             if not prepared.examples:
                 prepared.examples = rendered[:3]
-            pending.append(worker.submit(writer.write, batch, rendered))
-            if len(pending) > 2:
-                pending.popleft().result()
-        for future in pending:
-            future.result()
+            writer.write(batch, rendered)
     if not counts.train_rows or not counts.held_out_rows:
         raise Tune16Error(
             f"prepare.max_tokens: at {config.max_tokens} tokens {counts.dropped_answer_cut_away} of {counts.rows} rows "
@@ -267,7 +259,7 @@ class _Writer:
     """Tokenises batches of rendered rows and appends them to the two Parquet files."""
 
     def __init__(self, folder: Path, tokenizer: "PreTrainedTokenizerBase", prepared: Prepared, max_tokens: int) -> None:
-        self._encode = make_encoder(tokenizer).encode_batch
+        self._encode = tokenizer.backend_tokenizer.encode_batch
         self._prepared = prepared
         self._max_tokens = max_tokens
         self._train = _RowFile(folder / "train.parquet")
@@ -313,7 +305,7 @@ class _Writer:
         ):
             setattr(counts, f"{side}_{name}", getattr(counts, f"{side}_{name}") + number)
         columns = {
-            "messages": [row.messages for row in rows],
+            "messages": _conversation_lists([row.messages for row in rows]),
             "source": [f"{row.place[0]}:{row.place[1]}" for row in rows],
             "input_ids": _lists(input_ids),
             "labels": _lists(labels),
@@ -354,6 +346,15 @@ def _labels(encoding: Any, input_ids: npt.NDArray[np.int32], spans: list[tuple[i
         if first is not None and last is not None:
             labels[first : last + 1] = input_ids[first : last + 1]
     return labels
+
+
+def _conversation_lists(conversations: list[Messages]) -> pa.ListArray:
+    """Arrow's column of conversations, several times faster than from dicts."""
+    offsets = np.zeros(len(conversations) + 1, dtype=np.int32)
+    np.cumsum([len(messages) for messages in conversations], out=offsets[1:])
+    keys = ("role", "content")
+    columns = [pa.array([message[key] for messages in conversations for message in messages]) for key in keys]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(columns, keys))
 
 
 def _lists(arrays: Iterable[npt.NDArray[np.int32]]) -> pa.ListArray:

@@ -12,8 +12,6 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from components.config import PrepareConfig
@@ -21,7 +19,6 @@ from components.errors import Tune16Error
 from components.outputs import read_record
 from components.prepare.chat import ChatTemplate, choose_template
 from components.prepare.dataset import IGNORED, prepare_dataset
-from components.prepare.encoder import make_encoder
 from components.prepare.findings import Findings
 from components.prepare.formats import BadRowError, to_messages
 from components.prepare.readers import read_rows
@@ -364,29 +361,3 @@ def test_templates_are_chosen_by_the_tokenizer(
         choose_template("auto", tokenizer, "falcon")
     with pytest.raises(Tune16Error, match=r"chatml needs the token <\|im_start\|>"):
         choose_template("chatml", tokenizer, "llama")
-
-
-_NASTY = st.lists(
-    st.sampled_from(["a", "b", "e", "1.", ",", " ", "\n", "\t", "▁", "é", "中", "🙂", "<s>", "</s>", "  "])
-).map("".join)
-
-
-@given(text=_NASTY | st.text())
-@settings(max_examples=300, deadline=None)
-def test_the_encoder_gives_the_tokenizers_own_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    backend = tokenizer.backend_tokenizer
-    ours, own = (one.encode(text, add_special_tokens=False) for one in (make_encoder(tokenizer), backend))
-    assert (ours.ids, ours.offsets) == (own.ids, own.offsets)
-
-
-@pytest.mark.parametrize(("merge", "splits"), [(("▁", "▁"), True), (("a", "▁"), False)])
-def test_the_encoder_splits_words_only_where_no_merge_crosses_them(merge: tuple[str, str], splits: bool) -> None:
-    words = ["<unk>", "▁", "a", "b", "ab", "▁a", "".join(merge)]
-    merges = [merge, ("a", "b"), ("▁", "a")]
-    backend = Tokenizer(BPE({word: number for number, word in enumerate(words)}, merges, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    encoder = make_encoder(tokenizer)
-    assert isinstance(encoder.pre_tokenizer, pre_tokenizers.Sequence) == splits
-    for text in ("a b", "ab  ab", "   a", "a ", "", "ba   bb a"):
-        assert encoder.encode(text).ids == backend.encode(text).ids
