@@ -27,6 +27,9 @@ compile: $(BIN)/ready  ## Write manifests/base/pipeline.yaml and the page of set
 	@$(BIN)/tune16 compile
 	@$(BIN)/python -m components knobs > components/KNOBS.md
 
+manifests: $(BIN)/ready  ## Build every overlay and validate every object
+	@$(BIN)/pytest tests/manifests
+
 bench: $(BIN)/ready  ## The benchmarks that need no GPU
 	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -39,4 +42,4 @@ $(BIN)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[trainer,pipelines,dev]'
 	@touch $@
 
-.PHONY: help run test lint quick compile bench clean
+.PHONY: help run test lint quick compile manifests bench clean
