@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tokenizers.models import BPE
 
 from components.config import PrepareConfig
 from components.errors import Tune16Error
@@ -259,7 +260,10 @@ class _Writer:
     """Tokenises batches of rendered rows and appends them to the two Parquet files."""
 
     def __init__(self, folder: Path, tokenizer: "PreTrainedTokenizerBase", prepared: Prepared, max_tokens: int) -> None:
-        self._encode = tokenizer.backend_tokenizer.encode_batch
+        backend = tokenizer.backend_tokenizer
+        if isinstance(backend.model, BPE) and backend.pre_tokenizer is None:
+            backend.model._resize_cache(0)  # its words are whole rows: never found again, only kept
+        self._encode = backend.encode_batch
         self._prepared = prepared
         self._max_tokens = max_tokens
         self._train = _RowFile(folder / "train.parquet")
