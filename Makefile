@@ -14,7 +14,7 @@ help:  ## List the targets
 run: $(BIN)/ready  ## Run a recipe here from end to end: RECIPE=demo, another name, or a path
 	@$(BIN)/tune16 run $(RECIPE)
 
-test: $(BIN)/ready lint  ## Lint, types and all tests
+test: $(BIN)/ready .venv/checkov/ready lint  ## Lint, types and all tests
 	@$(BIN)/pytest
 
 lint: $(BIN)/ready  ## Lint and types only
@@ -27,7 +27,7 @@ compile: $(BIN)/ready  ## Write manifests/base/pipeline.yaml and the page of set
 	@$(BIN)/tune16 compile
 	@$(BIN)/python -m components knobs > components/KNOBS.md
 
-manifests: $(BIN)/ready  ## Build every overlay and validate every object
+manifests: $(BIN)/ready .venv/checkov/ready  ## Build every overlay, validate every object, check the security
 	@$(BIN)/pytest tests/manifests
 
 bench: $(BIN)/ready  ## The benchmarks that need no GPU
@@ -40,6 +40,12 @@ $(BIN)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[trainer,pipelines,dev]'
+	@touch $@
+
+# checkov pins a boto3 that is older than ours.
+.venv/checkov/ready: tests/manifests/checkov.txt
+	$(PYTHON) -m venv .venv/checkov
+	.venv/checkov/bin/pip install --quiet -r $<
 	@touch $@
 
 .PHONY: help run test lint quick compile manifests bench clean

@@ -35,7 +35,7 @@ def preflight(
     with step("preflight"):
         recipe = settings.override(settings.Recipe(), set_)
         place = settings.PreflightConfig.load(model=model, data=data, gpu_memory=recipe.preflight.gpu_memory)
-        check(place, recipe.prepare, recipe.quantize, recipe.train, path)
+        check(recipe.model_copy(update={"preflight": place}), path)
 
 
 @app.command()
@@ -59,10 +59,21 @@ def quantize(model: Model, output: Output, set_: Set = []) -> None:  # noqa: B00
 @app.command()
 def train(weights: Weights, rows: Rows, output: Output, set_: Set = []) -> None:  # noqa: B006
     """Train an adapter on a quantised model."""
-    from components.train.trainer import train_adapter
+    from components.train.launch import train as train_adapter
 
     with step("train"):
         train_adapter(weights, rows, output, _load(settings.TrainConfig, set_))
+
+
+@app.command()
+def train_node(
+    source: Annotated[str, typer.Option(help="s3:// folder with the inputs, which the step train has filled.")],
+) -> None:
+    """Train as one node of several; the step train starts this in the pods of its job."""
+    from components.train.nodes import train_as_node
+
+    with step("train"):
+        train_as_node(source)
 
 
 @app.command()

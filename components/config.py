@@ -133,6 +133,20 @@ class TrainConfig(StepConfig):
         description="Sequences that pass through the GPU at once.",
         json_schema_extra={"unit": "sequences"},
     )
+    num_gpus: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="GPUs of one pod, which share every batch: each takes micro_batch sequences.",
+        json_schema_extra={"unit": "GPUs"},
+    )
+    num_nodes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Nodes that train together, each with num_gpus GPUs; more than 1 needs Kubeflow's trainer.",
+        json_schema_extra={"unit": "nodes"},
+    )
     alpha: float = Field(16, gt=0, le=4096, description="LoRA alpha: the adapter's output is scaled by alpha / rank.")
     dropout: Share = Field(0.1, description="Dropout on the adapter's input.")
     rank_stabilized: bool = Field(False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")

@@ -2,6 +2,7 @@
 
     <path>/<version>/                  version = UTC time and a short content hash; sorts by time
         adapter/ merged/ report/ …     the files
+        config.json                    the settings of every step that made it
         manifest.json                  written last: every file with size and SHA-256, scores, lineage
     <path>/champions/000007.json       an append-only log; the highest number is the champion
 
@@ -20,6 +21,7 @@ from components.outputs import new_folder
 from components.references import file_digest
 
 MANIFEST = "manifest.json"
+SETTINGS = "config.json"
 _CHAMPIONS = "champions"
 
 
@@ -90,6 +92,12 @@ def read_manifest(path: str, version: str) -> dict[str, Any]:
         raise Tune16Error(f"{address(path, version)}: no such version, or its upload never ended.")
     manifest: dict[str, Any] = json.loads(content)
     return manifest
+
+
+def read_settings(path: str, version: str) -> dict[str, Any]:
+    """The settings of the steps that made a version."""
+    content = s3.read(s3.default_bucket(), f"{path}/{version}/{SETTINGS}")
+    return {} if content is None else dict(json.loads(content))
 
 
 def address(path: str, version: str) -> str:

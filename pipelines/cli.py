@@ -1,4 +1,4 @@
-"""The command `tune16`: plan, run and compile."""
+"""The command `tune16`: plan, run and compile here; the commands that speak to a cluster are in cli_cluster.py."""
 
 import json
 import sys
@@ -11,17 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from components.config import Recipe, load_recipe, override
-from components.errors import Tune16Error, user_errors
-from components.memory import MemoryPlan, known_shape, plan, read_shape
-
-_RECIPES = Path(__file__).parent / "recipes"
-
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Name of a recipe that ships with Tune16, or a path.")
-]
-Settings = Annotated[list[str], typer.Option("--set", help="A setting as step.field=value; repeat it for more.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+from components.config import override
+from components.errors import user_errors
+from pipelines import cli_cluster
+from pipelines.options import AsJson, RecipeName, Settings, find_recipe, plan_recipe
 
 app = typer.Typer(
     help="Fine-tune a large language model with QLoRA on one 16 GB GPU.",
@@ -29,6 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(cli_cluster.doctor)
+app.command()(cli_cluster.submit)
+app.add_typer(cli_cluster.runs, name="runs")
+app.add_typer(cli_cluster.schedules, name="schedule")
 console = Console(highlight=False)
 
 
@@ -58,7 +55,7 @@ def run(
 def plan_(recipe: RecipeName = "llama2-7b-16gb", set_: Settings = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Plan the GPU memory of a recipe; well-known models need no network."""
     settings = override(find_recipe(recipe), set_)
-    memory = _plan(settings)
+    memory = plan_recipe(settings)
     if as_json:
         content = {"parts": memory.parts, "total": memory.total, "available": memory.available, "fits": memory.fits}
         print(json.dumps(content, indent=2))
@@ -87,35 +84,6 @@ def compile_(
     target = output or (Path("tune16.yaml") if ir else MANIFEST)
     (compile_ir if ir else compile_manifest)(target)
     console.print(f"{target}: {target.stat().st_size:,} bytes")
-
-
-def find_recipe(name: str) -> Recipe:
-    """Load a recipe by the name it ships under, or from a path.
-
-    Raises:
-        Tune16Error: there is none, or a setting in it is wrong.
-    """
-    shipped = _RECIPES / f"{name}.yaml"
-    if shipped.is_file():
-        return load_recipe(shipped)
-    if Path(name).is_file():
-        return load_recipe(Path(name))
-    names = ", ".join(sorted(path.stem for path in _RECIPES.glob("*.yaml")))
-    raise Tune16Error(f"There is no recipe '{name}', neither with Tune16 nor as a file. With Tune16 come: {names}.")
-
-
-def _plan(settings: Recipe) -> MemoryPlan:
-    """The memory plan, from the known shapes or from the model's config.json."""
-    shape = known_shape(settings.preflight.model)
-    if shape is None:
-        import tempfile
-
-        from components.references import parse, read_config
-
-        with tempfile.TemporaryDirectory() as scratch:
-            reference = parse(settings.preflight.model, "model")
-            shape = read_shape(read_config(reference, Path(scratch)), where=settings.preflight.model)
-    return plan(shape, settings.quantize, settings.prepare, settings.train, settings.preflight.gpu_memory)
 
 
 def _print_run(result: Any) -> None:

@@ -19,15 +19,20 @@ def compile_manifest(target: Path) -> None:
 
     A version's spec cannot be changed on the cluster, so its name carries the hash of the content.
     """
-    digest = hashlib.sha256(_compiled(_options(f"{NAME}-{VERSION}"))).hexdigest()
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(_compiled(_options(f"{NAME}-{VERSION}-{digest[:8]}")))
+    target.write_bytes(_compiled(_options(version_name())))
 
 
 def compile_ir(target: Path) -> None:
     """Write the plain intermediate representation, one YAML file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(_compiled(None))
+
+
+def version_name() -> str:
+    """The name of this version: Tune16's own version and the hash of the pipeline's content."""
+    digest = hashlib.sha256(_compiled(_options(f"{NAME}-{VERSION}"))).hexdigest()
+    return f"{NAME}-{VERSION}-{digest[:8]}"
 
 
 def _options(version_name: str) -> KubernetesManifestOptions:

@@ -18,7 +18,7 @@ from components.upload.component import upload
 _DEFAULT = Recipe()
 
 # CPU and memory that each step asks for; training and evaluation also take one GPU.
-_RESOURCES = {
+RESOURCES = {
     "preflight": ("500m", "1Gi"),
     "prepare": ("2", "4Gi"),
     "quantize": ("2", "4Gi"),
@@ -38,7 +38,7 @@ def _with_help(function: Callable[..., None]) -> Callable[..., None]:
 
 def _place(task: dsl.PipelineTask, connection: Any, tokens: Any) -> None:
     """Give a task its resources, and the secrets by name."""
-    cpu, memory = _RESOURCES[task.name]
+    cpu, memory = RESOURCES[task.name]
     task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
     kubernetes.use_secret_as_env(task, connection, {name: name for name in CONNECTION_VARIABLES})
     kubernetes.use_secret_as_env(task, tokens, {name: name for name in TOKEN_VARIABLES}, optional=True)
@@ -61,8 +61,9 @@ def finetune(
     train_learning_rate: float = _DEFAULT.train.learning_rate,
     train_rank: int = _DEFAULT.train.rank,
     train_micro_batch: int = _DEFAULT.train.micro_batch,
+    train_num_gpus: int = _DEFAULT.train.num_gpus,
+    train_num_nodes: int = _DEFAULT.train.num_nodes,
     train_options: dict[str, Any] = {},  # noqa: B006
-    evaluate_minimum_improvement: float = _DEFAULT.evaluate.minimum_improvement,
     evaluate_options: dict[str, Any] = {},  # noqa: B006
     merge_dtype: str = _DEFAULT.merge.dtype,
     upload_path: str = _DEFAULT.upload.path,
@@ -83,9 +84,11 @@ def finetune(
         learning_rate=train_learning_rate,
         rank=train_rank,
         micro_batch=train_micro_batch,
+        num_gpus=train_num_gpus,
+        num_nodes=train_num_nodes,
         train_options=train_options,
-        minimum_improvement=evaluate_minimum_improvement,
         evaluate_options=evaluate_options,
+        merge_dtype=merge_dtype,
         path=upload_path,
     )
     fixed.set_caching_options(False)  # names may point to something else today
@@ -99,13 +102,14 @@ def finetune(
         learning_rate=train_learning_rate,
         rank=train_rank,
         micro_batch=train_micro_batch,
+        num_gpus=train_num_gpus,
+        num_nodes=train_num_nodes,
         options=train_options,
     )
     evaluated = evaluate(
         weights=quantized.outputs["weights"],
         adapter=trained.outputs["adapter"],
         rows=prepared.outputs["rows"],
-        minimum_improvement=evaluate_minimum_improvement,
         options=evaluate_options,
         path=upload_path,
         champion=fixed.outputs["champion"],
@@ -117,7 +121,7 @@ def finetune(
 
     for task in (fixed, prepared, quantized, trained, evaluated, merged, uploaded):
         _place(task, cluster_connection, cluster_tokens)
-    for task in (trained, evaluated):
-        task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1)
+    for task, num_gpus in ((trained, fixed.outputs["gpus"]), (evaluated, 1)):
+        task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(num_gpus)
         kubernetes.add_node_selector_json(task, node_selector_json=cluster_node_selector)
         kubernetes.add_toleration_json(task, toleration_json=cluster_tolerations)

@@ -71,7 +71,7 @@ def run_locally(recipe: Recipe, folder: Path, show: Callable[[str, str], None]) 
         listener = _Listener(run, log, show)
         with contextlib.redirect_stdout(listener):
             if recipe.setup == "demo":
-                _put_demo(folder / "demo")
+                put_demo(folder / "demo")
             _run_pipeline(recipe, folder, listener)
     _collect(run)
     run.seconds = time.monotonic() - started
@@ -99,7 +99,7 @@ def storage(folder: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _put_demo(folder: Path) -> None:
+def put_demo(folder: Path) -> None:
     """Build the demo's base model and put it into the bucket with the demo's rows."""
     from components import s3
     from pipelines.demo.base import build_base

@@ -12,7 +12,6 @@ def evaluate(
     weights: dsl.Input[dsl.Model],
     adapter: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
-    minimum_improvement: float,
     options: dict[str, Any],
     path: str,
     champion: str,
@@ -29,7 +28,7 @@ def evaluate(
     from components.steps import step
 
     with step("evaluate"):
-        config = EvaluateConfig.load(options, minimum_improvement=minimum_improvement)
+        config = EvaluateConfig.load(options)
         inputs = (Path(weights.path), Path(adapter.path), Path(rows.path))
         result = evaluate_adapter(*inputs, Path(evaluation.path), config, path, champion)
         copy_report(evaluation.path, report.path)

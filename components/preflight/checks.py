@@ -1,20 +1,22 @@
 """The step preflight: everything that can be known before a GPU is asked for."""
 
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from components import s3, versions
-from components.config import PreflightConfig, PrepareConfig, QuantizeConfig, TrainConfig
+from components.config import Recipe
 from components.errors import Tune16Error
+from components.images import VERSION
 from components.memory import MemoryPlan, plan, read_shape
-from components.references import parse, pin, read_config
+from components.references import Reference, parse, pin, read_config
 from components.steps import say
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """Fixed references of model and data set, the champion's version (empty: none yet), and the memory plan."""
+    """Fixed references of model and data set, the version that the result has to beat (empty: none), and the plan."""
 
     model: str
     data: str
@@ -22,38 +24,58 @@ class Preflight:
     plan: MemoryPlan
 
 
-def check(
-    config: PreflightConfig, prepare: PrepareConfig, quantize: QuantizeConfig, train: TrainConfig, path: str = ""
-) -> Preflight:
+def check(recipe: Recipe, path: str = "") -> Preflight:
     """Turn names into fixed references and find out what would fail later.
 
     Args:
-        config: model, data set and GPU memory.
-        prepare: settings that the memory plan needs, like those of the next two.
-        quantize: the number of bits.
-        train: adapter, micro-batch and so on.
+        recipe: every setting.
         path: ``prefix/model-name`` in the connection's bucket that must be writable; empty checks no storage.
 
     Raises:
         Tune16Error: the storage cannot be written, model or data set cannot be read, the architecture is not
             supported, or training would not fit the GPU.
     """
-    champion = None
     if path:
         s3.check_writable(s3.default_bucket(), path)
         say("preflight", f"s3://{s3.default_bucket()}/{path} is writable")
-        champion = versions.read_champion(path)
-    model = pin(parse(config.model, "model"))
+    model = pin(parse(recipe.preflight.model, "model"))
     say("preflight", f"model {model}")
-    data = pin(parse(config.data, "data"))
+    data = pin(parse(recipe.preflight.data, "data"))
     say("preflight", f"data set {data}")
     with tempfile.TemporaryDirectory() as scratch:
         shape = read_shape(read_config(model, Path(scratch)), where=str(model))
-    memory = plan(shape, quantize, prepare, train, config.gpu_memory)
+    memory = plan(shape, recipe.quantize, recipe.prepare, recipe.train, recipe.preflight.gpu_memory)
     for line in memory.lines():
         say("preflight", line)
     refuse_unfit(memory)
-    return Preflight(str(model), str(data), champion.version if champion else "", memory)
+    return Preflight(str(model), str(data), _version_to_beat(path, model, data, recipe) if path else "", memory)
+
+
+def _version_to_beat(path: str, model: Reference, data: Reference, recipe: Recipe) -> str:
+    """The champion; where this very run has made the champion, the version that the champion had to beat.
+
+    So an unchanged run asks every later step for what it has done before, and the pipeline's cache answers.
+    """
+    champion = versions.read_champion(path)
+    if champion is None:
+        return ""
+    lineage = versions.read_manifest(path, champion.version)["lineage"]
+    same = {"model": str(model), "data": str(data), "tune16": VERSION}.items() <= lineage.items()
+    if not same or versions.read_settings(path, champion.version) != _settings(recipe):
+        return champion.version
+    say(
+        "preflight",
+        f"nothing has changed since {champion.version}: the cache has every step's result, no GPU is needed",
+    )
+    beaten: str = lineage["champion"]
+    return beaten
+
+
+def _settings(recipe: Recipe) -> dict[str, object]:
+    """The settings that decide a version's content, as its config.json has them."""
+    steps = ("prepare", "quantize", "train", "evaluate", "merge")
+    content: dict[str, object] = json.loads(recipe.model_dump_json(include=set(steps)))
+    return content
 
 
 def refuse_unfit(memory: MemoryPlan) -> None:

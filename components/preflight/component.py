@@ -19,12 +19,14 @@ def preflight(
     learning_rate: float,
     rank: int,
     micro_batch: int,
+    num_gpus: int,
+    num_nodes: int,
     train_options: dict[str, Any],
-    minimum_improvement: float,
     evaluate_options: dict[str, Any],
+    merge_dtype: str,
     path: str,
     plan: dsl.Output[dsl.Markdown],
-) -> NamedTuple("Fixed", [("model", str), ("data", str), ("champion", str)]):  # type: ignore[valid-type]
+) -> NamedTuple("Fixed", [("model", str), ("data", str), ("champion", str), ("gpus", int)]):  # type: ignore[valid-type]
     """Fix model, data set and champion, check storage and every setting, and plan the GPU's memory."""
     from pathlib import Path
 
@@ -33,16 +35,26 @@ def preflight(
     from components.steps import step
 
     with step("preflight"):
-        config.EvaluateConfig.load(evaluate_options, minimum_improvement=minimum_improvement)
-        config.UploadConfig.load(path=path)
-        fixed = check(
-            config.PreflightConfig.load(model=model, data=data, gpu_memory=gpu_memory),
-            config.PrepareConfig.load(prepare_options, max_tokens=max_tokens),
-            config.QuantizeConfig.load(bits=bits),
-            config.TrainConfig.load(
-                train_options, epochs=epochs, learning_rate=learning_rate, rank=rank, micro_batch=micro_batch
-            ),
-            path,
+        training = config.TrainConfig.load(
+            train_options,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            rank=rank,
+            micro_batch=micro_batch,
+            num_gpus=num_gpus,
+            num_nodes=num_nodes,
         )
+        recipe = config.Recipe(
+            preflight=config.PreflightConfig.load(model=model, data=data, gpu_memory=gpu_memory),
+            prepare=config.PrepareConfig.load(prepare_options, max_tokens=max_tokens),
+            quantize=config.QuantizeConfig.load(bits=bits),
+            train=training,
+            evaluate=config.EvaluateConfig.load(evaluate_options),
+            merge=config.MergeConfig.load(dtype=merge_dtype),
+            upload=config.UploadConfig.load(path=path),
+        )
+        fixed = check(recipe, path)
         Path(plan.path).write_text(as_markdown(fixed.plan))
-    return fixed.model, fixed.data, fixed.champion
+        # On several nodes a job of its own has the GPUs, and the step's pod, which only follows it, needs none.
+        gpus = training.num_gpus if training.num_nodes == 1 else 0
+    return fixed.model, fixed.data, fixed.champion, gpus

@@ -15,6 +15,8 @@ def train(
     learning_rate: float,
     rank: int,
     micro_batch: int,
+    num_gpus: int,
+    num_nodes: int,
     options: dict[str, Any],
     adapter: dsl.Output[dsl.Model],
     report: dsl.Output[dsl.HTML],
@@ -26,11 +28,17 @@ def train(
     from components.config import TrainConfig
     from components.outputs import copy_report
     from components.steps import step
-    from components.train.trainer import train_adapter
+    from components.train.launch import train as train_adapter
 
     with step("train"):
         config = TrainConfig.load(
-            options, epochs=epochs, learning_rate=learning_rate, rank=rank, micro_batch=micro_batch
+            options,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            rank=rank,
+            micro_batch=micro_batch,
+            num_gpus=num_gpus,
+            num_nodes=num_nodes,
         )
         numbers = train_adapter(Path(weights.path), Path(rows.path), Path(adapter.path), config)
         copy_report(adapter.path, report.path)

@@ -99,7 +99,8 @@ def _build(
         callbacks=[progress],
     )
     _keep_adapter_in_float32(trainer)
-    steps = max(1, math.ceil(len(trainer.train_dataset) / (config.micro_batch * config.gradient_accumulation)))
+    batch = config.micro_batch * config.gradient_accumulation * trainer.args.world_size
+    steps = max(1, math.ceil(len(trainer.train_dataset) / batch))
     steps = max(1, math.ceil(steps * config.epochs))
     trainer.args.eval_steps = max(1, steps // config.num_evaluations)
     trainer.args.logging_steps = max(1, steps // 50)
@@ -131,6 +132,8 @@ def _arguments(
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not on_gpu,
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ and not on_gpu else None,  # several processes on a CPU
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=on_gpu,
         eval_strategy="steps",
         save_strategy="no",

@@ -19,6 +19,7 @@ from typing import Any
 from components import s3, versions
 from components.config import PROMOTED, UploadConfig
 from components.errors import Tune16Error
+from components.images import VERSION
 from components.outputs import REPORT, read_record, write_json
 from components.steps import say
 
@@ -47,6 +48,10 @@ def publish(merged: Path, evaluation: Path, config: UploadConfig) -> dict[str, A
     with tempfile.TemporaryDirectory(dir=merged.parent) as scratch:
         folder = _lay_out(merged, evaluation, Path(scratch))
         files = versions.describe_files(folder)
+        published = _published_already(config.path, files)
+        if published:
+            say("upload", f"{published['address']} is champion already, with this very content")
+            return published
         content = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         version = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{content[:8]}"
         manifest = _manifest(merged, evaluation, version, config.path, files)
@@ -61,6 +66,13 @@ def publish(merged: Path, evaluation: Path, config: UploadConfig) -> dict[str, A
     return manifest
 
 
+def _published_already(path: str, files: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The champion's manifest where it lists these very files: an unchanged run publishes nothing twice."""
+    champion = versions.read_champion(path)
+    manifest = versions.read_manifest(path, champion.version) if champion else {}
+    return manifest if manifest.get("files") == files else None
+
+
 def _lay_out(merged: Path, evaluation: Path, folder: Path) -> Path:
     """Bring the version's files together under the names they have in S3; links, so that nothing is copied."""
     for part in ("merged", "adapter"):
@@ -73,7 +85,7 @@ def _lay_out(merged: Path, evaluation: Path, folder: Path) -> Path:
         ("README.md", evaluation / "README.md"),
     ):
         _link(source, folder / name)
-    write_json(folder / "config.json", _settings(merged, evaluation))
+    write_json(folder / versions.SETTINGS, _settings(merged, evaluation))
     return folder
 
 
@@ -100,7 +112,13 @@ def _manifest(merged: Path, evaluation: Path, version: str, path: str, files: li
         "format": 1,
         "version": version,
         "address": versions.address(path, version),
-        "lineage": {"model": trained["model"], "data": trained["data"], "held_out": trained["held_out_sha256"]},
+        "lineage": {
+            "model": trained["model"],
+            "data": trained["data"],
+            "held_out": trained["held_out_sha256"],
+            "champion": (scores["champion"] or {}).get("version", ""),  # the one that it had to beat
+            "tune16": VERSION,
+        },
         "scores": {name: scores[name] for name in ("base", "tuned", "loss_difference")},
         "files": files,
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components.config import PreflightConfig, PrepareConfig, QuantizeConfig, TrainConfig
+from components.config import PreflightConfig, Recipe, TrainConfig
 from components.errors import Tune16Error
 from components.preflight.checks import as_markdown, check
 from components.references import DATA_FILES, MODEL_FILES, Reference, fetch, parse, pin
@@ -192,11 +192,11 @@ def test_https_data_and_models(hub: str, tmp_path: Path) -> None:
 
 def test_preflight(hub: str, orders: Path, make_model: Callable[..., Path]) -> None:
     place = PreflightConfig(model=f"{hub}/files", data=str(orders))
-    fixed = check(place, PrepareConfig(), QuantizeConfig(), TrainConfig())
+    fixed = check(Recipe(preflight=place))
     assert fixed.champion == "" and fixed.plan.fits
     assert "| **together**" in as_markdown(fixed.plan)
     small = place.model_copy(update={"gpu_memory": 0.01})
     with pytest.raises(Tune16Error, match="does not fit the GPU: it needs 0.* GiB more than preflight_gpu_memory"):
-        check(small, PrepareConfig(), QuantizeConfig(), TrainConfig())
+        check(Recipe(preflight=small))
     with pytest.raises(Tune16Error, match="LlamaForCausalLM has no linear layer 'qkv'"):
-        check(place, PrepareConfig(), QuantizeConfig(), TrainConfig(target_modules="qkv"))
+        check(Recipe(preflight=place, train=TrainConfig(target_modules="qkv")))

@@ -19,6 +19,7 @@ from components.models import choose_dtype, load_base
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.references import file_digest
+from components.train.launch import train
 from components.train.trainer import train_adapter
 from tests.conftest import ARCHITECTURES
 
@@ -82,6 +83,32 @@ def test_training_lowers_the_loss_and_leaves_a_whole_adapter(made: Callable[...,
 def test_eight_and_sixteen_bits_train(made: Callable[..., Made], bits: int) -> None:
     metrics = made("llama", bits=bits).metrics
     assert metrics["train_loss_last"] < 0.9 * metrics["train_loss_first"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_equal_one_with_twice_the_batch(
+    made: Callable[..., Made], tmp_path: Path, accumulation: int
+) -> None:
+    """DDP over gloo: the same rows in each step, and a mean over all their tokens, so the same losses and adapter."""
+    run = made("llama")
+    same = {"epochs": 1, "dropout": 0, "gradient_accumulation": accumulation}
+    one = train(run.weights, run.rows, tmp_path / "one", TrainConfig(**{**SETTINGS, **same}))
+    two = train(
+        run.weights, run.rows, tmp_path / "two", TrainConfig(**{**SETTINGS, **same, "micro_batch": 1, "num_gpus": 2})
+    )
+    for name in ("train_loss_first", "train_loss_last", "steps", "tokens"):
+        assert two[name] == pytest.approx(one[name], rel=2e-4), name
+    assert two["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=1e-2)  # the last batch is padded with rows
+    left, right = read_deltas(tmp_path / "one"), read_deltas(tmp_path / "two")
+    for name, delta in left.items():
+        assert torch.allclose(delta.b @ delta.a, right[name].b @ right[name].a, atol=2e-3), name
+
+
+def test_a_users_mistake_in_one_of_two_processes_is_told_once(made: Callable[..., Made], tmp_path: Path) -> None:
+    run = made("llama")
+    with pytest.raises(Tune16Error, match="this model has no linear layer 'qkv'"):
+        train(run.weights, run.rows, tmp_path / "out", TrainConfig(num_gpus=2, target_modules="qkv"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_seed_gives_the_same_adapter(made: Callable[..., Made], tmp_path: Path) -> None:

@@ -1,0 +1,145 @@
+"""Training jobs as the cluster takes them: a TrainJob or a PyTorchJob, made from the step's own pod."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from components.config import TrainConfig
+
+Json = dict[str, Any]
+
+_RUNTIME = "torch-distributed"  # the ClusterTrainingRuntime that comes with OpenShift AI
+_GPU = "nvidia.com/gpu"
+_CA_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
+_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training job: where the API serves it and how its first pod is labelled."""
+
+    group: str
+    version: str
+    plural: str
+    name: str
+    first_pod: str  # label selector with {job}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a job's pods run, as which account, with which ConfigMaps (CAs): the pod's fields and its container's."""
+
+    pod: Json
+    container: Json
+
+
+TRAIN_JOB = Kind(
+    "trainer.kubeflow.org",
+    "v1alpha1",
+    "trainjobs",
+    "TrainJob",
+    "jobset.sigs.k8s.io/jobset-name={job},batch.kubernetes.io/job-completion-index=0",
+)
+PYTORCH_JOB = Kind(
+    "kubeflow.org",
+    "v1",
+    "pytorchjobs",
+    "PyTorchJob",
+    "training.kubeflow.org/job-name={job},training.kubeflow.org/replica-type=master",
+)
+
+
+def describe(kind: Kind, job: str, pod: Json, source: str, config: TrainConfig, has_patches: bool) -> Json:
+    """The job's object; it belongs to the step's own pod, so the cluster removes it with it.
+
+    Args:
+        kind: what the cluster serves.
+        job: the job's name.
+        pod: the step's own pod: image, account, secrets, tolerations and queue are the job's too.
+        source: ``s3://`` folder of the inputs.
+        config: how many nodes and GPUs.
+        has_patches: whether the cluster's TrainJob has ``runtimePatches``; older ones have ``podTemplateOverrides``.
+    """
+    main = next(entry for entry in pod["spec"]["containers"] if entry["name"] == "main")
+    resources = {name: dict(main.get("resources", {}).get(name, {})) for name in ("requests", "limits")}
+    for amounts in resources.values():
+        amounts[_GPU] = str(config.num_gpus)
+    container = {
+        "image": main["image"],
+        "command": ["python3", "-m", "components", "train-node", "--source", source],
+        "env": _environment(main),
+    }
+    labels = {name: text for name, text in pod["metadata"].get("labels", {}).items() if name == _QUEUE_LABEL}
+    metadata = pod["metadata"]
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": metadata["name"], "uid": metadata["uid"]}
+    placement = _placement(pod, main)
+    if kind is TRAIN_JOB:
+        spec = _train_job(container, resources, placement, config, has_patches)
+    else:
+        spec = _pytorch_job(container, resources, placement, config)
+    return {
+        "apiVersion": f"{kind.group}/{kind.version}",
+        "kind": kind.name,
+        "metadata": {"name": job, "labels": labels, "ownerReferences": [owner]},
+        "spec": spec,
+    }
+
+
+def _train_job(container: Json, resources: Json, placement: Placement, config: TrainConfig, has_patches: bool) -> Json:
+    spec: Json = {
+        "runtimeRef": {"name": _RUNTIME, "kind": "ClusterTrainingRuntime", "apiGroup": TRAIN_JOB.group},
+        "trainer": {
+            **container,
+            "numNodes": config.num_nodes,
+            "numProcPerNode": config.num_gpus,
+            "resourcesPerNode": resources,
+        },
+    }
+    if has_patches:
+        pod = {**placement.pod, "containers": [{"name": "node", **placement.container}]}
+        replicated_job = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
+        replicated = {"template": {"spec": {"replicatedJobs": [replicated_job]}}}
+        spec["runtimePatches"] = [{"manager": "tune16/train", "trainingRuntimeSpec": replicated}]
+    else:
+        fields = ("serviceAccountName", "nodeSelector", "tolerations", "volumes")
+        pod = {name: placement.pod[name] for name in fields}
+        mounts = {"name": "node", "volumeMounts": placement.container["volumeMounts"]}
+        spec["podTemplateOverrides"] = [{"targetJobs": [{"name": "node"}], "spec": {**pod, "containers": [mounts]}}]
+    return spec
+
+
+def _pytorch_job(container: Json, resources: Json, placement: Placement, config: TrainConfig) -> Json:
+    full = {"name": "pytorch", **container, "resources": resources, **placement.container}
+    replica = {"restartPolicy": "Never", "template": {"spec": {**placement.pod, "containers": [full]}}}
+    return {
+        "nprocPerNode": str(config.num_gpus),
+        "pytorchReplicaSpecs": {
+            "Master": {"replicas": 1, **replica},
+            "Worker": {"replicas": config.num_nodes - 1, **replica},
+        },
+    }
+
+
+def _environment(main: Json) -> list[Json]:
+    """The step's secrets by name, and the CA's variables, which the launcher sets in its own process only."""
+    secrets = [entry for entry in main.get("env", []) if "secretKeyRef" in entry.get("valueFrom", {})]
+    return secrets + [{"name": name, "value": os.environ[name]} for name in _CA_VARIABLES if name in os.environ]
+
+
+def _placement(pod: Json, main: Json) -> Placement:
+    spec = pod["spec"]
+    volumes = [volume for volume in spec.get("volumes", []) if "configMap" in volume]
+    names = {volume["name"] for volume in volumes}
+    return Placement(
+        {
+            "serviceAccountName": spec.get("serviceAccountName", "default"),
+            "nodeSelector": spec.get("nodeSelector") or {},
+            "tolerations": spec.get("tolerations") or [],
+            "volumes": volumes,
+            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        },
+        {
+            "volumeMounts": [mount for mount in main.get("volumeMounts", []) if mount["name"] in names],
+            "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        },
+    )

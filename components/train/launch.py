@@ -1,0 +1,112 @@
+"""Where the step train runs: in this process, in one process for each GPU of this pod, or in pods on several nodes.
+
+Several processes train one adapter together (DDP through accelerate): each takes its share of every batch, and the
+gradients are averaged over all trained tokens, so that 2 GPUs equal one with twice the micro-batch.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+from components.config import TrainConfig
+from components.errors import USER_ERROR_EXIT_CODE, Tune16Error
+from components.outputs import read_record
+from components.steps import say
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together: how many nodes, which of them this is, and where the first one listens."""
+
+    num_nodes: int = 1
+    node: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+def train(weights: Path, rows: Path, output: Path, config: TrainConfig) -> dict[str, float]:
+    """Train an adapter as :func:`components.train.trainer.train_adapter` does, on as many GPUs and nodes as asked for.
+
+    Raises:
+        Tune16Error: as there; there are fewer GPUs than asked for, or the cluster cannot run a job on several nodes.
+    """
+    if config.num_nodes > 1:
+        from components.train.nodes import train_on_nodes
+
+        train_on_nodes(weights, rows, output, config)
+    elif config.num_gpus > 1:
+        train_in_processes(weights, rows, output, config, Group())
+    else:
+        from components.train.trainer import train_adapter
+
+        return train_adapter(weights, rows, output, config)
+    metrics: dict[str, float] = read_record(output, "train")["metrics"]
+    return metrics
+
+
+def train_in_processes(weights: Path, rows: Path, output: Path, config: TrainConfig, group: Group) -> None:
+    """Train in one process for each GPU of this node; without a GPU they share the CPU.
+
+    Raises:
+        Tune16Error: there are fewer GPUs than ``num_gpus``, or a process met a user's mistake.
+    """
+    _check_gpus(config.num_gpus)
+    group = group if group.port else Group(group.num_nodes, group.node, group.address, _free_port())
+    say("train", f"{group.num_nodes * config.num_gpus} processes, of which {config.num_gpus} here")
+    messages = multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        spawn(_work, (weights, rows, output, config, group, messages), nprocs=config.num_gpus)  # type: ignore[no-untyped-call]
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        if not messages.empty():
+            raise Tune16Error(messages.get()) from None
+        raise RuntimeError(f"a training process ended unexpectedly: {error}") from error
+
+
+def _work(
+    local_rank: int, weights: Path, rows: Path, output: Path, config: TrainConfig, group: Group, messages: Any
+) -> None:
+    """One process of the group. All do the same; only the first one speaks, and only its output is kept."""
+    rank = group.node * config.num_gpus + local_rank
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(group.num_nodes * config.num_gpus),
+        "MASTER_ADDR": group.address,
+        "MASTER_PORT": str(group.port),
+        # Without it accelerate gives every process all cores, which then wait for each other most of the time.
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.num_gpus)),
+    }
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    from components.train.trainer import train_adapter
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (until the process ends)
+            output = Path(scratch) / "adapter"
+        try:
+            train_adapter(weights, rows, output, config)
+        except Tune16Error as error:
+            messages.put(str(error))
+            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+    torch.distributed.destroy_process_group()
+
+
+def _check_gpus(wanted: int) -> None:
+    found = torch.cuda.device_count()
+    if torch.cuda.is_available() and found < wanted:
+        raise Tune16Error(f"train.num_gpus: is {wanted}, but there are {found} GPUs here. Lower it.")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

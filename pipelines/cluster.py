@@ -1,0 +1,269 @@
+"""Finding the cluster: the Kubernetes API with token and namespace, and the pipeline server with address and CA.
+
+Flags come first, then the variables ``TUNE16_HOST``, ``TUNE16_TOKEN``, ``TUNE16_NAMESPACE`` and ``TUNE16_CA``, then
+the account of the pod that this runs in, then the login of ``oc`` (kubeconfig). A token is never a flag: flags are
+visible to everyone on the machine.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import urllib3
+from kubernetes import client, config
+from kubernetes.client.rest import ApiException
+from kubernetes.config.config_exception import ConfigException
+
+from components.errors import Tune16Error
+
+_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_SERVICE_CA = _ACCOUNT / "service-ca.crt"
+_TIMEOUT_SECONDS = (10, 30)  # to connect, to read
+
+PIPELINE_SERVER = ("datasciencepipelinesapplications.opendatahub.io", "v1", "datasciencepipelinesapplications")
+_CONSOLE_LINK = ("console.openshift.io", "v1", "consolelinks")
+_DASHBOARD_LINK = "rhodslink"  # what OpenShift AI calls its entry in the console's menu
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Access to a Kubernetes API: the client, the namespace that Tune16 works in, and who says so."""
+
+    api: client.ApiClient
+    namespace: str
+    origin: str
+
+    @property
+    def token(self) -> str:
+        """The bearer token; empty where the login uses certificates."""
+        return str(self.api.configuration.api_key.get("authorization", "")).removeprefix("Bearer ")
+
+    @property
+    def inside(self) -> bool:
+        """Whether this runs in a pod of the cluster."""
+        return self.origin == _INSIDE
+
+    def get(self, path: str, **query: Any) -> Any:
+        """GET a path of the API as plain JSON.
+
+        Raises:
+            kubernetes.client.rest.ApiException: the API refuses; see :func:`explained`.
+        """
+        return self.send("GET", path, query=query)
+
+    def send(
+        self, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None, answer: str = "object"
+    ) -> Any:
+        """Send one request with a JSON body, and read the answer: JSON, or text where `answer` is ``str``."""
+        return self.api.call_api(
+            path,
+            method,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": "*/*", "Content-Type": "application/json"},
+            body=body,
+            auth_settings=["BearerToken"],
+            response_type=answer,
+            _return_http_data_only=True,
+            _request_timeout=_TIMEOUT_SECONDS,
+        )
+
+    def read_log(self, pod: str) -> str:
+        """The log of a pod's main container."""
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
+        return str(self.send("GET", path, query={"container": "main"}, answer="str"))
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where the pipeline server answers: URL, bearer token (empty: none), and its CA's file (empty: the usual CAs)."""
+
+    url: str
+    token: str
+    ca: str
+
+
+_INSIDE = "the pod's own account"
+
+
+def find_cluster(namespace: str = "", ca: str = "") -> Cluster:
+    """Find the Kubernetes API.
+
+    Raises:
+        Tune16Error: nobody is logged in, or no namespace is chosen.
+    """
+    settings = client.Configuration()
+    settings.retries = False
+    if _in_pod():
+        config.load_incluster_config(client_configuration=settings)
+        own, origin = (_ACCOUNT / "namespace").read_text().strip(), _INSIDE
+    else:
+        own, origin = _load_kubeconfig(settings)
+    token = os.environ.get("TUNE16_TOKEN")
+    if token:
+        settings.api_key["authorization"] = f"Bearer {token}"
+    chosen_ca = ca or os.environ.get("TUNE16_CA", "")
+    if chosen_ca and not settings.ssl_ca_cert:
+        settings.ssl_ca_cert = _existing_ca(chosen_ca)
+    return Cluster(client.ApiClient(settings), namespace or os.environ.get("TUNE16_NAMESPACE") or own, origin)
+
+
+def find_server(cluster: Cluster | None, host: str = "", ca: str = "") -> ServerAddress:
+    """Find the pipeline server: the `host` given, or the one in the cluster's namespace.
+
+    Raises:
+        Tune16Error: there is none, or it is not ready yet.
+    """
+    host = host or os.environ.get("TUNE16_HOST", "")
+    token = os.environ.get("TUNE16_TOKEN", "") or (cluster.token if cluster else "")
+    ca = ca or os.environ.get("TUNE16_CA", "") or os.environ.get("SSL_CERT_FILE", "")
+    if not host:
+        if cluster is None:
+            raise Tune16Error(
+                "There is no pipeline server to speak to. Log in with `oc login`, or name one with --host."
+            )
+        host = _server_in_namespace(cluster)
+    if not ca and cluster is not None and cluster.inside and _SERVICE_CA.is_file():
+        ca = str(_SERVICE_CA)
+    return ServerAddress((host if "://" in host else f"https://{host}").rstrip("/"), token, _existing_ca(ca))
+
+
+def find_cluster_if_any(namespace: str = "", ca: str = "") -> Cluster | None:
+    """The cluster, or None where nobody is logged in; with --host and TUNE16_TOKEN much works without."""
+    try:
+        return find_cluster(namespace, ca)
+    except Tune16Error:
+        return None
+
+
+def server_object(cluster: Cluster) -> dict[str, Any]:
+    """The namespace's DataSciencePipelinesApplication.
+
+    Raises:
+        Tune16Error: there is none, or it may not be read.
+    """
+    group, version, plural = PIPELINE_SERVER
+    missing = Tune16Error(
+        f"The namespace {cluster.namespace} has no pipeline server. Apply manifests/overlays/openshift-ai, or make one "
+        "in the dashboard, or use --namespace. An upstream Kubeflow Pipelines is named with --host."
+    )
+    try:
+        with explained(cluster, "read the pipeline server"):
+            found = cluster.get(f"/apis/{group}/{version}/namespaces/{cluster.namespace}/{plural}")["items"]
+    except NotFoundError:
+        raise missing from None
+    if not found:
+        raise missing
+    return dict(found[0])
+
+
+def not_ready(server: dict[str, Any]) -> str:
+    """Why a DataSciencePipelinesApplication is not ready; empty if it is."""
+    conditions = server.get("status", {}).get("conditions", [])
+    ready = next((condition for condition in conditions if condition["type"] == "Ready"), None)
+    if ready is None:
+        return "its operator has not looked at it yet"
+    return "" if ready["status"] == "True" else str(ready.get("message") or ready.get("reason"))
+
+
+def find_dashboard(cluster: Cluster | None) -> str:
+    """The URL of the OpenShift AI dashboard, as its entry in the console's menu has it; empty where there is none."""
+    if cluster is None:
+        return ""
+    group, version, plural = _CONSOLE_LINK
+    try:
+        link = cluster.get(f"/apis/{group}/{version}/{plural}/{_DASHBOARD_LINK}")
+    except (ApiException, urllib3.exceptions.HTTPError):
+        return ""  # only for the link: nothing depends on it
+    return str(link["spec"]["href"]).rstrip("/")
+
+
+class NotFoundError(Tune16Error):
+    """What was asked for is not on the cluster, or the cluster does not know its kind."""
+
+
+class ForbiddenError(Tune16Error):
+    """The account may not do that."""
+
+
+@contextmanager
+def explained(cluster: Cluster, action: str) -> Iterator[None]:
+    """Turn the API's refusals into messages; `action` completes "may not …".
+
+    Raises:
+        NotFoundError: status 404.
+        ForbiddenError: status 403.
+        Tune16Error: any other refusal, or no answer.
+    """
+    where = cluster.api.configuration.host
+    try:
+        yield
+    except ApiException as error:
+        if error.status == 401:
+            raise Tune16Error(
+                f"{where}: the login from {cluster.origin} is not valid (any more). Log in again: oc login {where}"
+            ) from None
+        if error.status == 403:
+            raise ForbiddenError(
+                f"This account may not {action} in namespace {cluster.namespace}. Ask its owner for the role edit, or "
+                "name another namespace with --namespace."
+            ) from None
+        if error.status == 404:
+            raise NotFoundError(f"{where}: cannot {action} in namespace {cluster.namespace}: not found.") from None
+        raise Tune16Error(f"{where}: cannot {action}: {error.status} {error.reason}.") from None
+    except urllib3.exceptions.HTTPError as error:
+        raise unreachable(where, error) from None
+
+
+def unreachable(where: str, error: Exception) -> Tune16Error:
+    """The message for a server that gives no answer."""
+    text = str(getattr(error, "reason", None) or error)
+    if "certificate" in text.lower() or "ssl" in text.lower():
+        return Tune16Error(
+            f"{where}: its certificate is not trusted ({text}). Name the file with its CA: --ca ca.crt, or TUNE16_CA. "
+            "OpenShift's own is in the ConfigMap default-ingress-cert in openshift-config-managed."
+        )
+    if isinstance(error, urllib3.exceptions.TimeoutError):
+        return Tune16Error(f"{where}: no answer in time. Check the network, or try again later.")
+    return Tune16Error(f"{where}: cannot be reached ({text}). Check the address and the network.")
+
+
+def _in_pod() -> bool:
+    return "KUBERNETES_SERVICE_HOST" in os.environ and (_ACCOUNT / "token").is_file() and "KUBECONFIG" not in os.environ
+
+
+def _load_kubeconfig(settings: client.Configuration) -> tuple[str, str]:
+    """Load the login of `oc` into `settings`; returns its namespace and its description."""
+    try:
+        config.load_kube_config(client_configuration=settings)
+        _, context = config.list_kube_config_contexts()
+    except (ConfigException, OSError) as error:
+        raise Tune16Error(
+            f"Nobody is logged in to a cluster ({error}). Log in with: oc login https://api.…:6443"
+        ) from None
+    namespace = context["context"].get("namespace", "")
+    return namespace or "default", f"the kubeconfig's context {context['name']}"
+
+
+def _server_in_namespace(cluster: Cluster) -> str:
+    server = server_object(cluster)
+    name, why = server["metadata"]["name"], not_ready(server)
+    if why:
+        raise Tune16Error(
+            f"The pipeline server {name} in {cluster.namespace} is not ready: {why}. Try again when it is."
+        )
+    if cluster.inside:
+        return f"https://ds-pipeline-{name}.{cluster.namespace}.svc.cluster.local:8443"
+    with explained(cluster, "read the pipeline server's route"):
+        route = cluster.get(
+            f"/apis/route.openshift.io/v1/namespaces/{cluster.namespace}/routes/ds-pipeline-{name}",
+        )
+    return f"https://{route['spec']['host']}"
+
+
+def _existing_ca(path: str) -> str:
+    if path and not Path(path).is_file():
+        raise Tune16Error(f"{path}: there is no such file with a CA. Correct --ca, TUNE16_CA or SSL_CERT_FILE.")
+    return path

@@ -1,0 +1,392 @@
+"""`tune16 doctor`: looks along the whole road of a run, from the login to the GPU, before anyone waits for one.
+
+Every check gives one finding: ok, a problem with what to do, or unknown where this account may not look or an earlier
+check failed. None of them changes anything but for a probe in the storage, which is removed at once.
+"""
+
+import base64
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import httpx2 as httpx
+import urllib3
+from kubernetes.utils.quantity import parse_quantity
+
+from components import images, s3
+from components.config import CONNECTION_VARIABLES, Recipe
+from components.errors import Tune16Error
+from components.references import parse, pin
+from pipelines.cluster import (
+    Cluster,
+    ForbiddenError,
+    NotFoundError,
+    ServerAddress,
+    explained,
+    find_cluster,
+    find_server,
+    not_ready,
+    server_object,
+)
+from pipelines.server import Json, PipelineServer
+from pipelines.submission import PIPELINE
+
+Known = TypeVar("Known")
+
+GPU = "nvidia.com/gpu"
+_GPU_MEMORY_LABEL = "nvidia.com/gpu.memory"  # MiB, set by NVIDIA's GPU feature discovery
+_INTERNAL_REGISTRY = "image-registry.openshift-image-registry.svc:5000"
+_MANIFEST_TYPES = (
+    "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, "
+    "application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: its name, its outcome, and one line for people."""
+
+    check: str
+    outcome: Literal["ok", "problem", "unknown"]
+    text: str
+
+
+class UnknownError(Tune16Error):
+    """A check could not be made; that alone is no problem."""
+
+
+@dataclass
+class Road:
+    """What is known of the road so far: each check adds what the later ones need."""
+
+    recipe: Recipe
+    namespace: str = ""
+    host: str = ""
+    ca: str = ""
+    timeout: float = 30
+    _cluster: Cluster | None = None
+    _server: PipelineServer | None = None
+    _connection: dict[str, str] | None = None
+    dspa: str = "dspa"
+
+    @property
+    def cluster(self) -> Cluster:
+        """The Kubernetes API."""
+        return _known(self._cluster, "the login")
+
+    @property
+    def server(self) -> PipelineServer:
+        """The pipeline server's API."""
+        return _known(self._server, "the API")
+
+    def get(self, path: str, action: str) -> Any:
+        """GET a path, with refusals explained."""
+        with explained(self.cluster, action):
+            return self.cluster.get(path.replace("{namespace}", self.cluster.namespace))
+
+
+def examine(road: Road) -> Iterator[Finding]:
+    """Make all checks, in the order in which a run would meet them."""
+    for name, check in _CHECKS.items():
+        try:
+            yield Finding(name, "ok", check(road))
+        except (UnknownError, ForbiddenError) as error:
+            yield Finding(name, "unknown", str(error))
+        except Tune16Error as error:
+            yield Finding(name, "problem", str(error))
+
+
+def _login(road: Road) -> str:
+    cluster = find_cluster(road.namespace, road.ca)
+    review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
+    with explained(cluster, "ask who it is"):
+        try:
+            answer = cluster.send("POST", "/apis/authentication.k8s.io/v1/selfsubjectreviews", review)
+            name = answer["status"]["userInfo"]["username"]
+        except Exception as error:
+            if getattr(error, "status", None) != 404:
+                raise
+            cluster.get("/version")  # before Kubernetes 1.28
+            name = "somebody"
+    road._cluster = cluster
+    return f"{name} at {cluster.api.configuration.host}, by {cluster.origin}"
+
+
+def _namespace(road: Road) -> str:
+    try:
+        road.get("/api/v1/namespaces/{namespace}", "see the namespace")
+    except NotFoundError:
+        name = road.cluster.namespace
+        raise Tune16Error(
+            f"there is no namespace {name}. Create it (oc new-project {name}) or use --namespace."
+        ) from None
+    return road.cluster.namespace
+
+
+def _pipeline_server(road: Road) -> str:
+    if road.host:
+        raise UnknownError(f"--host names {road.host}; the namespace's own was not looked at.")
+    server = server_object(road.cluster)
+    road.dspa = server["metadata"]["name"]
+    why = not_ready(server)
+    if why:
+        raise Tune16Error(f"{road.dspa} is not ready: {why}. See `oc describe dspa {road.dspa}`.")
+    if server["spec"].get("apiServer", {}).get("pipelineStore") != "kubernetes":
+        return f"{road.dspa} is ready; it keeps pipelines in its database: submit uploads them, oc apply does not"
+    return f"{road.dspa} is ready"
+
+
+def _api(road: Road) -> str:
+    address: ServerAddress = find_server(road._cluster, road.host, road.ca)
+    server = PipelineServer(address, road.timeout)
+    server.check()
+    road._server = server
+    return f"{address.url} answers and takes the token"
+
+
+def _connection(road: Road) -> str:
+    name = road.recipe.cluster.connection
+    try:
+        values = _secret(road, name)
+    except NotFoundError:
+        raise Tune16Error(
+            f"there is no Secret {name}. Make the S3 connection in the dashboard and name its Secret in "
+            "cluster.connection, or see manifests/components/connection."
+        ) from None
+    missing = [key for key in CONNECTION_VARIABLES if not values.get(key)]
+    if missing:
+        raise Tune16Error(f"the Secret {name} has no {', '.join(missing)}. Add it: oc set data secret/{name} KEY=value")
+    road._connection = values
+    return f"the Secret {name} has all keys"
+
+
+def _storage(road: Road) -> str:
+    values = _known(road._connection, "the connection")
+    with _environment({name: values[name] for name in CONNECTION_VARIABLES}):
+        try:
+            s3.check_writable(values["AWS_S3_BUCKET"], road.recipe.upload.path)
+        except Tune16Error as error:
+            if ".svc" in values["AWS_S3_ENDPOINT"] and not road.cluster.inside:
+                raise UnknownError(f"{values['AWS_S3_ENDPOINT']} answers inside the cluster only.") from None
+            raise error
+    return f"s3://{values['AWS_S3_BUCKET']}/{road.recipe.upload.path} can be written"
+
+
+def _model(road: Road) -> str:
+    """Model and data set, with the tokens and the storage that the steps would have."""
+    values = dict(road._connection or {})
+    with suppress(NotFoundError, ForbiddenError, UnknownError):  # an open model needs none, and a gated one says so
+        values |= _secret(road, road.recipe.cluster.tokens)
+    with _environment(values):
+        found = [pin(parse(road.recipe.preflight.model, "model")), pin(parse(road.recipe.preflight.data, "data"))]
+    return " and ".join(str(reference) for reference in found)
+
+
+def _gpu(road: Road) -> str:
+    nodes = road.get("/api/v1/nodes", "list the nodes")["items"]
+    cluster, wanted = road.recipe.cluster, road.recipe.train.num_gpus
+    with_gpu = [node for node in nodes if int(node["status"].get("allocatable", {}).get(GPU, 0)) >= wanted]
+    if not with_gpu:
+        raise Tune16Error(f"no node offers {wanted} {GPU}. Add a GPU node, or ask for NVIDIA's GPU operator.")
+    selected = [
+        node for node in with_gpu if cluster.node_selector.items() <= node["metadata"].get("labels", {}).items()
+    ]
+    if not selected:
+        raise Tune16Error(f"no GPU node has the labels {cluster.node_selector}. Correct cluster.node_selector.")
+    needed = road.recipe.preflight.gpu_memory * 1024
+    large = [node for node in selected if _gpu_memory(node, needed) >= needed]
+    if not large:
+        raise Tune16Error(
+            f"no GPU has {road.recipe.preflight.gpu_memory} GiB: the largest has "
+            f"{max(_gpu_memory(node, needed) for node in selected) / 1024:.1f}. Lower preflight.gpu_memory."
+        )
+    refused = {node["metadata"]["name"]: _refusing_taint(node, cluster.tolerations) for node in large}
+    free = [name for name, taint in refused.items() if not taint]
+    if not free:
+        name, taint = next(iter(refused.items()))
+        raise Tune16Error(f"nobody tolerates the taint {taint} of {name}. Add it to cluster.tolerations.")
+    return f"{len(free)} fitting: {', '.join(sorted(free)[:3])}"
+
+
+def _quota(road: Road) -> str:
+    from pipelines.finetune import RESOURCES
+
+    quotas = road.get("/api/v1/namespaces/{namespace}/resourcequotas", "read the quotas")["items"]
+    cpu = max((parse_quantity(needs[0]), step) for step, needs in RESOURCES.items())
+    memory = max((parse_quantity(needs[1]), step) for step, needs in RESOURCES.items())
+    needed = {"cpu": cpu, "memory": memory, GPU: (road.recipe.train.num_gpus, "train"), "pods": (1, "train")}
+    for quota in quotas:
+        status = quota.get("status", {})
+        for key, hard in status.get("hard", {}).items():
+            kind = key.removeprefix("requests.").removeprefix("limits.")
+            left = parse_quantity(hard) - parse_quantity(status.get("used", {}).get(key, 0))
+            if kind in needed and left < needed[kind][0]:
+                amount, step = needed[kind]
+                raise Tune16Error(
+                    f"the quota {quota['metadata']['name']} leaves {_plain(kind, left)} of {key}, but the step {step} "
+                    f"needs {_plain(kind, amount)}. Ask for more, or wait until other work ends."
+                )
+    return f"{len(quotas)} quotas leave enough" if quotas else "none"
+
+
+def _images(road: Road) -> str:
+    names = sorted(set(_deployed_images(road) or images.IMAGE_OF_STEP.values()))
+    for name in names:
+        registry, _, rest = name.partition("/")
+        repository, _, tag = rest.partition(":")
+        if registry == _INTERNAL_REGISTRY:
+            _check_internal_image(road, repository, tag)
+        else:
+            _check_external_image(registry, repository, tag)
+    return ", ".join(names)
+
+
+def _runner(road: Road) -> str:
+    """The rights of the steps' own account."""
+    account = f"pipeline-runner-{road.dspa}"
+    resources = [("", "secrets", "get"), ("", "pods", "get")]
+    if road.recipe.train.num_nodes > 1:
+        resources += [("trainer.kubeflow.org", "trainjobs", "create"), ("", "pods/log", "get")]
+    for group, resource, verb in resources:
+        name, _, sub = resource.partition("/")
+        attributes = {"group": group, "resource": name, "subresource": sub, "verb": verb}
+        if not _may(road, account, attributes):
+            raise Tune16Error(
+                f"the account {account} may not {verb} {resource}. Apply manifests/base, which brings its Role."
+            )
+    return f"{account} has the rights that the steps need"
+
+
+_CHECKS: dict[str, Callable[[Road], str]] = {
+    "login": _login,
+    "namespace": _namespace,
+    "pipeline server": _pipeline_server,
+    "API": _api,
+    "connection": _connection,
+    "storage": _storage,
+    "model and data": _model,
+    "GPU": _gpu,
+    "quota": _quota,
+    "images": _images,
+    "runner's rights": _runner,
+}
+
+
+def _known(value: Known | None, check: str) -> Known:
+    if value is None:
+        raise UnknownError(f"not looked at, because {check} failed.")
+    return value
+
+
+def _secret(road: Road, name: str) -> dict[str, str]:
+    secret = road.get(f"/api/v1/namespaces/{{namespace}}/secrets/{name}", f"read the Secret {name}")
+    return {key: base64.b64decode(value).decode() for key, value in (secret.get("data") or {}).items()}
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """The environment of a step for a while; secrets go nowhere else."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _gpu_memory(node: Json, default: float) -> float:
+    """MiB of a node's GPU; `default` where nobody has labelled it."""
+    return float(node["metadata"].get("labels", {}).get(_GPU_MEMORY_LABEL, default))
+
+
+def _refusing_taint(node: Json, tolerations: list[dict[str, Any]]) -> str:
+    """The first taint of a node that keeps the GPU steps away, as key=value:effect; empty if there is none."""
+    for taint in node["spec"].get("taints") or []:
+        if taint["effect"] != "PreferNoSchedule" and not any(_tolerates(entry, taint) for entry in tolerations):
+            return f"{taint['key']}={taint.get('value', '')}:{taint['effect']}"
+    return ""
+
+
+def _tolerates(toleration: dict[str, Any], taint: dict[str, Any]) -> bool:
+    """Kubernetes' rule: an empty key or effect matches all; Exists looks at no value."""
+    if toleration.get("effect") not in (None, "", taint["effect"]):
+        return False
+    exists = toleration.get("operator") == "Exists"
+    if not toleration.get("key"):
+        return exists
+    return toleration["key"] == taint["key"] and (exists or toleration.get("value", "") == taint.get("value", ""))
+
+
+def _plain(kind: str, amount: Any) -> str:
+    return f"{float(amount) / 2**30:.1f} GiB" if kind == "memory" else f"{float(amount):g}"
+
+
+def _deployed_images(road: Road) -> list[str]:
+    """The images of the pipeline's newest version on the server, which an overlay may have changed."""
+    if road._server is None:
+        return []
+    pipeline = road._server.find_pipeline(PIPELINE)
+    versions = road._server.list_versions(pipeline["pipeline_id"]) if pipeline else []
+    if not versions:
+        return []
+    spec = road._server.read_version(versions[0]["pipeline_id"], versions[0]["pipeline_version_id"])["pipeline_spec"]
+    executors = spec.get("pipeline_spec", spec)["deploymentSpec"]["executors"].values()
+    return [executor["container"]["image"] for executor in executors]
+
+
+def _check_internal_image(road: Road, repository: str, tag: str) -> None:
+    namespace, _, name = repository.partition("/")
+    path = f"/apis/image.openshift.io/v1/namespaces/{namespace}/imagestreamtags/{name}:{tag}"
+    try:
+        road.get(path, f"read the image {name}:{tag}")
+    except NotFoundError:
+        raise Tune16Error(
+            f"{repository}:{tag} is not in the cluster's registry. Build it there (manifests/components/builds), push "
+            "it, or take the images from elsewhere (manifests/components/images)."
+        ) from None
+
+
+def _check_external_image(registry: str, repository: str, tag: str) -> None:
+    """Ask a registry for an image's manifest, with an anonymous token where it wants one."""
+    url = f"https://{registry}/v2/{repository}/manifests/{tag}"
+    try:
+        answer = httpx.head(url, headers={"Accept": _MANIFEST_TYPES}, timeout=20, follow_redirects=True)
+        challenge = answer.headers.get("www-authenticate", "")
+        if answer.status_code == 401 and challenge.startswith("Bearer "):
+            parts = urllib3.util.parse_url(url)
+            token = httpx.get(**_token_request(challenge), timeout=20).json().get("token", "")
+            headers = {"Accept": _MANIFEST_TYPES, "Authorization": f"Bearer {token}"}
+            answer = httpx.head(str(parts), headers=headers, timeout=20, follow_redirects=True)
+    except (httpx.HTTPError, ValueError) as error:
+        raise UnknownError(f"{registry} cannot be reached from here ({error}).") from None
+    if answer.status_code in (401, 403):
+        raise UnknownError(f"{registry}/{repository} is private; the cluster needs a pull secret for it.")
+    if answer.status_code != 200:
+        raise Tune16Error(f"{registry} has no {repository}:{tag} (status {answer.status_code}). Build and push it.")
+
+
+def _token_request(challenge: str) -> dict[str, Any]:
+    """The request for an anonymous token, from a registry's WWW-Authenticate header."""
+    fields = dict(part.strip().split("=", 1) for part in challenge.removeprefix("Bearer ").split(","))
+    plain = {name: value.strip('"') for name, value in fields.items()}
+    return {"url": plain.pop("realm"), "params": plain}
+
+
+def _may(road: Road, account: str, attributes: dict[str, str]) -> bool:
+    """Whether the account may do something: asked for oneself where this is that account, else for it by name."""
+    namespace = road.cluster.namespace
+    spec: Json = {"resourceAttributes": {**attributes, "namespace": namespace}}
+    path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+    review: Json = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": spec}
+    if not road.cluster.inside:
+        path = f"/apis/authorization.k8s.io/v1/namespaces/{namespace}/localsubjectaccessreviews"
+        review["kind"], review["metadata"] = "LocalSubjectAccessReview", {"namespace": namespace}
+        spec["user"] = f"system:serviceaccount:{namespace}:{account}"
+        spec["groups"] = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
+    with explained(road.cluster, "review the rights of accounts"):
+        return bool(road.cluster.send("POST", path, review)["status"]["allowed"])

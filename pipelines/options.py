@@ -1,0 +1,50 @@
+"""What the commands of `tune16` share: their common options, recipes by name, and a recipe's memory plan."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components.config import Recipe, load_recipe
+from components.errors import Tune16Error
+from components.memory import MemoryPlan, known_shape, plan, read_shape
+
+_RECIPES = Path(__file__).parent / "recipes"
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a recipe that ships with Tune16, or a path.")
+]
+Settings = Annotated[list[str], typer.Option("--set", help="A setting as step.field=value; repeat it for more.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def find_recipe(name: str) -> Recipe:
+    """Load a recipe by the name it ships under, or from a path.
+
+    Raises:
+        Tune16Error: there is none, or a setting in it is wrong.
+    """
+    shipped = _RECIPES / f"{name}.yaml"
+    if shipped.is_file():
+        return load_recipe(shipped)
+    if Path(name).is_file():
+        return load_recipe(Path(name))
+    names = ", ".join(sorted(path.stem for path in _RECIPES.glob("*.yaml")))
+    raise Tune16Error(f"There is no recipe '{name}', neither with Tune16 nor as a file. With Tune16 come: {names}.")
+
+
+def plan_recipe(settings: Recipe) -> MemoryPlan:
+    """The memory plan, from the known shapes or from the model's config.json.
+
+    Raises:
+        Tune16Error: the model cannot be seen from here, or its architecture is not supported.
+    """
+    shape = known_shape(settings.preflight.model)
+    if shape is None:
+        from components.references import parse, read_config
+
+        with tempfile.TemporaryDirectory() as scratch:
+            reference = parse(settings.preflight.model, "model")
+            shape = read_shape(read_config(reference, Path(scratch)), where=settings.preflight.model)
+    return plan(shape, settings.quantize, settings.prepare, settings.train, settings.preflight.gpu_memory)

@@ -1,0 +1,280 @@
+"""The pipeline server's API (Kubeflow Pipelines, v2beta1), with retries that never do a thing twice.
+
+Every request has a time limit. What only reads is simply repeated after a fault. What creates something is repeated
+only after a look whether the first try got through, by a name that is unique.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import urllib3
+from kfp_server_api import (
+    ApiClient,
+    ApiException,
+    Configuration,
+    ExperimentServiceApi,
+    HealthzServiceApi,
+    PipelineServiceApi,
+    PipelineUploadServiceApi,
+    RecurringRunServiceApi,
+    RunServiceApi,
+)
+from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from components.errors import Tune16Error
+from pipelines.cluster import ServerAddress, unreachable
+
+Answer = TypeVar("Answer")
+Json = dict[str, Any]
+
+_log = logging.getLogger(__name__)
+_ATTEMPTS = 4
+_PASSING_FAULTS = {429, 500, 502, 503, 504}
+_PAGE_SIZE = 100
+
+
+class PipelineServer:
+    """A pipeline server.
+
+    Args:
+        address: where it is, the token and the CA.
+        timeout: seconds that one request may take.
+        pause: seconds before the second try; the pause doubles with each further one.
+    """
+
+    def __init__(self, address: ServerAddress, timeout: float = 30, pause: float = 0.5) -> None:
+        settings = Configuration(host=address.url)
+        settings.ssl_ca_cert = address.ca or None
+        settings.retries = False
+        if address.token:
+            settings.api_key = {"authorization": address.token}
+            settings.api_key_prefix = {"authorization": "Bearer"}
+        self.url = address.url
+        self._client = ApiClient(settings)
+        self._timeout = timeout
+        self._pause = pause
+        self._pipelines = PipelineServiceApi(self._client)
+        self._uploads = PipelineUploadServiceApi(self._client)
+        self._experiments = ExperimentServiceApi(self._client)
+        self._runs = RunServiceApi(self._client)
+        self._schedules = RecurringRunServiceApi(self._client)
+
+    def check(self) -> None:
+        """See that the server answers and takes the token.
+
+        Raises:
+            Tune16Error: it does not; like every method here, which say so no more.
+        """
+        self._read(HealthzServiceApi(self._client).healthz_service_get_healthz)
+        self._read(self._pipelines.pipeline_service_list_pipelines, page_size=1)
+
+    def find_pipeline(self, name: str) -> Json | None:
+        """The pipeline of that name."""
+        found = self._list(self._pipelines.pipeline_service_list_pipelines, "pipelines")
+        return next((entry for entry in found if name in (entry.get("name"), entry.get("display_name"))), None)
+
+    def list_versions(self, pipeline_id: str) -> list[Json]:
+        """The versions of a pipeline, newest first."""
+        return self._list(
+            self._pipelines.pipeline_service_list_pipeline_versions,
+            "pipeline_versions",
+            pipeline_id,
+            sort_by="created_at desc",
+        )
+
+    def read_version(self, pipeline_id: str, version_id: str) -> Json:
+        """One version with its spec."""
+        return self._read(self._pipelines.pipeline_service_get_pipeline_version, pipeline_id, version_id)
+
+    def create_pipeline(self, name: str, display_name: str) -> Json:
+        """Create a pipeline without versions."""
+        pipeline = {"name": name, "display_name": display_name}
+        return self._create(
+            lambda: self._call(self._pipelines.pipeline_service_create_pipeline, pipeline),
+            lambda: self.find_pipeline(name),
+        )
+
+    def upload_version(self, file: Path, name: str, pipeline_id: str) -> Json:
+        """Upload a compiled pipeline as a further version."""
+        return self._create(
+            lambda: self._call(self._uploads.upload_pipeline_version, str(file), name=name, pipelineid=pipeline_id),
+            lambda: next((entry for entry in self.list_versions(pipeline_id) if _is_named(entry, name)), None),
+        )
+
+    def delete_version(self, pipeline_id: str, version_id: str) -> None:
+        """Delete one version."""
+        self._read(self._pipelines.pipeline_service_delete_pipeline_version, pipeline_id, version_id)
+
+    def delete_pipeline(self, pipeline_id: str) -> None:
+        """Delete a pipeline with all its versions."""
+        for version in self.list_versions(pipeline_id):
+            self.delete_version(pipeline_id, version["pipeline_version_id"])
+        self._read(self._pipelines.pipeline_service_delete_pipeline, pipeline_id)
+
+    def find_experiment(self, name: str) -> Json | None:
+        """The experiment of that name."""
+        found = self._list(
+            self._experiments.experiment_service_list_experiments, "experiments", filter=_equals("display_name", name)
+        )
+        return found[0] if found else None
+
+    def create_experiment(self, name: str) -> Json:
+        """Create an experiment."""
+        return self._create(
+            lambda: self._call(self._experiments.experiment_service_create_experiment, {"display_name": name}),
+            lambda: self.find_experiment(name),
+        )
+
+    def delete_experiment(self, experiment_id: str) -> None:
+        """Delete an experiment."""
+        self._read(self._experiments.experiment_service_delete_experiment, experiment_id)
+
+    def create_run(self, run: Json) -> Json:
+        """Start a run; its display name has to be new."""
+        return self._create(
+            lambda: self._call(self._runs.run_service_create_run, run),
+            lambda: next(iter(self.list_runs(filter=_equals("display_name", run["display_name"]))), None),
+        )
+
+    def list_runs(self, limit: int = _PAGE_SIZE, **query: Any) -> list[Json]:
+        """The newest runs first."""
+        return self._list(self._runs.run_service_list_runs, "runs", sort_by="created_at desc", limit=limit, **query)
+
+    def read_run(self, run_id: str) -> Json:
+        """One run with its steps."""
+        return self._read(self._runs.run_service_get_run, run_id)
+
+    def stop_run(self, run_id: str) -> None:
+        """Stop a run."""
+        self._read(self._runs.run_service_terminate_run, run_id)
+
+    def retry_run(self, run_id: str) -> None:
+        """Start the failed steps of a run again."""
+        self._read(self._runs.run_service_retry_run, run_id)
+
+    def list_schedules(self) -> list[Json]:
+        """All recurring runs, newest first."""
+        return self._list(
+            self._schedules.recurring_run_service_list_recurring_runs, "recurringRuns", sort_by="created_at desc"
+        )
+
+    def create_schedule(self, schedule: Json, find: Callable[[], Json | None]) -> Json:
+        """Create a recurring run; `find` looks it up, should the first answer get lost."""
+        return self._create(
+            lambda: self._call(self._schedules.recurring_run_service_create_recurring_run, schedule), find
+        )
+
+    def delete_schedule(self, schedule_id: str) -> None:
+        """Delete a recurring run."""
+        self._read(self._schedules.recurring_run_service_delete_recurring_run, schedule_id)
+
+    def set_schedule_enabled(self, schedule_id: str, enabled: bool) -> None:
+        """Pause a recurring run, or let it go on."""
+        schedules = self._schedules
+        self._read(
+            schedules.recurring_run_service_enable_recurring_run
+            if enabled
+            else schedules.recurring_run_service_disable_recurring_run,
+            schedule_id,
+        )
+
+    def _list(
+        self, method: Callable[..., Any], key: str, *arguments: Any, limit: int = 10_000, **query: Any
+    ) -> list[Json]:
+        """All pages of a listing, `limit` entries at most."""
+        entries: list[Json] = []
+        token = ""
+        while len(entries) < limit:
+            size = min(_PAGE_SIZE, limit - len(entries))
+            page = self._read(method, *arguments, page_token=token, page_size=size, **query)
+            entries += page.get(key) or []
+            token = page.get("next_page_token") or ""
+            if not token:
+                break
+        return entries
+
+    def _read(self, method: Callable[..., Any], *arguments: Any, **query: Any) -> Json:
+        """A request that may be repeated as it is."""
+        return self._repeat(lambda: self._call(method, *arguments, **query))
+
+    def _create(self, create: Callable[[], Json], find: Callable[[], Json | None]) -> Json:
+        """A request that must not be repeated before a look whether it got through."""
+        failed = False
+
+        def attempt() -> Json:
+            nonlocal failed
+            found = find() if failed else None
+            failed = True
+            return found or create()
+
+        return self._repeat(attempt)
+
+    def _repeat(self, request: Callable[[], Answer]) -> Answer:
+        with self._explained():
+            retrying = Retrying(
+                retry=retry_if_exception(_passes),
+                stop=stop_after_attempt(_ATTEMPTS),
+                wait=wait_exponential_jitter(initial=self._pause, max=8, jitter=self._pause),
+                before_sleep=before_sleep_log(_log, logging.INFO),
+                reraise=True,
+            )
+            return retrying(request)
+
+    def _call(self, method: Callable[..., Any], *arguments: Any, **query: Any) -> Json:
+        answer = method(*arguments, **query, _request_timeout=self._timeout)
+        content: Json = self._client.sanitize_for_serialization(answer) or {}
+        return content
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except ApiException as error:
+            raise Tune16Error(f"{self.url}: {_remedy(error)}") from None
+        except urllib3.exceptions.HTTPError as error:
+            raise unreachable(self.url, error) from None
+        except ValueError as error:  # the answer is no JSON: a login page, or some other server
+            raise Tune16Error(f"{self.url}: answers, but not as a pipeline server ({error}). Correct --host.") from None
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether a fault may be gone at the next try."""
+    if isinstance(error, ApiException):
+        return error.status in _PASSING_FAULTS
+    return isinstance(error, urllib3.exceptions.HTTPError) and not isinstance(error, urllib3.exceptions.SSLError)
+
+
+def _remedy(error: ApiException) -> str:
+    if error.status == 401:
+        return "the token is wrong or has expired. Log in again (oc login), or set TUNE16_TOKEN."
+    if error.status == 403:
+        return (
+            "this account may not use the pipeline server. Ask the namespace's owner for the Role "
+            "ds-pipeline-user-access-dspa, or name another namespace."
+        )
+    text = _message(error)
+    if error.status == 404:
+        return f"not found ({text}). Check the name or id; if nothing is ever found, correct --host."
+    return f"{error.status} {error.reason}: {text}"
+
+
+def _message(error: ApiException) -> str:
+    """What the server says, out of the JSON that it wraps it in."""
+    try:
+        content = json.loads(error.body or "")
+    except ValueError:
+        content = str(error.body or error.reason)
+    text = content.get("message") or content.get("error") or "" if isinstance(content, dict) else str(content)
+    return " ".join(str(text).split())[:500]
+
+
+def _is_named(entry: Json, name: str) -> bool:
+    return name in (entry.get("name"), entry.get("display_name"))
+
+
+def _equals(key: str, value: str) -> str:
+    return json.dumps({"predicates": [{"operation": "EQUALS", "key": key, "stringValue": value}]})
