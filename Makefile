@@ -3,6 +3,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 RECIPE ?= demo
 BIN := .venv/bin
+# Images: where they are called, and what their build is told. PODMAN_FLAGS takes whatever else podman needs.
+REGISTRY ?= localhost/tune16
+VERSION := $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' components/images.py)
+IMAGE_ARGS = --build-arg VERSION=$(VERSION) $(foreach name,BASE_IMAGE ACCELERATOR TORCH_INDEX,$(if $($(name)),--build-arg $(name)=$($(name))))
 # Processes that share the cores wait for each other instead of spinning.
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -30,6 +34,18 @@ compile: $(BIN)/ready  ## Write manifests/base/pipeline.yaml and the page of set
 manifests: $(BIN)/ready .venv/checkov/ready  ## Build every overlay, validate every object, check the security
 	@$(BIN)/pytest tests/manifests
 
+images: $(BIN)/ready  ## Build the images with podman: TARGET=tools, BASE_IMAGE=…, REGISTRY=…, ACCELERATOR=cpu
+	@for target in $(or $(TARGET),tools trainer gguf); do \
+	  podman build $(PODMAN_FLAGS) --file images/Containerfile --build-arg TARGET=$$target $(IMAGE_ARGS) \
+	    --tag $(REGISTRY)/$$target:$(VERSION) . || exit 1; done
+
+sbom: $(BIN)/ready  ## Write each image's bill of materials (CycloneDX) from its lock to build/
+	@mkdir -p build && for lock in images/locks/*.txt; do \
+	  $(BIN)/cyclonedx-py requirements --output-reproducible $$lock -o build/$$(basename $$lock .txt).cdx.json || exit 1; done
+
+locks: $(BIN)/ready  ## Resolve the images' packages anew, within constraints.txt: images/locks/
+	@$(BIN)/python images/locks.py
+
 bench: $(BIN)/ready  ## The benchmarks that need no GPU
 	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -48,4 +64,4 @@ $(BIN)/ready: pyproject.toml constraints.txt
 	.venv/checkov/bin/pip install --quiet -r $<
 	@touch $@
 
-.PHONY: help run test lint quick compile manifests bench clean
+.PHONY: help run test lint quick compile manifests images sbom locks bench clean

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +18,11 @@ from typer.core import TyperGroup
 from components.config import CONNECTION_VARIABLES, Recipe, override
 from components.errors import USER_ERROR_EXIT_CODE, Tune16Error
 from pipelines import submission
-from pipelines.cluster import Cluster, NotFoundError, explained, find_cluster_if_any, find_dashboard, find_server
+from pipelines.cluster import Cluster, NotFoundError, explained, find_cluster, find_dashboard, find_server, given_host
 from pipelines.options import AsJson, RecipeName, Settings, find_recipe, plan_recipe
 from pipelines.server import Json, PipelineServer
 
-_POLL_SECONDS = 5.0
+POLL_SECONDS = 5.0
 _LOG_LINES = 40
 _MARKS = {"ok": "[green]ok[/]", "problem": "[red]problem[/]", "unknown": "[yellow]unknown[/]"}
 
@@ -73,7 +73,9 @@ def connect(namespace: str, host: str, ca: str, timeout: float) -> Connected:
     Raises:
         Tune16Error: nobody is logged in, there is no server, or it does not take the token.
     """
-    cluster = find_cluster_if_any(namespace, ca)
+    cluster: Cluster | None = None
+    with suppress(Tune16Error) if host or given_host() else nullcontext():
+        cluster = find_cluster(namespace, ca)
     server = PipelineServer(find_server(cluster, host, ca), timeout)
     server.check()
     return Connected(server, cluster)
@@ -279,6 +281,8 @@ def _plan(settings: Recipe) -> None:
     """Refuse what will not fit; a model that cannot be seen from here is planned by the step preflight."""
     from components.preflight.checks import refuse_unfit
 
+    if settings.setup == "demo":
+        return  # its model is tiny, and not made yet
     try:
         memory = plan_recipe(settings)
     except Tune16Error as error:
@@ -315,10 +319,9 @@ def _follow(connected: Connected, run_id: str, as_json: bool) -> None:
 
     Leaving with Ctrl-C leaves the run alone.
     """
-    pause = float(os.environ.get("TUNE16_POLL_SECONDS", _POLL_SECONDS))
     run: Json = {}
     with _state_display(as_json) as display:
-        for run in submission.follow(connected.server, run_id, pause):
+        for run in submission.follow(connected.server, run_id, POLL_SECONDS):
             display(run)
     if as_json:
         print(json.dumps(run, indent=2))

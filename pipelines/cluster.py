@@ -111,12 +111,12 @@ def find_cluster(namespace: str = "", ca: str = "") -> Cluster:
 
 
 def find_server(cluster: Cluster | None, host: str = "", ca: str = "") -> ServerAddress:
-    """Find the pipeline server: the `host` given, or the one in the cluster's namespace.
+    """Find the pipeline server: the `host` given, for which nobody need be logged in, or the one in the namespace.
 
     Raises:
         Tune16Error: there is none, or it is not ready yet.
     """
-    host = host or os.environ.get("TUNE16_HOST", "")
+    host = host or given_host()
     token = os.environ.get("TUNE16_TOKEN", "") or (cluster.token if cluster else "")
     ca = ca or os.environ.get("TUNE16_CA", "") or os.environ.get("SSL_CERT_FILE", "")
     if not host:
@@ -130,12 +130,9 @@ def find_server(cluster: Cluster | None, host: str = "", ca: str = "") -> Server
     return ServerAddress((host if "://" in host else f"https://{host}").rstrip("/"), token, _existing_ca(ca))
 
 
-def find_cluster_if_any(namespace: str = "", ca: str = "") -> Cluster | None:
-    """The cluster, or None where nobody is logged in; with --host and TUNE16_TOKEN much works without."""
-    try:
-        return find_cluster(namespace, ca)
-    except Tune16Error:
-        return None
+def given_host() -> str:
+    """The pipeline server that the environment names."""
+    return os.environ.get("TUNE16_HOST", "")
 
 
 def server_object(cluster: Cluster) -> dict[str, Any]:
@@ -219,13 +216,14 @@ def explained(cluster: Cluster, action: str) -> Iterator[None]:
 
 def unreachable(where: str, error: Exception) -> Tune16Error:
     """The message for a server that gives no answer."""
-    text = str(getattr(error, "reason", None) or error)
+    text = " ".join(str(getattr(error, "reason", None) or error).split())
     if "certificate" in text.lower() or "ssl" in text.lower():
         return Tune16Error(
             f"{where}: its certificate is not trusted ({text}). Name the file with its CA: --ca ca.crt, or TUNE16_CA. "
             "OpenShift's own is in the ConfigMap default-ingress-cert in openshift-config-managed."
         )
-    if isinstance(error, urllib3.exceptions.TimeoutError):
+    refused = isinstance(error, urllib3.exceptions.NewConnectionError)  # urllib3 counts it as a time-out too
+    if isinstance(error, urllib3.exceptions.TimeoutError) and not refused:
         return Tune16Error(f"{where}: no answer in time. Check the network, or try again later.")
     return Tune16Error(f"{where}: cannot be reached ({text}). Check the address and the network.")
 
@@ -237,12 +235,11 @@ def _in_pod() -> bool:
 def _load_kubeconfig(settings: client.Configuration) -> tuple[str, str]:
     """Load the login of `oc` into `settings`; returns its namespace and its description."""
     try:
-        config.load_kube_config(client_configuration=settings)
-        _, context = config.list_kube_config_contexts()
+        file = os.environ.get("KUBECONFIG")  # read here: the library reads it once, when it is imported
+        config.load_kube_config(file, client_configuration=settings)
+        _, context = config.list_kube_config_contexts(file)
     except (ConfigException, OSError) as error:
-        raise Tune16Error(
-            f"Nobody is logged in to a cluster ({error}). Log in with: oc login https://api.…:6443"
-        ) from None
+        raise Tune16Error(f"Nobody is logged in to a cluster ({error}). Log in with `oc login`.") from None
     namespace = context["context"].get("namespace", "")
     return namespace or "default", f"the kubeconfig's context {context['name']}"
 

@@ -33,6 +33,7 @@ Json = dict[str, Any]
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 4
+PAUSE_SECONDS = 0.5  # before the second try; it doubles with each further one
 _PASSING_FAULTS = {429, 500, 502, 503, 504}
 _PAGE_SIZE = 100
 
@@ -43,10 +44,9 @@ class PipelineServer:
     Args:
         address: where it is, the token and the CA.
         timeout: seconds that one request may take.
-        pause: seconds before the second try; the pause doubles with each further one.
     """
 
-    def __init__(self, address: ServerAddress, timeout: float = 30, pause: float = 0.5) -> None:
+    def __init__(self, address: ServerAddress, timeout: float = 30) -> None:
         settings = Configuration(host=address.url)
         settings.ssl_ca_cert = address.ca or None
         settings.retries = False
@@ -56,7 +56,6 @@ class PipelineServer:
         self.url = address.url
         self._client = ApiClient(settings)
         self._timeout = timeout
-        self._pause = pause
         self._pipelines = PipelineServiceApi(self._client)
         self._uploads = PipelineUploadServiceApi(self._client)
         self._experiments = ExperimentServiceApi(self._client)
@@ -218,14 +217,19 @@ class PipelineServer:
             retrying = Retrying(
                 retry=retry_if_exception(_passes),
                 stop=stop_after_attempt(_ATTEMPTS),
-                wait=wait_exponential_jitter(initial=self._pause, max=8, jitter=self._pause),
+                wait=wait_exponential_jitter(multiplier=PAUSE_SECONDS, max=8, jitter=PAUSE_SECONDS),
                 before_sleep=before_sleep_log(_log, logging.INFO),
                 reraise=True,
             )
             return retrying(request)
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **query: Any) -> Json:
-        answer = method(*arguments, **query, _request_timeout=self._timeout)
+        try:
+            answer = method(*arguments, **query, _request_timeout=(self._timeout, self._timeout))
+        except AttributeError as error:  # the client trips over a certificate's fault, which has no body to decode
+            if not isinstance(error.__context__, ApiException):
+                raise
+            raise urllib3.exceptions.SSLError(error.__context__.reason) from None
         content: Json = self._client.sanitize_for_serialization(answer) or {}
         return content
 

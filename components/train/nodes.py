@@ -26,7 +26,7 @@ from components.steps import say
 from components.train.jobs import PYTORCH_JOB, TRAIN_JOB, Json, Kind, describe
 from components.train.launch import Group, train_in_processes
 
-_POLL_SECONDS = 5.0
+POLL_SECONDS = 5.0
 _SILENCE_SECONDS = 1800  # without any news from pods that should be running; waiting in a queue does not count
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _MASTER_PORT = 29500
@@ -84,7 +84,10 @@ def train_as_node(source: str) -> None:
 def _own_pod() -> Json:
     """The pod that this runs in: its image, account, tolerations and secrets are the job's too."""
     try:
-        config.load_config()
+        if "KUBECONFIG" in os.environ:
+            config.load_kube_config(os.environ["KUBECONFIG"])
+        else:
+            config.load_incluster_config()
     except config.ConfigException:
         raise Tune16Error(
             "train.num_nodes: several nodes are for a cluster, where the step train runs in a pod. Set it to 1."
@@ -144,7 +147,6 @@ def _follow(kind: Kind, namespace: str, job: str) -> None:
     Raises:
         Tune16Error: it failed, with the step's own message where it has one, or it hangs.
     """
-    pause = float(os.environ.get("TUNE16_POLL_SECONDS", _POLL_SECONDS))
     said, state, last_news = 0, "", time.monotonic()
     while True:
         content = client.CustomObjectsApi().get_namespaced_custom_object(
@@ -169,7 +171,7 @@ def _follow(kind: Kind, namespace: str, job: str) -> None:
                 f"{kind.name} {job} has said nothing for {_SILENCE_SECONDS // 60} minutes. Look at its pods' events: "
                 "are there nodes with enough free GPUs, and can they pull the image?"
             )
-        time.sleep(pause)
+        time.sleep(POLL_SECONDS)
 
 
 def _state(job: Json) -> tuple[str, str]:

@@ -1,0 +1,48 @@
+"""`make locks`: resolves each image's packages, with hashes, from pyproject.toml within constraints.txt.
+
+uv resolves, because it reads metadata only; pip installs. The CPU build of torch has a version of its own ("+cpu") on
+torch's index; UV_FIND_LINKS or UV_EXTRA_INDEX_URL name another place for it.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+FOLDER = Path("images/locks")
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+
+_UV = [
+    str(Path(sys.executable).with_name("uv")),
+    *("pip", "compile", "--quiet", "--generate-hashes", "--no-header", "--no-annotate", "--upgrade"),
+    *("--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28", "--constraint", "constraints.txt"),
+]
+
+
+def main() -> None:
+    """Write all locks."""
+    _resolve("tools", "pyproject.toml")
+    _resolve("trainer-cuda", "pyproject.toml", "--extra", "trainer")
+    _resolve("trainer-cpu", "pyproject.toml", "--extra", "trainer", torch_on_cpu=True)
+    _resolve("gguf", "pyproject.toml", "--extra", "gguf", torch_on_cpu=True)
+    _resolve("kfp", "-", "--no-deps", requirements=f"kfp=={version('kfp')}")
+
+
+def _resolve(name: str, *arguments: str, torch_on_cpu: bool = False, requirements: str = "") -> None:
+    environment = dict(os.environ)
+    target = FOLDER / f"{name}.txt"
+    if torch_on_cpu:
+        override = FOLDER / "override.in"
+        override.write_text(f"torch=={version('torch').partition('+')[0]}+cpu\n")
+        arguments += ("--override", str(override))
+        if not {"UV_FIND_LINKS", "UV_EXTRA_INDEX_URL"} & set(environment):
+            environment["UV_EXTRA_INDEX_URL"] = TORCH_INDEX
+    command = [*_UV, *arguments, "--output-file", str(target)]
+    subprocess.run(command, input=requirements, text=True, check=True, env=environment)
+    (FOLDER / "override.in").unlink(missing_ok=True)
+    print(f"{target}: {target.read_text().count('==')} packages")
+
+
+if __name__ == "__main__":
+    main()

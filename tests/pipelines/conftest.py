@@ -1,0 +1,92 @@
+"""A namespace as the tests find it: a pipeline server, a Kubernetes API that knows it, and a login for both."""
+
+import base64
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.config import CONNECTION_VARIABLES
+from pipelines import cli, cli_cluster, server
+from tests.pipelines.servers import KubernetesApi, PipelineApi
+
+NAMESPACE = "tune16"
+DSPA = ("datasciencepipelinesapplications.opendatahub.io/v1", "datasciencepipelinesapplications")
+GPU_NODE: dict[str, Any] = {
+    "kind": "Node",
+    "metadata": {"name": "gpu-1", "labels": {"nvidia.com/gpu.memory": "15360", "nvidia.com/gpu.product": "Tesla-T4"}},
+    "spec": {"taints": [{"key": "nvidia.com/gpu", "value": "", "effect": "NoSchedule"}]},
+    "status": {"allocatable": {"nvidia.com/gpu": "1"}},
+}
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+def secret(name: str, values: dict[str, str]) -> dict[str, Any]:
+    data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
+    return {"kind": "Secret", "metadata": {"name": name, "namespace": NAMESPACE}, "data": data}
+
+
+def furnish(api: KubernetesApi) -> None:
+    """A namespace in which everything is right."""
+    ready = [{"type": "Ready", "status": "True"}]
+    api.add("v1", "namespaces", {"kind": "Namespace", "metadata": {"name": NAMESPACE}})
+    server_object = {
+        "kind": "DataSciencePipelinesApplication",
+        "metadata": {"name": "dspa", "namespace": NAMESPACE},
+        "spec": {"apiServer": {"pipelineStore": "kubernetes"}},
+        "status": {"conditions": ready},
+    }
+    api.add(*DSPA, server_object)
+    values = dict.fromkeys(CONNECTION_VARIABLES, "x") | {"AWS_S3_ENDPOINT": "http://s3.svc"}
+    api.add("v1", "secrets", secret("tune16-connection", values))
+    api.add("v1", "nodes", GPU_NODE)
+    for name in ("tools", "trainer"):
+        stream_tag = {"kind": "ImageStreamTag", "metadata": {"name": f"{name}:0.1.0", "namespace": NAMESPACE}}
+        api.add("image.openshift.io/v1", "imagestreamtags", stream_tag)
+    link = {
+        "kind": "ConsoleLink",
+        "metadata": {"name": "rhodslink"},
+        "spec": {"href": "https://dashboard.example.com/"},
+    }
+    api.add("console.openshift.io/v1", "consolelinks", link)
+
+
+@pytest.fixture
+def pipelines_api() -> Iterator[PipelineApi]:
+    with PipelineApi() as api:
+        yield api
+
+
+@pytest.fixture
+def kubernetes_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
+    with KubernetesApi() as api:
+        furnish(api)
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig", NAMESPACE)))
+        yield api
+
+
+@pytest.fixture
+def call(
+    pipelines_api: PipelineApi,
+    kubernetes_api: KubernetesApi,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Call:
+    """Call `tune16` in this process; the stand-ins are its cluster. Returns exit code, stdout and stderr."""
+    monkeypatch.setenv("TUNE16_HOST", pipelines_api.url)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(server, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(cli_cluster, "POLL_SECONDS", 0.01)
+    for console in (cli.console, cli_cluster.console, cli_cluster.notes):
+        monkeypatch.setattr(console, "_width", 200, raising=False)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tune16", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
