@@ -1,7 +1,7 @@
 """`make locks`: resolves each image's packages, with hashes, from pyproject.toml within constraints.txt.
 
 uv resolves, because it reads metadata only; pip installs. The CPU build of torch has a version of its own ("+cpu") on
-torch's index; UV_FIND_LINKS or UV_EXTRA_INDEX_URL name another place for it.
+torch's index, or where TORCH_LINKS, a folder of wheels, has it.
 """
 
 import os
@@ -36,8 +36,8 @@ def _resolve(name: str, *arguments: str, torch_on_cpu: bool = False, requirement
         override = FOLDER / "override.in"
         override.write_text(f"torch=={version('torch').partition('+')[0]}+cpu\n")
         arguments += ("--override", str(override))
-        if not {"UV_FIND_LINKS", "UV_EXTRA_INDEX_URL"} & set(environment):
-            environment["UV_EXTRA_INDEX_URL"] = TORCH_INDEX
+        links = os.environ.get("TORCH_LINKS", "")
+        environment |= {"UV_FIND_LINKS": links} if links else {"UV_EXTRA_INDEX_URL": TORCH_INDEX}
     command = [*_UV, *arguments, "--output-file", str(target)]
     subprocess.run(command, input=requirements, text=True, check=True, env=environment)
     (FOLDER / "override.in").unlink(missing_ok=True)

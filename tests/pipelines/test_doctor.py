@@ -1,0 +1,198 @@
+"""doctor against stand-ins for the pipeline server and the Kubernetes API, with a real S3 server."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.config import Recipe
+from pipelines import doctor
+from pipelines.doctor import Road, examine
+from pipelines.s3server import S3Server
+from tests.conftest import BUCKET
+from tests.pipelines.conftest import GPU_NODE, NAMESPACE, Call, secret
+from tests.pipelines.servers import KubernetesApi, PipelineApi
+
+Findings = dict[str, doctor.Finding]
+
+
+@pytest.fixture
+def examined(
+    kubernetes_api: KubernetesApi,
+    pipelines_api: PipelineApi,
+    s3_server: S3Server,
+    bucket: str,
+    make_model: Callable[..., Path],
+    orders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Findings]:
+    """All findings by name, for a recipe on local files and a namespace in which everything is right."""
+    kubernetes_api.add("v1", "secrets", secret("tune16-connection", s3_server.environment(BUCKET)))
+    for name in s3_server.environment(BUCKET):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pipelines.server.PAUSE_SECONDS", 0.01)
+
+    def examine_all(**settings: Any) -> Findings:
+        content: dict[str, Any] = {"preflight": {"model": str(make_model("llama")), "data": str(orders)}}
+        for step, values in settings.items():
+            content[step] = {**content.get(step, {}), **values}
+        road = Road(Recipe.model_validate(content), host=pipelines_api.url)
+        return {finding.check: finding for finding in examine(road)}
+
+    return examine_all
+
+
+def drop(api: KubernetesApi, plural: str) -> None:
+    for key in [key for key in api.objects if key[1] == plural]:
+        del api.objects[key]
+
+
+def test_everything_is_right(examined: Callable[..., Findings]) -> None:
+    found = examined()
+    outcomes = {name: finding.outcome for name, finding in found.items()}
+    assert outcomes.pop("pipeline server") == "unknown"  # --host names another one
+    assert set(outcomes.values()) == {"ok"}, found
+    assert "developer at http" in found["login"].text
+    assert "1 fitting: gpu-1" in found["GPU"].text
+    assert "tools:0.1.0" in found["images"].text
+
+
+def node(**changes: Any) -> Callable[[KubernetesApi], None]:
+    def change(api: KubernetesApi) -> None:
+        drop(api, "nodes")
+        api.add("v1", "nodes", {**GPU_NODE, **changes})
+
+    return change
+
+
+def quota(**hard: str) -> Callable[[KubernetesApi], None]:
+    def change(api: KubernetesApi) -> None:
+        names = {key.replace("__", "."): value for key, value in hard.items()}
+        metadata = {"name": "small", "namespace": NAMESPACE}
+        api.add("v1", "resourcequotas", {"kind": "ResourceQuota", "metadata": metadata, "status": {"hard": names}})
+
+    return change
+
+
+def without(plural: str) -> Callable[[KubernetesApi], None]:
+    return lambda api: drop(api, plural)
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "message"),
+    [
+        (without("namespaces"), "namespace", "there is no namespace tune16. Create it (oc new-project tune16)"),
+        (without("secrets"), "connection", "there is no Secret tune16-connection"),
+        (without("nodes"), "GPU", "no node offers 1 nvidia.com/gpu"),
+        (node(status={"allocatable": {}}), "GPU", "no node offers 1 nvidia.com/gpu"),
+        (
+            node(metadata={"name": "n", "labels": {"nvidia.com/gpu.memory": "8192"}}),
+            "GPU",
+            "no GPU has 14.2 GiB: the largest has 8.0",
+        ),
+        (
+            node(spec={"taints": [{"key": "team", "value": "b", "effect": "NoSchedule"}]}),
+            "GPU",
+            "nobody tolerates the taint team=b:NoSchedule of gpu-1",
+        ),
+        (
+            quota(requests__memory="8Gi"),
+            "quota",
+            "leaves 8.0 GiB of requests.memory, but the step train needs 24.0 GiB",
+        ),
+        (quota(limits__cpu="1500m"), "quota", "leaves 1.5 of limits.cpu, but the step train needs 4"),
+        (
+            lambda api: quota(**{"requests__nvidia__com/gpu": "0"})(api),
+            "quota",
+            "leaves 0 of requests.nvidia.com/gpu, but the step train needs 1",
+        ),
+        (without("imagestreamtags"), "images", "tools:0.1.0 is not in the cluster's registry"),
+    ],
+)
+def test_a_problem_says_what_to_do(
+    examined: Callable[..., Findings],
+    kubernetes_api: KubernetesApi,
+    change: Callable[[KubernetesApi], None],
+    check: str,
+    message: str,
+) -> None:
+    change(kubernetes_api)
+    finding = examined()[check]
+    assert finding.outcome == "problem" and message in finding.text, finding
+    assert len(finding.text.splitlines()) == 1
+
+
+def test_settings_that_do_not_fit_the_cluster(examined: Callable[..., Findings], kubernetes_api: KubernetesApi) -> None:
+    assert "no node offers 2" in examined(train={"num_gpus": 2})["GPU"].text
+    assert "has the labels {'zone': 'b'}" in examined(cluster={"node_selector": {"zone": "b"}})["GPU"].text
+    assert "taint nvidia.com/gpu" in examined(cluster={"tolerations": []})["GPU"].text
+    assert "there is no such file" in examined(preflight={"data": "/nowhere"})["model and data"].text
+    kubernetes_api.allowed = lambda attributes: attributes["resource"] != "trainjobs"
+    assert examined()["runner's rights"].outcome == "ok"
+    finding = examined(train={"num_nodes": 2})["runner's rights"]
+    assert "pipeline-runner-dspa may not create trainjobs. Apply manifests/base" in finding.text
+
+
+def test_keys_and_values_of_the_connection(
+    examined: Callable[..., Findings], kubernetes_api: KubernetesApi, s3_server: S3Server
+) -> None:
+    values = s3_server.environment(BUCKET)
+    kubernetes_api.add("v1", "secrets", secret("tune16-connection", {**values, "AWS_S3_BUCKET": ""}))
+    found = examined()
+    assert "has no AWS_S3_BUCKET" in found["connection"].text
+    assert found["storage"].outcome == "unknown"
+    kubernetes_api.add("v1", "secrets", secret("tune16-connection", {**values, "AWS_SECRET_ACCESS_KEY": "wrong-one"}))
+    text = json.dumps([finding.text for finding in examined().values()])
+    assert "the secret key is wrong" in text and "wrong-one" not in text
+    inside = {**values, "AWS_S3_ENDPOINT": "http://127.0.0.1.svc:9"}
+    kubernetes_api.add("v1", "secrets", secret("tune16-connection", inside))
+    assert examined()["storage"].outcome == "unknown"
+
+
+def test_with_few_rights_it_says_what_it_could_not_see(
+    examined: Callable[..., Findings], kubernetes_api: KubernetesApi
+) -> None:
+    for part in ("nodes", "resourcequotas", "secrets", "namespaces/tune16", "localsubjectaccessreviews"):
+        kubernetes_api.forbid("*", part)
+    found = examined()
+    unknown = {name for name, finding in found.items() if finding.outcome == "unknown"}
+    assert {"GPU", "quota", "connection", "storage", "runner's rights"} <= unknown
+    assert not any(finding.outcome == "problem" for finding in found.values()), found
+    assert "may not list the nodes" in found["GPU"].text
+
+
+def test_a_wrong_login_and_a_dead_server(
+    examined: Callable[..., Findings],
+    kubernetes_api: KubernetesApi,
+    pipelines_api: PipelineApi,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kubernetes_api.token = "renewed"
+    found = examined()
+    assert found["login"].outcome == "problem" and "Log in again: oc login" in found["login"].text
+    assert found["GPU"].text == "not looked at, because the login failed."
+    kubernetes_api.token = "good"
+    pipelines_api.forbidden = True
+    assert "may not use the pipeline server" in examined()["API"].text
+
+
+def test_the_pipeline_server_of_the_namespace(call: Call, kubernetes_api: KubernetesApi, monkeypatch: Any) -> None:
+    monkeypatch.delenv("TUNE16_HOST")
+    code, out, _ = call("doctor", "demo", "--json")
+    found = {finding["check"]: finding for finding in json.loads(out)}
+    assert code == 2 and found["pipeline server"]["text"] == "dspa is ready"
+    (server,) = (found for key, found in kubernetes_api.objects.items() if key[1].startswith("datascience"))
+    server["spec"]["apiServer"].pop("pipelineStore")
+    assert "submit uploads them, oc apply does not" in call("doctor", "demo")[1]
+    server["status"]["conditions"] = []
+    code, out, err = call("doctor", "demo")
+    assert code == 2 and "problem  pipeline server: dspa is not ready: its operator has not looked at it yet" in out
+    assert "Traceback" not in err
+
+
+def test_images_of_another_registry(examined: Callable[..., Findings], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.images.IMAGE_OF_STEP", {"train": "127.0.0.1:9/tune16/trainer:0.1.0"})
+    finding = examined()["images"]
+    assert finding.outcome == "unknown" and "127.0.0.1:9 cannot be reached from here" in finding.text
