@@ -1,6 +1,7 @@
 """Run at the end of each image's build: everything that its steps need can be loaded and works."""
 
 import importlib
+import os
 import sys
 
 # What each image must be able to import: its steps' logic, and kfp's executor, which starts them.
@@ -26,6 +27,7 @@ _T4 = "sm_75"
 
 def check_image(image: str, accelerator: str) -> None:
     """Import an image's modules; in the trainer also quantise on the CPU and look for a T4's kernels."""
+    os.environ["_KFP_RUNTIME"] = "true"  # as in a step's command: kfp's executor alone needs no dependencies
     for name in (*_MODULES[image], "kfp.dsl.executor_main"):
         importlib.import_module(name)
     if image == "trainer":
