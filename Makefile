@@ -39,6 +39,10 @@ images: $(BIN)/ready  ## Build the images with podman: TARGET=tools, BASE_IMAGE=
 	  podman build $(PODMAN_FLAGS) --file images/Containerfile --build-arg TARGET=$$target $(IMAGE_ARGS) \
 	    --tag $(REGISTRY)/$$target:$(VERSION) . || exit 1; done
 
+check-images: $(BIN)/ready  ## Run the demo's steps in the images, as any user, read-only, without network (root)
+	@rm -rf build/containers && TUNE16_REGISTRY=$(REGISTRY) PYTHONPATH=. unshare --net \
+	  $(BIN)/python tests/images/containers.py build/containers
+
 sbom: $(BIN)/ready  ## Write each image's bill of materials (CycloneDX) from its lock to build/
 	@mkdir -p build && for lock in images/locks/*.txt; do \
 	  $(BIN)/cyclonedx-py requirements --output-reproducible $$lock -o build/$$(basename $$lock .txt).cdx.json || exit 1; done
@@ -64,4 +68,4 @@ $(BIN)/ready: pyproject.toml constraints.txt
 	.venv/checkov/bin/pip install --quiet -r $<
 	@touch $@
 
-.PHONY: help run test lint quick compile manifests images sbom locks bench clean
+.PHONY: help run test lint quick compile manifests images check-images sbom locks bench clean
