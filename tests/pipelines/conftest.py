@@ -9,7 +9,7 @@ import pytest
 
 from components.config import CONNECTION_VARIABLES
 from pipelines import cli, cli_cluster, server
-from tests.pipelines.servers import KubernetesApi, PipelineApi
+from tests.servers import KubernetesApi, PipelineApi
 
 NAMESPACE = "tune16"
 DSPA = ("datasciencepipelinesapplications.opendatahub.io/v1", "datasciencepipelinesapplications")

@@ -13,7 +13,7 @@ from pipelines.doctor import Road, examine
 from pipelines.s3server import S3Server
 from tests.conftest import BUCKET
 from tests.pipelines.conftest import GPU_NODE, NAMESPACE, Call, secret
-from tests.pipelines.servers import KubernetesApi, PipelineApi
+from tests.servers import KubernetesApi, PipelineApi
 
 Findings = dict[str, doctor.Finding]
 

@@ -10,7 +10,7 @@ from components.errors import Tune16Error
 from pipelines.compile import version_name
 from pipelines.submission import Trigger, read_cron, read_interval
 from tests.pipelines.conftest import Call
-from tests.pipelines.servers import KubernetesApi, PipelineApi, make_certificate
+from tests.servers import KubernetesApi, PipelineApi, make_certificate
 
 RECIPE = "llama2-7b-16gb"
 CREATED = ("pipelines", "versions", "runs", "recurring_runs")

@@ -15,7 +15,7 @@ import urllib3
 from kfp_server_api import V2beta1PipelineVersionReference as Reference
 from kubernetes.dynamic import DynamicClient
 
-from tests.pipelines.servers import KubernetesApi, PipelineApi, make_certificate
+from tests.servers import KubernetesApi, PipelineApi, make_certificate
 
 SPEC = """\
 pipelineInfo: {name: demo}

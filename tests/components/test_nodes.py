@@ -1,0 +1,245 @@
+"""Training on several nodes: a Kubernetes API stand-in whose training jobs are real processes, and a real S3 server."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from components import s3
+from components.config import PrepareConfig, QuantizeConfig, TrainConfig
+from components.errors import Tune16Error
+from components.merge.merger import read_deltas
+from components.prepare.dataset import prepare_dataset
+from components.quantize.checkpoint import quantize_checkpoint
+from components.train import nodes
+from components.train.launch import train
+from tests.manifests.test_manifests import CRDS, custom_schemas
+from tests.servers import KubernetesApi
+
+Json = dict[str, Any]
+NAMESPACE = "tune16"
+TRAINER = "trainer.kubeflow.org/v1alpha1"
+SETTINGS: Json = {
+    "epochs": 0.25, "learning_rate": 5e-3, "rank": 8, "dropout": 0, "micro_batch": 2, "num_evaluations": 1
+}  # fmt: skip
+
+pytestmark = pytest.mark.slow
+
+
+class Nodes:
+    """Starts a job's pods as processes, as a training operator would, and reports how they end."""
+
+    def __init__(self, api: KubernetesApi) -> None:
+        self.api = api
+        self.jobs: list[Json] = []
+        self.sabotage = ""
+        api.on_create["trainjobs"] = lambda job: self._start(job, "Complete")
+        api.on_create["pytorchjobs"] = lambda job: self._start(job, "Succeeded")
+
+    def _start(self, job: Json, success: str) -> None:
+        self.jobs.append(job)
+        job["status"] = {"conditions": [{"type": "Suspended", "status": "True", "message": "in the queue"}]}
+        threading.Thread(target=self._run, args=(job, success)).start()
+
+    def _run(self, job: Json, success: str) -> None:
+        name, spec = job["metadata"]["name"], job["spec"]
+        if success == "Complete":
+            container, num_nodes = spec["trainer"], spec["trainer"]["numNodes"]
+            labels = {"jobset.sigs.k8s.io/jobset-name": name, "batch.kubernetes.io/job-completion-index": "0"}
+        else:
+            replicas = spec["pytorchReplicaSpecs"]
+            (container,) = replicas["Master"]["template"]["spec"]["containers"]
+            num_nodes = 1 + replicas["Worker"]["replicas"]
+            labels = {"training.kubeflow.org/job-name": name, "training.kubeflow.org/replica-type": "master"}
+        pod = {"kind": "Pod", "metadata": {"name": f"{name}-0", "namespace": NAMESPACE, "labels": labels}, "spec": {}}
+        self.api.add("v1", "pods", pod)
+        job["status"]["conditions"] = []
+        assert container["command"][0] == "python3"
+        command = [sys.executable, *container["command"][1:]]
+        command = [part if part != self.sabotage else f"{part}x" for part in command]
+        processes = [self._node(command, rank, num_nodes) for rank in range(num_nodes)]
+        log = processes[0].stdout
+        assert log is not None
+        for line in log:
+            self.api.logs[NAMESPACE, f"{name}-0"] = self.api.logs.get((NAMESPACE, f"{name}-0"), "") + line
+        codes = [process.wait() for process in processes]
+        kind, message = ("Failed", f"exit codes {codes}") if any(codes) else (success, "done")
+        job["status"]["conditions"] = [{"type": kind, "status": "True", "message": message}]
+
+    @staticmethod
+    def _node(command: list[str], rank: int, num_nodes: int) -> "subprocess.Popen[str]":
+        environment = {
+            **os.environ,
+            "PET_NODE_RANK": str(rank),
+            "PET_NNODES": str(num_nodes),
+            "PET_MASTER_ADDR": "127.0.0.1",
+            "PET_MASTER_PORT": "29533",
+        }
+        pipe = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str) -> Iterator[KubernetesApi]:
+    with KubernetesApi() as server:
+        server.add("v1", "pods", step_pod())
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig", NAMESPACE)))
+        monkeypatch.setenv("KFP_POD_NAME", "tune16-abc-train")
+        monkeypatch.setenv("KFP_NAMESPACE", NAMESPACE)
+        monkeypatch.setattr(nodes, "POLL_SECONDS", 0.2)
+        yield server
+
+
+def step_pod() -> Json:
+    secret = {"name": "AWS_ACCESS_KEY_ID", "valueFrom": {"secretKeyRef": {"name": "c", "key": "AWS_ACCESS_KEY_ID"}}}
+    main = {
+        "name": "main",
+        "image": "registry/tune16/trainer:0.1.0",
+        "env": [secret, {"name": "KFP_POD_NAME", "value": "x"}],
+        "resources": {"requests": {"cpu": "4", "memory": "24Gi"}, "limits": {"cpu": "4", "memory": "24Gi"}},
+        "volumeMounts": [{"name": "ca", "mountPath": "/ca"}, {"name": "scratch", "mountPath": "/tmp"}],
+    }
+    metadata = {
+        "name": "tune16-abc-train",
+        "namespace": NAMESPACE,
+        "uid": "1-2-3",
+        "labels": {"kueue.x-k8s.io/queue-name": "gpus", "other": "x"},
+    }
+    spec = {
+        "serviceAccountName": "pipeline-runner-dspa",
+        "containers": [{"name": "wait", "image": "argo"}, main],
+        "nodeSelector": {"nvidia.com/gpu.product": "Tesla-T4"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+        "volumes": [{"name": "ca", "configMap": {"name": "dsp-ca"}}, {"name": "scratch", "emptyDir": {}}],
+    }
+    return {"kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def serve_train_jobs(api: KubernetesApi, *fields: str) -> None:
+    api.served[TRAINER] = [("trainjobs", "TrainJob", True)]
+    kinds = [{"group": "trainer.kubeflow.org", "version": "v1alpha1", "kind": "TrainJob"}]
+    spec = {"properties": {field: {"type": "array"} for field in fields}}
+    schema = {"x-kubernetes-group-version-kind": kinds, "properties": {"spec": spec}}
+    api.schemas[TRAINER] = {"io.TrainJob": schema}
+
+
+@pytest.fixture(scope="module")
+def inputs(
+    make_model: Callable[..., Path], orders: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    folder, base = tmp_path_factory.mktemp("inputs"), str(make_model("llama", dtype=torch.float16))
+    prepare_dataset(str(orders), base, folder / "rows", PrepareConfig(max_tokens=128, held_out_share=0.1))
+    quantize_checkpoint(base, folder / "weights", QuantizeConfig())
+    return folder / "weights", folder / "rows"
+
+
+def test_two_nodes_equal_one_process_with_twice_the_batch(
+    api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve_train_jobs(api, "runtimePatches")
+    started = Nodes(api)
+    two = train(*inputs, tmp_path / "two", TrainConfig(**{**SETTINGS, "micro_batch": 1, "num_nodes": 2}))
+    said = capsys.readouterr().out
+    one = train(*inputs, tmp_path / "one", TrainConfig(**SETTINGS))
+    assert two["train_loss_last"] == pytest.approx(one["train_loss_last"], rel=2e-4)
+    left, right = read_deltas(tmp_path / "one"), read_deltas(tmp_path / "two")
+    for name, delta in left.items():
+        assert torch.allclose(delta.b @ delta.a, right[name].b @ right[name].a, atol=2e-3), name
+    assert "is queued" in said and "is running" in said and "is complete" in said
+    assert "train: step 1/" in said and "train: train:" not in said
+    (job,) = started.jobs
+    assert job["metadata"]["ownerReferences"] == [
+        {"apiVersion": "v1", "kind": "Pod", "name": "tune16-abc-train", "uid": "1-2-3"}
+    ]
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpus"}
+    assert not [key for key in api.objects if key[1] == "trainjobs"]
+    assert s3.list_objects(s3.default_bucket(), "scratch/") == []
+
+
+@pytest.mark.parametrize("field", ["runtimePatches", "podTemplateOverrides"])
+def test_the_train_job_is_what_the_cluster_takes(
+    api: KubernetesApi, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", "/ca/ca.crt")
+    serve_train_jobs(api, field)
+    pod, kind = nodes._own_pod(), nodes._served_kind()
+    body = nodes.describe(kind, "job", pod, "s3://b/x", TrainConfig(num_nodes=3, num_gpus=2), nodes._has_patches())
+    trainer = body["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 2)
+    assert trainer["resourcesPerNode"]["limits"] == {"cpu": "4", "memory": "24Gi", "nvidia.com/gpu": "2"}
+    assert [entry["name"] for entry in trainer["env"]] == ["AWS_ACCESS_KEY_ID", "SSL_CERT_FILE"]
+    (patch,) = body["spec"][field]
+    if field == "runtimePatches":
+        if CRDS.is_dir():
+            jsonschema.validate(body, custom_schemas()[body["apiVersion"], "TrainJob"])
+        (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        placed = job["template"]["spec"]["template"]["spec"]
+        assert placed["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    else:
+        placed = patch["spec"]
+    assert placed["serviceAccountName"] == "pipeline-runner-dspa"
+    assert placed["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
+    assert placed["containers"] and placed["volumes"] == [{"name": "ca", "configMap": {"name": "dsp-ca"}}]
+    assert placed["containers"][0]["volumeMounts"] == [{"name": "ca", "mountPath": "/ca"}]
+
+
+def test_a_failed_pytorch_job_tells_the_steps_own_message_and_leaves_nothing(
+    api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    api.served["kubeflow.org/v1"] = [("pytorchjobs", "PyTorchJob", True)]
+    started = Nodes(api)
+    config = TrainConfig(**{**SETTINGS, "num_nodes": 2, "target_modules": "qkv"})
+    with pytest.raises(Tune16Error, match="train.target_modules: this model has no linear layer 'qkv'"):
+        train(*inputs, tmp_path / "out", config)
+    assert len(started.jobs) == 1 and not [key for key in api.objects if key[1] == "pytorchjobs"]
+    assert s3.list_objects(s3.default_bucket(), "scratch/") == [] and not (tmp_path / "out").exists()
+
+
+def test_what_the_cluster_lacks_or_refuses(
+    api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(num_nodes=2)
+    with pytest.raises(Tune16Error, match="neither TrainJob nor PyTorchJob"):
+        train(*inputs, tmp_path / "out", config)
+    serve_train_jobs(api)
+    api.forbid("POST", "trainjobs")
+    with pytest.raises(Tune16Error, match="may not make training jobs. Apply manifests/base"):
+        train(*inputs, tmp_path / "out", config)
+    assert s3.list_objects(s3.default_bucket(), "scratch/") == []
+    monkeypatch.delenv("KUBECONFIG")
+    with pytest.raises(Tune16Error, match="several nodes are for a cluster"):
+        train(*inputs, tmp_path / "out", config)
+
+
+def test_a_job_that_says_nothing_is_given_up_but_not_one_in_the_queue(
+    api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_train_jobs(api)
+    monkeypatch.setattr(nodes, "_SILENCE_SECONDS", 1)
+    seen: list[Json] = []
+    api.on_create["trainjobs"] = seen.append
+
+    def queue(job: Json) -> None:
+        seen.append(job)
+        job["status"] = {"conditions": [{"type": "Suspended", "status": "True"}]}
+
+        def fail() -> None:
+            job["status"] = {"conditions": [{"type": "Failed", "status": "True", "message": "preempted"}]}
+
+        threading.Timer(3, fail).start()
+
+    with pytest.raises(Tune16Error, match="has said nothing"):
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2))
+    api.on_create["trainjobs"] = queue
+    with pytest.raises(Tune16Error, match="failed: preempted"):
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2))
+    assert len(seen) == 2 and not [key for key in api.objects if key[1] == "trainjobs"]
