@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from components import s3, versions
-from components.config import PROMOTED, EvaluateConfig, MergeConfig, TrainConfig, UploadConfig
+from components.config import PROMOTED, EvaluateConfig, MergeConfig, PreflightConfig, Recipe, TrainConfig, UploadConfig
 from components.errors import Tune16Error
 from components.outputs import write_record
+from components.preflight.checks import check
 from components.references import parse, pin
 from components.upload.publisher import publish, remove_leftovers
 
@@ -28,7 +29,7 @@ def outputs(tmp_path: Path) -> tuple[Path, Path]:
     (merged / "adapter" / "report.html").write_text("training")
     (evaluation / "report.html").write_text("evaluation")
     (evaluation / "README.md").write_text("card")
-    scores = {name: {} for name in ("base", "tuned", "loss_difference")}
+    scores = {name: {} for name in ("base", "tuned", "loss_difference")} | {"champion": None}
     (evaluation / "evaluation.json").write_text(json.dumps(scores))
     facts = {"model": "m", "data": "d", "held_out_sha256": "h", "prepare": {}, "bits": 4}
     write_record(merged / "adapter", "train", TrainConfig(), **facts)
@@ -54,6 +55,34 @@ def test_the_next_version_is_the_next_champion(bucket: str, outputs: tuple[Path,
     (outputs[1] / "README.md").write_text("another card")
     second = publish(*outputs, UploadConfig(path=PATH))
     assert versions.read_champion(PATH) == versions.Champion(2, second["version"])
+
+
+def test_an_unchanged_run_asks_for_what_the_cache_has_and_publishes_nothing(
+    bucket: str,
+    outputs: tuple[Path, Path],
+    make_model: Callable[..., Path],
+    orders: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What preflight hands on is all that the cache of the later steps looks at, so it has to be the same."""
+    place = PreflightConfig(model=str(make_model("llama")), data=str(orders))
+    recipe = Recipe(preflight=place, train=TrainConfig(rank=8))
+    first = check(recipe, PATH)
+    trained = outputs[0] / "adapter"
+    facts = {"model": first.model, "data": first.data, "held_out_sha256": "h", "bits": 4}
+    write_record(trained, "train", recipe.train, prepare=recipe.prepare.model_dump(), **facts)
+    published = publish(*outputs, UploadConfig(path=PATH))
+    assert "nothing has changed" not in capsys.readouterr().out
+    assert check(recipe, PATH) == first
+    assert f"nothing has changed since {published['version']}" in capsys.readouterr().out
+    assert publish(*outputs, UploadConfig(path=PATH)) == published
+    assert versions.read_champion(PATH) == versions.Champion(1, published["version"])
+    for changed in (
+        recipe.model_copy(update={"train": TrainConfig(rank=4)}),
+        recipe.model_copy(update={"evaluate": EvaluateConfig(num_rows=3)}),
+        recipe.model_copy(update={"preflight": PreflightConfig(model=place.model, data=str(orders.parent))}),
+    ):
+        assert check(changed, PATH).champion == published["version"]
 
 
 def test_changed_and_missing_files_are_noticed(bucket: str, outputs: tuple[Path, Path], tmp_path: Path) -> None:
