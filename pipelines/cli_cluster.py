@@ -1,5 +1,7 @@
 """The commands of `tune16` that speak to a cluster: doctor, submit, runs and schedule."""
 
+import functools
+import inspect
 import json
 import os
 import sys
@@ -26,10 +28,6 @@ POLL_SECONDS = 5.0
 _LOG_LINES = 40
 _MARKS = {"ok": "[green]ok[/]", "problem": "[red]problem[/]", "unknown": "[yellow]unknown[/]"}
 
-Namespace = Annotated[str, typer.Option(help="Namespace; the default is the login's own. TUNE16_NAMESPACE.")]
-Host = Annotated[str, typer.Option(help="The pipeline server's URL, where it is not found by itself. TUNE16_HOST.")]
-Ca = Annotated[str, typer.Option(help="File with the CA of the cluster's certificates. TUNE16_CA.")]
-Timeout = Annotated[float, typer.Option(help="Seconds that one request may take.", min=0.1)]
 Uploaded = Annotated[
     bool, typer.Option("--uploaded", help="Run the newest version that is on the server, and upload nothing.")
 ]
@@ -67,33 +65,54 @@ class Connected:
         return submission.run_url(self.server, find_dashboard(self.cluster), namespace, run)
 
 
-def connect(namespace: str, host: str, ca: str, timeout: float) -> Connected:
-    """Find the pipeline server and see that it answers.
+@dataclass(frozen=True)
+class Where:
+    """Which cluster is meant: the options that all commands here share."""
 
-    Raises:
-        Tune16Error: nobody is logged in, there is no server, or it does not take the token.
-    """
-    cluster: Cluster | None = None
-    with suppress(Tune16Error) if host or given_host() else nullcontext():
-        cluster = find_cluster(namespace, ca)
-    server = PipelineServer(find_server(cluster, host, ca), timeout)
-    server.check()
-    return Connected(server, cluster)
+    namespace: Annotated[str, typer.Option(help="Namespace; by default the login's own. Or TUNE16_NAMESPACE.")] = ""
+    host: Annotated[str, typer.Option(help="The pipeline server's URL, if it is elsewhere. Or TUNE16_HOST.")] = ""
+    ca: Annotated[str, typer.Option(help="File with the CA of the cluster's certificates. Or TUNE16_CA.")] = ""
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.", min=0.1)] = 30
+
+    def connect(self) -> Connected:
+        """Find the pipeline server and see that it answers.
+
+        Raises:
+            Tune16Error: nobody is logged in, there is no server, or it does not take the token.
+        """
+        cluster: Cluster | None = None
+        with suppress(Tune16Error) if self.host or given_host() else nullcontext():
+            cluster = find_cluster(self.namespace, self.ca)
+        server = PipelineServer(find_server(cluster, self.host, self.ca), self.timeout)
+        server.check()
+        return Connected(server, cluster)
 
 
+def _somewhere(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `where` the options of :class:`Where` instead."""
+    own = [entry for entry in inspect.signature(command).parameters.values() if entry.name != "where"]
+    fields = list(inspect.signature(Where).parameters.values())
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        command(where=Where(**{entry.name: values.pop(entry.name) for entry in fields}), **values)
+
+    parameters = [entry.replace(kind=inspect.Parameter.KEYWORD_ONLY) for entry in (*own, *fields)]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return with_options
+
+
+@_somewhere
 def doctor(
+    where: Where,
     recipe: RecipeName = "llama2-7b-16gb",
     set_: Settings = [],  # noqa: B006
-    namespace: Namespace = "",
-    host: Host = "",
-    ca: Ca = "",
-    timeout: Timeout = 30,
     as_json: AsJson = False,
 ) -> None:
     """Check the whole road of a run on the cluster, from the login to the GPU."""
     from pipelines.doctor import Finding, Road, examine
 
-    road = Road(override(find_recipe(recipe), set_), namespace, host, ca, timeout)
+    road = Road(override(find_recipe(recipe), set_), where.namespace, where.host, where.ca, where.timeout)
     findings: list[Finding] = []
     for finding in examine(road):
         findings.append(finding)
@@ -105,21 +124,19 @@ def doctor(
         raise typer.Exit(USER_ERROR_EXIT_CODE)
 
 
+@_somewhere
 def submit(
+    where: Where,
     recipe: RecipeName,
     set_: Settings = [],  # noqa: B006
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
     uploaded: Uploaded = False,
-    namespace: Namespace = "",
-    host: Host = "",
-    ca: Ca = "",
-    timeout: Timeout = 30,
     as_json: AsJson = False,
 ) -> None:
     """Start a run of a recipe on the cluster."""
     settings = override(find_recipe(recipe), set_)
     _plan(settings)
-    connected = connect(namespace, host, ca, timeout)
+    connected = where.connect()
     _put_demo(settings)
     run = submission.submit(connected.server, settings, Path(recipe).stem, uploaded)
     url = connected.url(run)
@@ -130,16 +147,14 @@ def submit(
 
 
 @runs.command(name="list")
+@_somewhere
 def list_runs(
+    where: Where,
     limit: Annotated[int, typer.Option(help="The most that are listed.", min=1)] = 20,
-    namespace: Namespace = "",
-    host: Host = "",
-    ca: Ca = "",
-    timeout: Timeout = 30,
     as_json: AsJson = False,
 ) -> None:
     """List the newest runs."""
-    found = connect(namespace, host, ca, timeout).server.list_runs(limit)
+    found = where.connect().server.list_runs(limit)
     table = Table("run", "state", "started", "id")
     for run in found:
         table.add_row(run["display_name"], run.get("state"), _time(run.get("created_at")), run["run_id"])
@@ -147,17 +162,15 @@ def list_runs(
 
 
 @runs.command()
+@_somewhere
 def show(
+    where: Where,
     run: RunId,
     wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end.")] = False,
-    namespace: Namespace = "",
-    host: Host = "",
-    ca: Ca = "",
-    timeout: Timeout = 30,
     as_json: AsJson = False,
 ) -> None:
     """Show a run and its steps."""
-    connected = connect(namespace, host, ca, timeout)
+    connected = where.connect()
     content = _find_run(connected, run)
     if wait:
         _follow(connected, content["run_id"], as_json)
@@ -168,9 +181,10 @@ def show(
 
 
 @runs.command()
-def stop(run: RunId, namespace: Namespace = "", host: Host = "", ca: Ca = "", timeout: Timeout = 30) -> None:
+@_somewhere
+def stop(where: Where, run: RunId) -> None:
     """Stop a run."""
-    connected = connect(namespace, host, ca, timeout)
+    connected = where.connect()
     content = _find_run(connected, run)
     if content.get("state") in submission.FINAL_STATES:
         raise Tune16Error(f"{content['display_name']} has ended already: {content['state']}.")
@@ -179,9 +193,10 @@ def stop(run: RunId, namespace: Namespace = "", host: Host = "", ca: Ca = "", ti
 
 
 @runs.command()
-def retry(run: RunId, namespace: Namespace = "", host: Host = "", ca: Ca = "", timeout: Timeout = 30) -> None:
+@_somewhere
+def retry(where: Where, run: RunId) -> None:
     """Start the failed steps of a run again."""
-    connected = connect(namespace, host, ca, timeout)
+    connected = where.connect()
     content = _find_run(connected, run)
     if content.get("state") not in (submission.FAILED, "CANCELED"):
         raise Tune16Error(f"{content['display_name']} has not failed: {content.get('state')}.")
@@ -190,16 +205,14 @@ def retry(run: RunId, namespace: Namespace = "", host: Host = "", ca: Ca = "", t
 
 
 @runs.command()
+@_somewhere
 def logs(
+    where: Where,
     run: RunId,
     step: Annotated[str, typer.Option(help="Only this step; the default is all that have begun.")] = "",
-    namespace: Namespace = "",
-    host: Host = "",
-    ca: Ca = "",
-    timeout: Timeout = 30,
 ) -> None:
     """Print the steps' logs."""
-    connected = connect(namespace, host, ca, timeout)
+    connected = where.connect()
     content = _find_run(connected, run)
     pods = submission.step_pods(content)
     if step and step not in pods:
@@ -210,17 +223,15 @@ def logs(
 
 
 @schedules.command(name="set")
+@_somewhere
 def set_schedule(
+    where: Where,
     recipe: RecipeName,
     cron: Annotated[str, typer.Option(help="When, as a cron expression, such as '0 3 * * 1'.")] = "",
     every: Annotated[str, typer.Option(help="How often, such as 12h or 7d.")] = "",
     name: Annotated[str, typer.Option(help="The schedule's name; the default is the recipe's.")] = "",
     set_: Settings = [],  # noqa: B006
     uploaded: Uploaded = False,
-    namespace: Namespace = "",
-    host: Host = "",
-    ca: Ca = "",
-    timeout: Timeout = 30,
     as_json: AsJson = False,
 ) -> None:
     """Create the schedule of a recipe, or bring it up to date; one run at a time, and none is made up for."""
@@ -229,7 +240,7 @@ def set_schedule(
     trigger = submission.read_cron(cron) if cron else submission.read_interval(every)
     settings = override(find_recipe(recipe), set_)
     _plan(settings)
-    connected = connect(namespace, host, ca, timeout)
+    connected = where.connect()
     _put_demo(settings)
     name = name or Path(recipe).stem
     made, change = submission.schedule(connected.server, settings, name, trigger, uploaded)
@@ -237,11 +248,10 @@ def set_schedule(
 
 
 @schedules.command(name="list")
-def list_schedules(
-    namespace: Namespace = "", host: Host = "", ca: Ca = "", timeout: Timeout = 30, as_json: AsJson = False
-) -> None:
+@_somewhere
+def list_schedules(where: Where, as_json: AsJson = False) -> None:
     """List the schedules."""
-    found = connect(namespace, host, ca, timeout).server.list_schedules()
+    found = where.connect().server.list_schedules()
     table = Table("schedule", "state", "when", "id")
     for entry in found:
         table.add_row(entry["display_name"], entry.get("status"), _when(entry), entry["recurring_run_id"])
@@ -249,27 +259,26 @@ def list_schedules(
 
 
 @schedules.command()
-def pause(name: ScheduleName, namespace: Namespace = "", host: Host = "", ca: Ca = "", timeout: Timeout = 30) -> None:
+@_somewhere
+def pause(where: Where, name: ScheduleName) -> None:
     """Pause a schedule."""
-    _with_schedule(
-        name, connect(namespace, host, ca, timeout), lambda server, id_: server.set_schedule_enabled(id_, False)
-    )
+    _with_schedule(name, where.connect(), lambda server, id_: server.set_schedule_enabled(id_, False))
     console.print(f"schedule {name}: paused")
 
 
 @schedules.command()
-def resume(name: ScheduleName, namespace: Namespace = "", host: Host = "", ca: Ca = "", timeout: Timeout = 30) -> None:
+@_somewhere
+def resume(where: Where, name: ScheduleName) -> None:
     """Let a paused schedule go on."""
-    _with_schedule(
-        name, connect(namespace, host, ca, timeout), lambda server, id_: server.set_schedule_enabled(id_, True)
-    )
+    _with_schedule(name, where.connect(), lambda server, id_: server.set_schedule_enabled(id_, True))
     console.print(f"schedule {name}: goes on")
 
 
 @schedules.command()
-def delete(name: ScheduleName, namespace: Namespace = "", host: Host = "", ca: Ca = "", timeout: Timeout = 30) -> None:
+@_somewhere
+def delete(where: Where, name: ScheduleName) -> None:
     """Delete a schedule; its runs stay."""
-    _with_schedule(name, connect(namespace, host, ca, timeout), lambda server, id_: server.delete_schedule(id_))
+    _with_schedule(name, where.connect(), lambda server, id_: server.delete_schedule(id_))
     console.print(f"schedule {name}: deleted")
 
 

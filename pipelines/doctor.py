@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import httpx2 as httpx
-import urllib3
 from kubernetes.utils.quantity import parse_quantity
 
 from components import images, s3
@@ -30,6 +28,7 @@ from pipelines.cluster import (
     not_ready,
     server_object,
 )
+from pipelines.registry import image_status
 from pipelines.server import Json, PipelineServer
 from pipelines.submission import PIPELINE
 
@@ -38,10 +37,6 @@ Known = TypeVar("Known")
 GPU = "nvidia.com/gpu"
 _GPU_MEMORY_LABEL = "nvidia.com/gpu.memory"  # MiB, set by NVIDIA's GPU feature discovery
 _INTERNAL_REGISTRY = "image-registry.openshift-image-registry.svc:5000"
-_MANIFEST_TYPES = (
-    "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, "
-    "application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json"
-)
 
 
 @dataclass(frozen=True)
@@ -352,29 +347,14 @@ def _check_internal_image(road: Road, repository: str, tag: str) -> None:
 
 
 def _check_external_image(registry: str, repository: str, tag: str) -> None:
-    """Ask a registry for an image's manifest, with an anonymous token where it wants one."""
-    url = f"https://{registry}/v2/{repository}/manifests/{tag}"
     try:
-        answer = httpx.head(url, headers={"Accept": _MANIFEST_TYPES}, timeout=20, follow_redirects=True)
-        challenge = answer.headers.get("www-authenticate", "")
-        if answer.status_code == 401 and challenge.startswith("Bearer "):
-            parts = urllib3.util.parse_url(url)
-            token = httpx.get(**_token_request(challenge), timeout=20).json().get("token", "")
-            headers = {"Accept": _MANIFEST_TYPES, "Authorization": f"Bearer {token}"}
-            answer = httpx.head(str(parts), headers=headers, timeout=20, follow_redirects=True)
-    except (httpx.HTTPError, ValueError) as error:
+        status = image_status(registry, repository, tag)
+    except OSError as error:
         raise UnknownError(f"{registry} cannot be reached from here ({error}).") from None
-    if answer.status_code in (401, 403):
+    if status in (401, 403):
         raise UnknownError(f"{registry}/{repository} is private; the cluster needs a pull secret for it.")
-    if answer.status_code != 200:
-        raise Tune16Error(f"{registry} has no {repository}:{tag} (status {answer.status_code}). Build and push it.")
-
-
-def _token_request(challenge: str) -> dict[str, Any]:
-    """The request for an anonymous token, from a registry's WWW-Authenticate header."""
-    fields = dict(part.strip().split("=", 1) for part in challenge.removeprefix("Bearer ").split(","))
-    plain = {name: value.strip('"') for name, value in fields.items()}
-    return {"url": plain.pop("realm"), "params": plain}
+    if status != 200:
+        raise Tune16Error(f"{registry} has no {repository}:{tag} (status {status}). Build and push it.")
 
 
 def _may(road: Road, account: str, attributes: dict[str, str]) -> bool:

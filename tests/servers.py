@@ -19,7 +19,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -59,6 +59,7 @@ class Reply:
     status: int
     body: bytes | Iterator[bytes]
     content_type: str = JSON
+    headers: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def json(cls, found: Any, status: int = 200) -> Self:
@@ -104,7 +105,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.send_response(reply.status)
-        self.send_header("Content-Type", reply.content_type)
+        for name, text in {"Content-Type": reply.content_type, **reply.headers}.items():
+            self.send_header(name, text)
         if isinstance(reply.body, bytes):
             self.send_header("Content-Length", str(len(reply.body)))
             self.end_headers()
@@ -119,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-for verb in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+for verb in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
     setattr(Handler, f"do_{verb}", Handler.answer)
 
 

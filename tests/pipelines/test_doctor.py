@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -13,7 +13,7 @@ from pipelines.doctor import Road, examine
 from pipelines.s3server import S3Server
 from tests.conftest import BUCKET
 from tests.pipelines.conftest import GPU_NODE, NAMESPACE, Call, secret
-from tests.servers import KubernetesApi, PipelineApi
+from tests.servers import KubernetesApi, PipelineApi, Reply, Request, Server, make_certificate
 
 Findings = dict[str, doctor.Finding]
 
@@ -190,6 +190,45 @@ def test_the_pipeline_server_of_the_namespace(call: Call, kubernetes_api: Kubern
     code, out, err = call("doctor", "demo")
     assert code == 2 and "problem  pipeline server: dspa is not ready: its operator has not looked at it yet" in out
     assert "Traceback" not in err
+
+
+class Registry(Server):
+    """An image registry with one public image, one private one, and anonymous tokens, as public registries have."""
+
+    routes: ClassVar[list[tuple[str, str, str]]] = [
+        ("GET", "/token", "_token"),
+        ("HEAD", r"/v2/(?P<repository>.+)/manifests/(?P<tag>.+)", "_manifest"),
+    ]
+
+    def _authorize(self, request: Request) -> None:
+        pass
+
+    def _token(self, request: Request) -> dict[str, str]:
+        return {"token": f"for {request.query['scope']}"}
+
+    def _manifest(self, request: Request, repository: str, tag: str) -> Reply:
+        scope = f"repository:{repository}:pull"
+        if request.headers.get("Authorization") != f"Bearer for {scope}" or repository == "tune16/private":
+            challenge = f'Bearer realm="{self.url}/token",service="registry",scope="{scope}"'
+            return Reply(401, b"", headers={"WWW-Authenticate": challenge})
+        return Reply(200 if (repository, tag) == ("tune16/tools", "0.1.0") else 404, b"")
+
+
+def test_images_of_a_public_registry(
+    examined: Callable[..., Findings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca, *tls = make_certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    with Registry(tls=(tls[0], tls[1])) as registry:
+        host = registry.url.removeprefix("https://")
+
+        def look(name: str) -> doctor.Finding:
+            monkeypatch.setattr("components.images.IMAGE_OF_STEP", {"train": f"{host}/tune16/{name}"})
+            return examined()["images"]
+
+        assert look("tools:0.1.0").outcome == "ok"
+        assert look("tools:9").outcome == "problem" and "has no tune16/tools:9 (status 404)" in look("tools:9").text
+        assert look("private:0.1.0").outcome == "unknown" and "pull secret" in look("private:0.1.0").text
 
 
 def test_images_of_another_registry(examined: Callable[..., Findings], monkeypatch: pytest.MonkeyPatch) -> None:
