@@ -94,6 +94,20 @@ def _client(access_key: str, secret_key: str, endpoint: str, region: str) -> "S3
         raise Tune16Error(f"S3 connection: {error}. Check AWS_S3_ENDPOINT and AWS_CA_BUNDLE.") from None
 
 
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """These variables for a while, as a step has them from its Secrets; what was there before comes back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
 def default_bucket() -> str:
     """The connection's own bucket.
 

@@ -31,6 +31,9 @@ _MARKS = {"ok": "[green]ok[/]", "problem": "[red]problem[/]", "unknown": "[yello
 Uploaded = Annotated[
     bool, typer.Option("--uploaded", help="Run the newest version that is on the server, and upload nothing.")
 ]
+Unchecked = Annotated[
+    bool, typer.Option("--unchecked", help="Do not look at the cluster's Secret, GPU nodes and quotas first.")
+]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id or name.")]
 ScheduleName = Annotated[str, typer.Argument(metavar="NAME", help="The schedule's name.")]
 
@@ -131,12 +134,15 @@ def submit(
     set_: Settings = [],  # noqa: B006
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
     uploaded: Uploaded = False,
+    unchecked: Unchecked = False,
     as_json: AsJson = False,
 ) -> None:
     """Start a run of a recipe on the cluster."""
     settings = override(find_recipe(recipe), set_)
     _plan(settings)
     connected = where.connect()
+    if not unchecked:
+        _refuse_unready(connected, settings)
     _put_demo(settings)
     run = submission.submit(connected.server, settings, Path(recipe).stem, uploaded)
     url = connected.url(run)
@@ -232,6 +238,7 @@ def set_schedule(
     name: Annotated[str, typer.Option(help="The schedule's name; the default is the recipe's.")] = "",
     set_: Settings = [],  # noqa: B006
     uploaded: Uploaded = False,
+    unchecked: Unchecked = False,
     as_json: AsJson = False,
 ) -> None:
     """Create the schedule of a recipe, or bring it up to date; one run at a time, and none is made up for."""
@@ -241,6 +248,8 @@ def set_schedule(
     settings = override(find_recipe(recipe), set_)
     _plan(settings)
     connected = where.connect()
+    if not unchecked:
+        _refuse_unready(connected, settings)
     _put_demo(settings)
     name = name or Path(recipe).stem
     made, change = submission.schedule(connected.server, settings, name, trigger, uploaded)
@@ -298,6 +307,13 @@ def _plan(settings: Recipe) -> None:
         notes.print(f"the memory is planned on the cluster, not here: {_escape(str(error))}", soft_wrap=True)
         return
     refuse_unfit(memory)
+
+
+def _refuse_unready(connected: Connected, settings: Recipe) -> None:
+    from pipelines.doctor import Road, refuse_unready
+
+    if connected.cluster is not None:
+        refuse_unready(Road(settings, found_cluster=connected.cluster, found_server=connected.server))
 
 
 def _put_demo(settings: Recipe) -> None:

@@ -16,11 +16,11 @@ import urllib3
 from kubernetes import client, config
 from kubernetes.client.rest import ApiException
 from kubernetes.config.config_exception import ConfigException
+from kubernetes.config.incluster_config import InClusterConfigLoader
 
 from components.errors import Tune16Error
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_SERVICE_CA = _ACCOUNT / "service-ca.crt"
 _TIMEOUT_SECONDS = (10, 30)  # to connect, to read
 
 PIPELINE_SERVER = ("datasciencepipelinesapplications.opendatahub.io", "v1", "datasciencepipelinesapplications")
@@ -39,7 +39,7 @@ class Cluster:
     @property
     def token(self) -> str:
         """The bearer token; empty where the login uses certificates."""
-        return str(self.api.configuration.api_key.get("authorization", "")).removeprefix("Bearer ")
+        return str(self.api.configuration.api_key.get("authorization", "")).rpartition(" ")[2]  # without Bearer
 
     @property
     def inside(self) -> bool:
@@ -97,7 +97,8 @@ def find_cluster(namespace: str = "", ca: str = "") -> Cluster:
     settings = client.Configuration()
     settings.retries = False
     if _in_pod():
-        config.load_incluster_config(client_configuration=settings)
+        account = InClusterConfigLoader(str(_ACCOUNT / "token"), str(_ACCOUNT / "ca.crt"))
+        account.load_and_set(settings)
         own, origin = (_ACCOUNT / "namespace").read_text().strip(), _INSIDE
     else:
         own, origin = _load_kubeconfig(settings)
@@ -125,8 +126,9 @@ def find_server(cluster: Cluster | None, host: str = "", ca: str = "") -> Server
                 "There is no pipeline server to speak to. Log in with `oc login`, or name one with --host."
             )
         host = _server_in_namespace(cluster)
-    if not ca and cluster is not None and cluster.inside and _SERVICE_CA.is_file():
-        ca = str(_SERVICE_CA)
+    service_ca = _ACCOUNT / "service-ca.crt"
+    if not ca and cluster is not None and cluster.inside and service_ca.is_file():
+        ca = str(service_ca)
     return ServerAddress((host if "://" in host else f"https://{host}").rstrip("/"), token, _existing_ca(ca))
 
 

@@ -5,9 +5,8 @@ check failed. None of them changes anything but for a probe in the storage, whic
 """
 
 import base64
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -61,20 +60,20 @@ class Road:
     host: str = ""
     ca: str = ""
     timeout: float = 30
-    _cluster: Cluster | None = None
-    _server: PipelineServer | None = None
+    found_cluster: Cluster | None = None
+    found_server: PipelineServer | None = None
     _connection: dict[str, str] | None = None
     dspa: str = "dspa"
 
     @property
     def cluster(self) -> Cluster:
         """The Kubernetes API."""
-        return _known(self._cluster, "the login")
+        return _known(self.found_cluster, "the login")
 
     @property
     def server(self) -> PipelineServer:
         """The pipeline server's API."""
-        return _known(self._server, "the API")
+        return _known(self.found_server, "the API")
 
     def get(self, path: str, action: str) -> Any:
         """GET a path, with refusals explained."""
@@ -82,15 +81,27 @@ class Road:
             return self.cluster.get(path.replace("{namespace}", self.cluster.namespace))
 
 
-def examine(road: Road) -> Iterator[Finding]:
-    """Make all checks, in the order in which a run would meet them."""
-    for name, check in _CHECKS.items():
+def examine(road: Road, names: Iterable[str] = ()) -> Iterator[Finding]:
+    """Make all checks, or those of these `names`, in the order in which a run would meet them."""
+    for name in names or _CHECKS:
         try:
-            yield Finding(name, "ok", check(road))
+            yield Finding(name, "ok", _CHECKS[name](road))
         except (UnknownError, ForbiddenError) as error:
             yield Finding(name, "unknown", str(error))
         except Tune16Error as error:
             yield Finding(name, "problem", str(error))
+
+
+def refuse_unready(road: Road) -> None:
+    """Refuse a run that the namespace is known not to take; what may not be looked at passes.
+
+    Raises:
+        Tune16Error: the connection's Secret, the GPU nodes or the quota do not suit the recipe; one line for each.
+    """
+    findings = examine(road, ("connection", "GPU", "quota"))
+    problems = [f"{found.check}: {found.text}" for found in findings if found.outcome == "problem"]
+    if problems:
+        raise Tune16Error("\n".join([*problems, "Nothing was started. --unchecked starts it all the same."]))
 
 
 def _login(road: Road) -> str:
@@ -105,7 +116,7 @@ def _login(road: Road) -> str:
                 raise
             cluster.get("/version")  # before Kubernetes 1.28
             name = "somebody"
-    road._cluster = cluster
+    road.found_cluster = cluster
     return f"{name} at {cluster.api.configuration.host}, by {cluster.origin}"
 
 
@@ -134,10 +145,10 @@ def _pipeline_server(road: Road) -> str:
 
 
 def _api(road: Road) -> str:
-    address: ServerAddress = find_server(road._cluster, road.host, road.ca)
+    address: ServerAddress = find_server(road.found_cluster, road.host, road.ca)
     server = PipelineServer(address, road.timeout)
     server.check()
-    road._server = server
+    road.found_server = server
     return f"{address.url} answers and takes the token"
 
 
@@ -159,7 +170,7 @@ def _connection(road: Road) -> str:
 
 def _storage(road: Road) -> str:
     values = _known(road._connection, "the connection")
-    with _environment({name: values[name] for name in CONNECTION_VARIABLES}):
+    with s3.environment({name: values[name] for name in CONNECTION_VARIABLES}):
         try:
             s3.check_writable(values["AWS_S3_BUCKET"], road.recipe.upload.path)
         except Tune16Error as error:
@@ -174,7 +185,7 @@ def _model(road: Road) -> str:
     values = dict(road._connection or {})
     with suppress(NotFoundError, ForbiddenError, UnknownError):  # an open model needs none, and a gated one says so
         values |= _secret(road, road.recipe.cluster.tokens)
-    with _environment(values):
+    with s3.environment(values):
         found = [pin(parse(road.recipe.preflight.model, "model")), pin(parse(road.recipe.preflight.data, "data"))]
     return " and ".join(str(reference) for reference in found)
 
@@ -280,20 +291,6 @@ def _secret(road: Road, name: str) -> dict[str, str]:
     return {key: base64.b64decode(value).decode() for key, value in (secret.get("data") or {}).items()}
 
 
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """The environment of a step for a while; secrets go nowhere else."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
 def _gpu_memory(node: Json, default: float) -> float:
     """MiB of a node's GPU; `default` where nobody has labelled it."""
     return float(node["metadata"].get("labels", {}).get(_GPU_MEMORY_LABEL, default))
@@ -323,13 +320,15 @@ def _plain(kind: str, amount: Any) -> str:
 
 def _deployed_images(road: Road) -> list[str]:
     """The images of the pipeline's newest version on the server, which an overlay may have changed."""
-    if road._server is None:
+    if road.found_server is None:
         return []
-    pipeline = road._server.find_pipeline(PIPELINE)
-    versions = road._server.list_versions(pipeline["pipeline_id"]) if pipeline else []
+    pipeline = road.found_server.find_pipeline(PIPELINE)
+    versions = road.found_server.list_versions(pipeline["pipeline_id"]) if pipeline else []
     if not versions:
         return []
-    spec = road._server.read_version(versions[0]["pipeline_id"], versions[0]["pipeline_version_id"])["pipeline_spec"]
+    spec = road.found_server.read_version(versions[0]["pipeline_id"], versions[0]["pipeline_version_id"])[
+        "pipeline_spec"
+    ]
     executors = spec.get("pipeline_spec", spec)["deploymentSpec"]["executors"].values()
     return [executor["container"]["image"] for executor in executors]
 

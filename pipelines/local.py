@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from kfp import local
 
-from components.config import CONFIG_OF_STEP, CONNECTION_VARIABLES, Recipe, form_values
+from components.config import CONFIG_OF_STEP, Recipe, form_values
 from components.errors import Tune16Error
 from pipelines.finetune import finetune
 from pipelines.s3server import S3Server
@@ -84,19 +84,11 @@ def storage(folder: Path) -> Iterator[None]:
     if os.environ.get("AWS_S3_ENDPOINT"):
         yield
         return
-    before = {name: os.environ.get(name) for name in CONNECTION_VARIABLES}
-    try:
-        with S3Server(folder) as server:
-            os.environ.update(server.environment(BUCKET))
-            from components import s3
+    from components import s3
 
-            s3.client().create_bucket(Bucket=BUCKET)
-            yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    with S3Server(folder) as server, s3.environment(server.environment(BUCKET)):
+        s3.client().create_bucket(Bucket=BUCKET)
+        yield
 
 
 def put_demo(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from components.errors import Tune16Error
 from pipelines.compile import version_name
 from pipelines.submission import Trigger, read_cron, read_interval
-from tests.pipelines.conftest import Call
+from tests.pipelines.conftest import Call, furnish
 from tests.servers import KubernetesApi, PipelineApi, make_certificate
 
 RECIPE = "llama2-7b-16gb"
@@ -239,6 +239,48 @@ def test_mistakes_are_told_in_one_line_and_create_nothing(
     code, _, err = call(*arguments)
     assert code == 2 and message in err and len(err.splitlines()) == 1, err
     assert left(pipelines_api) == NOTHING
+
+
+@pytest.mark.parametrize("command", [["submit", RECIPE], ["schedule", RECIPE, "--every", "7d"]])
+def test_what_the_cluster_cannot_run_is_not_started(
+    call: Call, pipelines_api: PipelineApi, kubernetes_api: KubernetesApi, command: list[str]
+) -> None:
+    for key in [key for key in kubernetes_api.objects if key[1] in ("nodes", "secrets")]:
+        del kubernetes_api.objects[key]
+    code, _, err = call(*command)
+    assert code == 2 and left(pipelines_api) == NOTHING
+    lines = err.splitlines()
+    assert lines[0].startswith("error: connection: there is no Secret tune16-connection")
+    assert lines[1].startswith("GPU: no node offers 1 nvidia.com/gpu")
+    assert call(*command, "--unchecked")[0] == 0
+    kubernetes_api.forbid("GET", "nodes")
+    kubernetes_api.forbid("GET", "secrets")
+    assert call(*command)[0] == 0  # what it may not see is no reason
+
+
+def test_in_a_pod_the_account_is_used(
+    pipelines_api: PipelineApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import cluster
+
+    ca, *tls = make_certificate(tmp_path)
+    with KubernetesApi(tls=(tls[0], tls[1])) as api:
+        furnish(api)
+        host, _, port = api.url.removeprefix("https://").rpartition(":")
+        for name, content in {"token": "good", "namespace": "tune16", "service-ca.crt": "x"}.items():
+            (tmp_path / name).write_text(content)
+        Path(ca).rename(tmp_path / "ca.crt")
+        monkeypatch.setattr(cluster, "_ACCOUNT", tmp_path)
+        monkeypatch.delenv("KUBECONFIG", raising=False)
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
+        for name in ("SSL_CERT_FILE", "TUNE16_CA", "TUNE16_HOST"):
+            monkeypatch.delenv(name, raising=False)
+        found = cluster.find_cluster()
+        assert (found.namespace, found.token, found.inside) == ("tune16", "good", True)
+        address = cluster.find_server(found)
+    assert address.url == "https://ds-pipeline-dspa.tune16.svc.cluster.local:8443"
+    assert address.ca == str(tmp_path / "service-ca.crt") and address.token == "good"
 
 
 @pytest.mark.parametrize(
