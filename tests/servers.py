@@ -239,7 +239,8 @@ class Server:
         raise ApiError(404, "Not Found", "NotFound")
 
     def _trusts(self, request: Request) -> bool:
-        return request.headers.get("Authorization") == f"Bearer {self.token}"
+        scheme, _, token = (request.headers.get("Authorization") or "").partition(" ")
+        return scheme.lower() == "bearer" and token == self.token
 
     def _authorize(self, request: Request) -> None:
         raise NotImplementedError
