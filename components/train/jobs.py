@@ -16,12 +16,13 @@ _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of training job: where the API serves it and how its first pod is labelled."""
+    """A kind of training job: where the API serves it, how its container is called and its first pod labelled."""
 
     group: str
     version: str
     plural: str
     name: str
+    container: str
     first_pod: str  # label selector with {job}
 
 
@@ -38,6 +39,7 @@ TRAIN_JOB = Kind(
     "v1alpha1",
     "trainjobs",
     "TrainJob",
+    "node",
     "jobset.sigs.k8s.io/jobset-name={job},batch.kubernetes.io/job-completion-index=0",
 )
 PYTORCH_JOB = Kind(
@@ -45,6 +47,7 @@ PYTORCH_JOB = Kind(
     "v1",
     "pytorchjobs",
     "PyTorchJob",
+    "pytorch",
     "training.kubeflow.org/job-name={job},training.kubeflow.org/replica-type=master",
 )
 
@@ -96,20 +99,20 @@ def _train_job(container: Json, resources: Json, placement: Placement, config: T
         },
     }
     if has_patches:
-        pod = {**placement.pod, "containers": [{"name": "node", **placement.container}]}
+        pod = {**placement.pod, "containers": [{"name": TRAIN_JOB.container, **placement.container}]}
         replicated_job = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
         replicated = {"template": {"spec": {"replicatedJobs": [replicated_job]}}}
         spec["runtimePatches"] = [{"manager": "tune16/train", "trainingRuntimeSpec": replicated}]
     else:
         fields = ("serviceAccountName", "nodeSelector", "tolerations", "volumes")
         pod = {name: placement.pod[name] for name in fields}
-        mounts = {"name": "node", "volumeMounts": placement.container["volumeMounts"]}
+        mounts = {"name": TRAIN_JOB.container, "volumeMounts": placement.container["volumeMounts"]}
         spec["podTemplateOverrides"] = [{"targetJobs": [{"name": "node"}], "spec": {**pod, "containers": [mounts]}}]
     return spec
 
 
 def _pytorch_job(container: Json, resources: Json, placement: Placement, config: TrainConfig) -> Json:
-    full = {"name": "pytorch", **container, "resources": resources, **placement.container}
+    full = {"name": PYTORCH_JOB.container, **container, "resources": resources, **placement.container}
     replica = {"restartPolicy": "Never", "template": {"spec": {**placement.pod, "containers": [full]}}}
     return {
         "nprocPerNode": str(config.num_gpus),

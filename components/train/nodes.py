@@ -159,7 +159,8 @@ def _follow(kind: Kind, namespace: str, job: str) -> None:
         if now != state:
             say("train", f"{kind.name} {job} is {now}")
         for line in lines[said:]:
-            say("train", line.removeprefix("train: "))
+            if line.startswith("train: "):  # the rest is what libraries print
+                say("train", line.removeprefix("train: "))
         said, state = max(said, len(lines)), now
         if state == "complete":
             return
@@ -196,7 +197,7 @@ def _first_log(kind: Kind, namespace: str, job: str) -> list[str]:
     if not pods:
         return []
     try:
-        text: str = core.read_namespaced_pod_log(pods[0].metadata.name, namespace)
+        text: str = core.read_namespaced_pod_log(pods[0].metadata.name, namespace, container=kind.container)
     except ApiException as error:
         if error.status in (400, 404):  # the container has not started, or the pod is gone
             return []
