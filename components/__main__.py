@@ -70,7 +70,7 @@ def train_node(
     source: Annotated[str, typer.Option(help="s3:// folder with the inputs, which the step train has filled.")],
 ) -> None:
     """Train as one node of several; the step train starts this in the pods of its job."""
-    from components.train.nodes import train_as_node
+    from components.train.node import train_as_node
 
     with step("train"):
         train_as_node(source)

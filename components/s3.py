@@ -172,6 +172,12 @@ def create(bucket: str, key: str, content: bytes) -> bool:
     return True
 
 
+def write(bucket: str, key: str, content: bytes) -> None:
+    """Write a small object, over what may be there."""
+    with explained(f"s3://{bucket}/{key}"):
+        client().put_object(Bucket=bucket, Key=key, Body=content)
+
+
 def upload(path: Path, bucket: str, key: str, advance: Callable[[int], None] | None = None) -> None:
     """Upload one file, in parts where it is large; `advance` is told the bytes that have gone."""
     with explained(f"s3://{bucket}/{key}"):

@@ -16,6 +16,7 @@ _MODULES = {
     "trainer": [
         "components.quantize.checkpoint",
         "components.train.trainer",
+        "components.train.node",
         "components.train.nodes",
         "components.evaluate.evaluation",
         "components.merge.merger",

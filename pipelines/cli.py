@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from components.config import override
@@ -43,7 +44,7 @@ def run(
     name = f"{Path(recipe).stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     out = Console(highlight=False, file=sys.stderr if as_json else sys.stdout)  # kfp gets another stdout
     result = run_locally(
-        settings, (folder / name).absolute(), lambda step, text: out.print(f"[bold cyan]{step:>9}[/] {_escape(text)}")
+        settings, (folder / name).absolute(), lambda step, text: out.print(f"[bold cyan]{step:>9}[/] {escape(text)}")
     )
     if as_json:
         print(json.dumps({**asdict(result), "folder": str(result.folder), "report": str(result.report)}, indent=2))
@@ -89,7 +90,7 @@ def compile_(
 def _print_run(result: Any) -> None:
     steps = Table("step", "seconds", "result")
     for name, step in result.steps.items():
-        steps.add_row(name, "" if step.seconds is None else f"{step.seconds:.1f}", _escape(step.said))
+        steps.add_row(name, "" if step.seconds is None else f"{step.seconds:.1f}", escape(step.said))
     console.print(steps)
     scores = Table("on held-out rows", "base", "tuned")
     base, tuned = result.evaluation["base"], result.evaluation["tuned"]
@@ -97,15 +98,11 @@ def _print_run(result: Any) -> None:
         scores.add_row(name.replace("_", " "), f"{base[name]['value']:g}", f"{tuned[name]['value']:g}")
     scores.add_row("perplexity", f"{base['perplexity']:g}", f"{tuned['perplexity']:g}")
     console.print(scores)
-    console.print(f"{result.evaluation['verdict']}: {_escape(result.evaluation['reason'])}")
+    console.print(f"{result.evaluation['verdict']}: {escape(result.evaluation['reason'])}")
     if result.address:
         console.print(f"published  {result.address}")
     console.print(f"report     {result.report}", soft_wrap=True)
     console.print(f"done in {result.seconds:.0f} s")
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def main() -> None:

@@ -14,13 +14,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from components.config import CONNECTION_VARIABLES, Recipe, override
+from components.config import CONFIG_OF_STEP, CONNECTION_VARIABLES, Recipe, override
 from components.errors import USER_ERROR_EXIT_CODE, Tune16Error
 from pipelines import submission
-from pipelines.cluster import Cluster, NotFoundError, explained, find_cluster, find_dashboard, find_server, given_host
+from pipelines.cluster import (
+    Cluster,
+    NotFoundError,
+    NotStartedError,
+    explained,
+    find_cluster,
+    find_dashboard,
+    find_server,
+    given_host,
+)
 from pipelines.options import AsJson, RecipeName, Settings, find_recipe, plan_recipe
 from pipelines.server import Json, PipelineServer
 
@@ -32,7 +42,7 @@ Uploaded = Annotated[
     bool, typer.Option("--uploaded", help="Run the newest version that is on the server, and upload nothing.")
 ]
 Unchecked = Annotated[
-    bool, typer.Option("--unchecked", help="Do not look at the cluster's Secret, GPU nodes and quotas first.")
+    bool, typer.Option("--unchecked", help="Do not look at the Secret, GPU nodes, quotas and images first.")
 ]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id or name.")]
 ScheduleName = Annotated[str, typer.Argument(metavar="NAME", help="The schedule's name.")]
@@ -120,7 +130,7 @@ def doctor(
     for finding in examine(road):
         findings.append(finding)
         if not as_json:
-            console.print(f"{_MARKS[finding.outcome]:>16}  {finding.check}: {_escape(finding.text)}", soft_wrap=True)
+            console.print(f"{_MARKS[finding.outcome]:>16}  {finding.check}: {escape(finding.text)}", soft_wrap=True)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     if any(finding.outcome == "problem" for finding in findings):
@@ -220,12 +230,12 @@ def logs(
     """Print the steps' logs."""
     connected = where.connect()
     content = _find_run(connected, run)
-    pods = submission.step_pods(content)
+    pods = _step_pods(connected, content)
     if step and step not in pods:
         raise Tune16Error(f"The step '{step}' has no pod in this run. There are: {', '.join(pods) or 'none yet'}.")
     for name in [step] if step else pods:
         for line in _read_logs(connected, pods[name]):
-            console.print(f"[bold cyan]{name:>9}[/] {_escape(line)}", soft_wrap=True)
+            console.print(f"[bold cyan]{name:>9}[/] {escape(line)}", soft_wrap=True)
 
 
 @schedules.command(name="set")
@@ -304,7 +314,7 @@ def _plan(settings: Recipe) -> None:
     try:
         memory = plan_recipe(settings)
     except Tune16Error as error:
-        notes.print(f"the memory is planned on the cluster, not here: {_escape(str(error))}", soft_wrap=True)
+        notes.print(f"the memory is planned on the cluster, not here: {escape(str(error))}", soft_wrap=True)
         return
     refuse_unfit(memory)
 
@@ -353,10 +363,12 @@ def _follow(connected: Connected, run_id: str, as_json: bool) -> None:
     if run["state"] == submission.SUCCEEDED:
         return
     message = (run.get("error") or {}).get("message", "")
-    notes.print(f"[red]{run['state']}[/] {_escape(message)}".rstrip(), soft_wrap=True)
-    for step, pods in submission.step_pods(run, submission.FAILED).items():
-        for line in _read_logs(connected, pods)[-_LOG_LINES:]:
-            notes.print(f"[bold cyan]{step:>9}[/] {_escape(line)}", soft_wrap=True)
+    notes.print(f"[red]{run['state']}[/] {escape(message)}".rstrip(), soft_wrap=True)
+    states = submission.step_states(run)
+    for step, pods in _step_pods(connected, run).items() if connected.cluster else ():
+        if states.get(step) == submission.FAILED:
+            for line in _read_logs(connected, pods)[-_LOG_LINES:]:
+                notes.print(f"[bold cyan]{step:>9}[/] {escape(line)}", soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -387,15 +399,26 @@ def _state_table(run: Json) -> Table:
     return table
 
 
-def _read_logs(connected: Connected, pods: list[str]) -> list[str]:
-    """The lines of the pods' main containers, as far as the pods are still there.
+def _step_pods(connected: Connected, run: Json) -> dict[str, list[str]]:
+    """The pods of each step that has begun, in the order of the pipeline.
 
     Raises:
         Tune16Error: nobody is logged in to the cluster, or it does not answer.
     """
-    cluster = connected.cluster
-    if cluster is None:
-        raise Tune16Error("Logs come from the cluster, not from the pipeline server: log in with `oc login`.")
+    cluster = _logged_in(connected)
+    with explained(cluster, "list pods"):
+        nodes = cluster.list_step_pods(run["run_id"])
+    pods: dict[str, list[str]] = {}
+    for step in CONFIG_OF_STEP:
+        found = [name for node, names in nodes.items() if submission.step_of_node(node) == step for name in names]
+        if found:
+            pods[step] = found
+    return pods
+
+
+def _read_logs(connected: Connected, pods: list[str]) -> list[str]:
+    """The lines of the pods' main containers, as far as the pods have begun and are still there."""
+    cluster = _logged_in(connected)
     lines: list[str] = []
     for pod in pods:
         try:
@@ -403,7 +426,15 @@ def _read_logs(connected: Connected, pods: list[str]) -> list[str]:
                 lines += cluster.read_log(pod).splitlines()
         except NotFoundError:
             lines.append(f"(the pod {pod} is gone, and its log with it)")
+        except NotStartedError:
+            lines.append(f"(the pod {pod} has not started yet)")
     return lines
+
+
+def _logged_in(connected: Connected) -> Cluster:
+    if connected.cluster is None:
+        raise Tune16Error("Logs come from the cluster, not from the pipeline server: log in with `oc login`.")
+    return connected.cluster
 
 
 def _show(content: Any, as_json: bool, text: Any) -> None:
@@ -422,7 +453,3 @@ def _when(schedule: Json) -> str:
 
 def _time(text: str | None) -> str:
     return (text or "")[:16].replace("T", " ")
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

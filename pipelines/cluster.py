@@ -1,8 +1,8 @@
 """Finding the cluster: the Kubernetes API with token and namespace, and the pipeline server with address and CA.
 
 Flags come first, then the variables ``TUNE16_HOST``, ``TUNE16_TOKEN``, ``TUNE16_NAMESPACE`` and ``TUNE16_CA``, then
-the account of the pod that this runs in, then the login of ``oc`` (kubeconfig). A token is never a flag: flags are
-visible to everyone on the machine.
+the login of ``oc`` (kubeconfig), then the account of the pod that this runs in. A token is never a flag: flags are
+visible to everyone on the machine. The login's token goes over TLS or to this machine only.
 """
 
 import os
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import urllib3
 from kubernetes import client, config
@@ -44,7 +45,7 @@ class Cluster:
     @property
     def inside(self) -> bool:
         """Whether this runs in a pod of the cluster."""
-        return self.origin == _INSIDE
+        return self.origin.endswith(_INSIDE)
 
     def get(self, path: str, **query: Any) -> Any:
         """GET a path of the API as plain JSON.
@@ -70,6 +71,18 @@ class Cluster:
             _request_timeout=_TIMEOUT_SECONDS,
         )
 
+    def list_step_pods(self, run_id: str) -> dict[str, list[str]]:
+        """The pods of a pipeline run by the node of the workflow that each one is, such as ``x.root.train.executor``.
+
+        The pipeline server's own answer names nodes of the workflow, not pods (kubeflow/pipelines#14007).
+        """
+        path = f"/api/v1/namespaces/{self.namespace}/pods"
+        pods: dict[str, list[str]] = {}
+        for pod in self.get(path, labelSelector=f"{_RUN_LABEL}={run_id}")["items"]:
+            node = pod["metadata"].get("annotations", {}).get(_NODE_ANNOTATION, "")
+            pods.setdefault(node, []).append(pod["metadata"]["name"])
+        return pods
+
     def read_log(self, pod: str) -> str:
         """The log of a pod's main container."""
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
@@ -86,6 +99,8 @@ class ServerAddress:
 
 
 _INSIDE = "the pod's own account"
+_RUN_LABEL = "pipeline/runid"
+_NODE_ANNOTATION = "workflows.argoproj.io/node-name"
 
 
 def find_cluster(namespace: str = "", ca: str = "") -> Cluster:
@@ -96,15 +111,19 @@ def find_cluster(namespace: str = "", ca: str = "") -> Cluster:
     """
     settings = client.Configuration()
     settings.retries = False
-    if _in_pod():
-        account = InClusterConfigLoader(str(_ACCOUNT / "token"), str(_ACCOUNT / "ca.crt"))
-        account.load_and_set(settings)
-        own, origin = (_ACCOUNT / "namespace").read_text().strip(), _INSIDE
-    else:
+    try:
         own, origin = _load_kubeconfig(settings)
+    except (ConfigException, OSError) as error:
+        if not (_ACCOUNT / "token").is_file():
+            raise Tune16Error(f"Nobody is logged in to a cluster ({error}). Log in with `oc login`.") from None
+        InClusterConfigLoader(str(_ACCOUNT / "token"), str(_ACCOUNT / "ca.crt")).load_and_set(settings)
+        own, origin = (_ACCOUNT / "namespace").read_text().strip(), _INSIDE
     token = os.environ.get("TUNE16_TOKEN")
     if token:
         settings.api_key["authorization"] = f"Bearer {token}"
+        settings.refresh_api_key_hook = None  # else the login's own token comes back with the next request
+        settings.cert_file = settings.key_file = None
+        origin = f"TUNE16_TOKEN, {origin}"
     chosen_ca = ca or os.environ.get("TUNE16_CA", "")
     if chosen_ca and not settings.ssl_ca_cert:
         settings.ssl_ca_cert = _existing_ca(chosen_ca)
@@ -118,7 +137,6 @@ def find_server(cluster: Cluster | None, host: str = "", ca: str = "") -> Server
         Tune16Error: there is none, or it is not ready yet.
     """
     host = host or given_host()
-    token = os.environ.get("TUNE16_TOKEN", "") or (cluster.token if cluster else "")
     ca = ca or os.environ.get("TUNE16_CA", "") or os.environ.get("SSL_CERT_FILE", "")
     if not host:
         if cluster is None:
@@ -129,7 +147,10 @@ def find_server(cluster: Cluster | None, host: str = "", ca: str = "") -> Server
     service_ca = _ACCOUNT / "service-ca.crt"
     if not ca and cluster is not None and cluster.inside and service_ca.is_file():
         ca = str(service_ca)
-    return ServerAddress((host if "://" in host else f"https://{host}").rstrip("/"), token, _existing_ca(ca))
+    url = (host if "://" in host else f"https://{host}").rstrip("/")
+    is_private = urlsplit(url).scheme == "https" or urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    token = os.environ.get("TUNE16_TOKEN", "") or (cluster.token if cluster and is_private else "")
+    return ServerAddress(url, token, _existing_ca(ca))
 
 
 def given_host() -> str:
@@ -187,6 +208,10 @@ class ForbiddenError(Tune16Error):
     """The account may not do that."""
 
 
+class NotStartedError(Tune16Error):
+    """What was asked for is not there yet, as a container's log before it runs."""
+
+
 @contextmanager
 def explained(cluster: Cluster, action: str) -> Iterator[None]:
     """Turn the API's refusals into messages; `action` completes "may not …".
@@ -201,14 +226,15 @@ def explained(cluster: Cluster, action: str) -> Iterator[None]:
         yield
     except ApiException as error:
         if error.status == 401:
-            raise Tune16Error(
-                f"{where}: the login from {cluster.origin} is not valid (any more). Log in again: oc login {where}"
-            ) from None
+            remedy = "Renew TUNE16_TOKEN." if "TUNE16_TOKEN" in cluster.origin else f"Log in again: oc login {where}"
+            raise Tune16Error(f"{where}: {cluster.origin} is not a valid login (any more). {remedy}") from None
         if error.status == 403:
             raise ForbiddenError(
                 f"This account may not {action} in namespace {cluster.namespace}. Ask its owner for the role edit, or "
                 "name another namespace with --namespace."
             ) from None
+        if error.status == 400 and "waiting to start" in str(error.body):
+            raise NotStartedError(f"{where}: cannot {action} yet.") from None
         if error.status == 404:
             raise NotFoundError(f"{where}: cannot {action} in namespace {cluster.namespace}: not found.") from None
         raise Tune16Error(f"{where}: cannot {action}: {error.status} {error.reason}.") from None
@@ -230,20 +256,12 @@ def unreachable(where: str, error: Exception) -> Tune16Error:
     return Tune16Error(f"{where}: cannot be reached ({text}). Check the address and the network.")
 
 
-def _in_pod() -> bool:
-    return "KUBERNETES_SERVICE_HOST" in os.environ and (_ACCOUNT / "token").is_file() and "KUBECONFIG" not in os.environ
-
-
 def _load_kubeconfig(settings: client.Configuration) -> tuple[str, str]:
     """Load the login of `oc` into `settings`; returns its namespace and its description."""
-    try:
-        file = os.environ.get("KUBECONFIG")  # read here: the library reads it once, when it is imported
-        config.load_kube_config(file, client_configuration=settings)
-        _, context = config.list_kube_config_contexts(file)
-    except (ConfigException, OSError) as error:
-        raise Tune16Error(f"Nobody is logged in to a cluster ({error}). Log in with `oc login`.") from None
-    namespace = context["context"].get("namespace", "")
-    return namespace or "default", f"the kubeconfig's context {context['name']}"
+    file = os.environ.get("KUBECONFIG")  # read here: the library reads it once, when it is imported
+    config.load_kube_config(file, client_configuration=settings)
+    _, context = config.list_kube_config_contexts(file)
+    return context["context"].get("namespace") or "default", f"the kubeconfig's context {context['name']}"
 
 
 def _server_in_namespace(cluster: Cluster) -> str:

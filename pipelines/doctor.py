@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from kubernetes.utils.quantity import parse_quantity
 
 from components import images, s3
-from components.config import CONNECTION_VARIABLES, Recipe
+from components.config import CONNECTION_VARIABLES, TOKEN_VARIABLES, Recipe
 from components.errors import Tune16Error
 from components.references import parse, pin
 from pipelines.cluster import (
@@ -24,6 +24,7 @@ from pipelines.cluster import (
     explained,
     find_cluster,
     find_server,
+    given_host,
     not_ready,
     server_object,
 )
@@ -34,6 +35,7 @@ from pipelines.submission import PIPELINE
 Known = TypeVar("Known")
 
 GPU = "nvidia.com/gpu"
+_UPSTREAM_RUNNER = "pipeline-runner"
 _GPU_MEMORY_LABEL = "nvidia.com/gpu.memory"  # MiB, set by NVIDIA's GPU feature discovery
 _INTERNAL_REGISTRY = "image-registry.openshift-image-registry.svc:5000"
 
@@ -63,7 +65,8 @@ class Road:
     found_cluster: Cluster | None = None
     found_server: PipelineServer | None = None
     _connection: dict[str, str] | None = None
-    dspa: str = "dspa"
+    runner: str = "pipeline-runner-dspa"  # the steps' own account
+    user: str = ""
 
     @property
     def cluster(self) -> Cluster:
@@ -98,7 +101,7 @@ def refuse_unready(road: Road) -> None:
     Raises:
         Tune16Error: the connection's Secret, the GPU nodes or the quota do not suit the recipe; one line for each.
     """
-    findings = examine(road, ("connection", "GPU", "quota"))
+    findings = examine(road, ("connection", "GPU", "quota", "images"))
     problems = [f"{found.check}: {found.text}" for found in findings if found.outcome == "problem"]
     if problems:
         raise Tune16Error("\n".join([*problems, "Nothing was started. --unchecked starts it all the same."]))
@@ -116,7 +119,7 @@ def _login(road: Road) -> str:
                 raise
             cluster.get("/version")  # before Kubernetes 1.28
             name = "somebody"
-    road.found_cluster = cluster
+    road.found_cluster, road.user = cluster, name
     return f"{name} at {cluster.api.configuration.host}, by {cluster.origin}"
 
 
@@ -132,16 +135,19 @@ def _namespace(road: Road) -> str:
 
 
 def _pipeline_server(road: Road) -> str:
-    if road.host:
-        raise UnknownError(f"--host names {road.host}; the namespace's own was not looked at.")
+    host = road.host or given_host()
+    if host:
+        road.runner = _UPSTREAM_RUNNER
+        raise UnknownError(f"{host} is named; the namespace's own was not looked at.")
     server = server_object(road.cluster)
-    road.dspa = server["metadata"]["name"]
+    name = server["metadata"]["name"]
+    road.runner = f"pipeline-runner-{name}"
     why = not_ready(server)
     if why:
-        raise Tune16Error(f"{road.dspa} is not ready: {why}. See `oc describe dspa {road.dspa}`.")
+        raise Tune16Error(f"{name} is not ready: {why}. See `oc describe dspa {name}`.")
     if server["spec"].get("apiServer", {}).get("pipelineStore") != "kubernetes":
-        return f"{road.dspa} is ready; it keeps pipelines in its database: submit uploads them, oc apply does not"
-    return f"{road.dspa} is ready"
+        return f"{name} is ready; it keeps pipelines in its database: submit uploads them, oc apply does not"
+    return f"{name} is ready"
 
 
 def _api(road: Road) -> str:
@@ -182,6 +188,8 @@ def _storage(road: Road) -> str:
 
 def _model(road: Road) -> str:
     """Model and data set, with the tokens and the storage that the steps would have."""
+    if road.recipe.setup:
+        return f"made by `tune16 submit {road.recipe.setup}`"
     values = dict(road._connection or {})
     with suppress(NotFoundError, ForbiddenError, UnknownError):  # an open model needs none, and a gated one says so
         values |= _secret(road, road.recipe.cluster.tokens)
@@ -192,7 +200,7 @@ def _model(road: Road) -> str:
 
 def _gpu(road: Road) -> str:
     nodes = road.get("/api/v1/nodes", "list the nodes")["items"]
-    cluster, wanted = road.recipe.cluster, road.recipe.train.num_gpus
+    cluster, wanted, num_nodes = road.recipe.cluster, road.recipe.train.num_gpus, road.recipe.train.num_nodes
     with_gpu = [node for node in nodes if int(node["status"].get("allocatable", {}).get(GPU, 0)) >= wanted]
     if not with_gpu:
         raise Tune16Error(f"no node offers {wanted} {GPU}. Add a GPU node, or ask for NVIDIA's GPU operator.")
@@ -213,35 +221,46 @@ def _gpu(road: Road) -> str:
     if not free:
         name, taint = next(iter(refused.items()))
         raise Tune16Error(f"nobody tolerates the taint {taint} of {name}. Add it to cluster.tolerations.")
+    if len(free) < num_nodes:
+        raise Tune16Error(f"there are {len(free)} fitting nodes, but train.num_nodes is {num_nodes}. Lower it.")
     return f"{len(free)} fitting: {', '.join(sorted(free)[:3])}"
 
 
 def _quota(road: Road) -> str:
+    """What the quotas allow at most is a limit; what others use of it now only makes a step wait."""
     from pipelines.finetune import RESOURCES
 
     quotas = road.get("/api/v1/namespaces/{namespace}/resourcequotas", "read the quotas")["items"]
     cpu = max((parse_quantity(needs[0]), step) for step, needs in RESOURCES.items())
     memory = max((parse_quantity(needs[1]), step) for step, needs in RESOURCES.items())
-    needed = {"cpu": cpu, "memory": memory, GPU: (road.recipe.train.num_gpus, "train"), "pods": (1, "train")}
+    num_gpus = road.recipe.train.num_gpus * road.recipe.train.num_nodes
+    needed = {"cpu": cpu, "memory": memory, GPU: (num_gpus, "train"), "pods": (1, "train")}
+    waits = ""
     for quota in quotas:
+        if quota.get("spec", {}).get("scopes") or quota.get("spec", {}).get("scopeSelector"):
+            continue  # it is for pods of another kind
         status = quota.get("status", {})
         for key, hard in status.get("hard", {}).items():
             kind = key.removeprefix("requests.").removeprefix("limits.")
-            left = parse_quantity(hard) - parse_quantity(status.get("used", {}).get(key, 0))
-            if kind in needed and left < needed[kind][0]:
-                amount, step = needed[kind]
+            if kind not in needed:
+                continue
+            amount, step = needed[kind]
+            allowed, used = parse_quantity(hard), parse_quantity(status.get("used", {}).get(key, 0))
+            name, needs = quota["metadata"]["name"], f"the step {step} needs {_plain(kind, amount)}"
+            if allowed < amount:
                 raise Tune16Error(
-                    f"the quota {quota['metadata']['name']} leaves {_plain(kind, left)} of {key}, but the step {step} "
-                    f"needs {_plain(kind, amount)}. Ask for more, or wait until other work ends."
+                    f"the quota {name} allows {_plain(kind, allowed)} of {key}, but {needs}. Ask for a larger quota."
                 )
-    return f"{len(quotas)} quotas leave enough" if quotas else "none"
+            if allowed - used < amount:
+                waits = f"; {needs} of {key} and waits: {name} has {_plain(kind, allowed - used)} left now"
+    return f"{len(quotas)} quotas allow enough{waits}" if quotas else "none"
 
 
 def _images(road: Road) -> str:
     names = sorted(set(_deployed_images(road) or images.IMAGE_OF_STEP.values()))
     for name in names:
         registry, _, rest = name.partition("/")
-        repository, _, tag = rest.partition(":")
+        repository, _, tag = rest.partition("@") if "@" in rest else rest.partition(":")
         if registry == _INTERNAL_REGISTRY:
             _check_internal_image(road, repository, tag)
         else:
@@ -251,7 +270,7 @@ def _images(road: Road) -> str:
 
 def _runner(road: Road) -> str:
     """The rights of the steps' own account."""
-    account = f"pipeline-runner-{road.dspa}"
+    account = road.runner
     resources = [("", "secrets", "get"), ("", "pods", "get")]
     if road.recipe.train.num_nodes > 1:
         resources += [("trainer.kubeflow.org", "trainjobs", "create"), ("", "pods/log", "get")]
@@ -288,7 +307,9 @@ def _known(value: Known | None, check: str) -> Known:
 
 def _secret(road: Road, name: str) -> dict[str, str]:
     secret = road.get(f"/api/v1/namespaces/{{namespace}}/secrets/{name}", f"read the Secret {name}")
-    return {key: base64.b64decode(value).decode() for key, value in (secret.get("data") or {}).items()}
+    wanted = {*CONNECTION_VARIABLES, *TOKEN_VARIABLES}
+    data = {key: value for key, value in (secret.get("data") or {}).items() if key in wanted}
+    return {key: base64.b64decode(value).decode(errors="replace") for key, value in data.items()}
 
 
 def _gpu_memory(node: Json, default: float) -> float:
@@ -362,10 +383,11 @@ def _may(road: Road, account: str, attributes: dict[str, str]) -> bool:
     spec: Json = {"resourceAttributes": {**attributes, "namespace": namespace}}
     path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
     review: Json = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": spec}
-    if not road.cluster.inside:
+    user = f"system:serviceaccount:{namespace}:{account}"
+    if road.user != user:
         path = f"/apis/authorization.k8s.io/v1/namespaces/{namespace}/localsubjectaccessreviews"
         review["kind"], review["metadata"] = "LocalSubjectAccessReview", {"namespace": namespace}
-        spec["user"] = f"system:serviceaccount:{namespace}:{account}"
+        spec["user"] = user
         spec["groups"] = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
     with explained(road.cluster, "review the rights of accounts"):
         return bool(road.cluster.send("POST", path, review)["status"]["allowed"])

@@ -104,6 +104,8 @@ def finetune(
         micro_batch=train_micro_batch,
         num_gpus=train_num_gpus,
         num_nodes=train_num_nodes,
+        node_selector=cluster_node_selector,
+        tolerations=cluster_tolerations,
         options=train_options,
     )
     evaluated = evaluate(
@@ -121,6 +123,8 @@ def finetune(
 
     for task in (fixed, prepared, quantized, trained, evaluated, merged, uploaded):
         _place(task, cluster_connection, cluster_tokens)
+    # GPUs of one pod exchange gradients through shared memory, of which a container has 64 MiB by itself.
+    kubernetes.empty_dir_mount(trained, "shm", "/dev/shm", medium="Memory", size_limit="2Gi")
     for task, num_gpus in ((trained, fixed.outputs["gpus"]), (evaluated, 1)):
         task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(num_gpus)
         kubernetes.add_node_selector_json(task, node_selector_json=cluster_node_selector)

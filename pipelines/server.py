@@ -6,6 +6,7 @@ only after a look whether the first try got through, by a name that is unique.
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +34,14 @@ Json = dict[str, Any]
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 4
+_LOOKS = 5  # for what may have got through although its answer was lost
 PAUSE_SECONDS = 0.5  # before the second try; it doubles with each further one
 _PASSING_FAULTS = {429, 500, 502, 503, 504}
 _PAGE_SIZE = 100
+
+
+class UnavailableError(Tune16Error):
+    """The server gives no answer, or one that may be another a little later."""
 
 
 class PipelineServer:
@@ -106,13 +112,13 @@ class PipelineServer:
 
     def delete_version(self, pipeline_id: str, version_id: str) -> None:
         """Delete one version."""
-        self._read(self._pipelines.pipeline_service_delete_pipeline_version, pipeline_id, version_id)
+        self._act(self._pipelines.pipeline_service_delete_pipeline_version, pipeline_id, version_id)
 
     def delete_pipeline(self, pipeline_id: str) -> None:
         """Delete a pipeline with all its versions."""
         for version in self.list_versions(pipeline_id):
             self.delete_version(pipeline_id, version["pipeline_version_id"])
-        self._read(self._pipelines.pipeline_service_delete_pipeline, pipeline_id)
+        self._act(self._pipelines.pipeline_service_delete_pipeline, pipeline_id)
 
     def find_experiment(self, name: str) -> Json | None:
         """The experiment of that name."""
@@ -130,7 +136,7 @@ class PipelineServer:
 
     def delete_experiment(self, experiment_id: str) -> None:
         """Delete an experiment."""
-        self._read(self._experiments.experiment_service_delete_experiment, experiment_id)
+        self._act(self._experiments.experiment_service_delete_experiment, experiment_id)
 
     def create_run(self, run: Json) -> Json:
         """Start a run; its display name has to be new."""
@@ -149,11 +155,11 @@ class PipelineServer:
 
     def stop_run(self, run_id: str) -> None:
         """Stop a run."""
-        self._read(self._runs.run_service_terminate_run, run_id)
+        self._act(self._runs.run_service_terminate_run, run_id)
 
     def retry_run(self, run_id: str) -> None:
         """Start the failed steps of a run again."""
-        self._read(self._runs.run_service_retry_run, run_id)
+        self._act(self._runs.run_service_retry_run, run_id)
 
     def list_schedules(self) -> list[Json]:
         """All recurring runs, newest first."""
@@ -169,12 +175,12 @@ class PipelineServer:
 
     def delete_schedule(self, schedule_id: str) -> None:
         """Delete a recurring run."""
-        self._read(self._schedules.recurring_run_service_delete_recurring_run, schedule_id)
+        self._act(self._schedules.recurring_run_service_delete_recurring_run, schedule_id)
 
     def set_schedule_enabled(self, schedule_id: str, enabled: bool) -> None:
         """Pause a recurring run, or let it go on."""
         schedules = self._schedules
-        self._read(
+        self._act(
             schedules.recurring_run_service_enable_recurring_run
             if enabled
             else schedules.recurring_run_service_disable_recurring_run,
@@ -206,11 +212,41 @@ class PipelineServer:
 
         def attempt() -> Json:
             nonlocal failed
-            found = find() if failed else None
+            found = self._look(find) if failed else None
             failed = True
             return found or create()
 
-        return self._repeat(attempt)
+        try:
+            return self._repeat(attempt)
+        except UnavailableError:
+            found = self._look(find)
+            if found is None:
+                raise
+            return found
+
+    def _look(self, find: Callable[[], Json | None]) -> Json | None:
+        """Look more than once: after a time-out the server may still be at work."""
+        for number in range(_LOOKS):
+            found = find()
+            if found is not None:
+                return found
+            time.sleep(PAUSE_SECONDS * 2**number)
+        return None
+
+    def _act(self, method: Callable[..., Any], *ids: str) -> None:
+        """A request that changes something once: refused at a repetition, it had got through before."""
+        tries = 0
+
+        def attempt() -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                self._call(method, *ids)
+            except ApiException as error:
+                if tries == 1 or error.status not in (400, 404, 409):
+                    raise
+
+        self._repeat(attempt)
 
     def _repeat(self, request: Callable[[], Answer]) -> Answer:
         with self._explained():
@@ -229,7 +265,7 @@ class PipelineServer:
         except AttributeError as error:  # the client trips over a certificate's fault, which has no body to decode
             if not isinstance(error.__context__, ApiException):
                 raise
-            raise urllib3.exceptions.SSLError(error.__context__.reason) from None
+            raise urllib3.exceptions.SSLError(str(error.__context__.reason)) from None
         content: Json = self._client.sanitize_for_serialization(answer) or {}
         return content
 
@@ -238,9 +274,10 @@ class PipelineServer:
         try:
             yield
         except ApiException as error:
-            raise Tune16Error(f"{self.url}: {_remedy(error)}") from None
+            kind = UnavailableError if _passes(error) else Tune16Error
+            raise kind(f"{self.url}: {_remedy(error)}") from None
         except urllib3.exceptions.HTTPError as error:
-            raise unreachable(self.url, error) from None
+            raise UnavailableError(str(unreachable(self.url, error))) from None
         except ValueError as error:  # the answer is no JSON: a login page, or some other server
             raise Tune16Error(f"{self.url}: answers, but not as a pipeline server ({error}). Correct --host.") from None
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from components.config import CONFIG_OF_STEP, ClusterConfig, Recipe, form_values
 from components.errors import Tune16Error
-from pipelines.server import Json, PipelineServer
+from pipelines.server import Json, PipelineServer, UnavailableError
 
 PIPELINE = "tune16"
 EXPERIMENT = "tune16"
 SUCCEEDED, FAILED = "SUCCEEDED", "FAILED"
+PATIENCE_SECONDS = 600.0
 FINAL_STATES = {SUCCEEDED, FAILED, "SKIPPED", "CANCELED"}
 
 _CRON_FIELDS = (
@@ -168,9 +169,20 @@ def read_interval(text: str) -> Trigger:
 
 
 def follow(server: PipelineServer, run_id: str, pause: float) -> Iterator[Json]:
-    """Yield the run each time that it is looked at, every `pause` seconds, until it has ended."""
+    """Yield the run each time that it is looked at, every `pause` seconds, until it has ended.
+
+    A server that is away for some minutes does not end the run, so it does not end this either.
+    """
+    last_seen = time.monotonic()
     while True:
-        run = server.read_run(run_id)
+        try:
+            run = server.read_run(run_id)
+        except UnavailableError:
+            if time.monotonic() - last_seen > PATIENCE_SECONDS:
+                raise
+            time.sleep(pause)
+            continue
+        last_seen = time.monotonic()
         yield run
         if run.get("state") in FINAL_STATES:
             return
@@ -183,14 +195,9 @@ def step_states(run: Json) -> dict[str, str]:
     return {step: tasks[step] for step in CONFIG_OF_STEP if step in tasks}
 
 
-def step_pods(run: Json, state: str = "") -> dict[str, list[str]]:
-    """The pods of each step that has begun, or only of the steps in one `state`."""
-    pods: dict[str, list[str]] = {}
-    for task in _tasks(run):
-        if task.get("display_name") in CONFIG_OF_STEP and state in ("", task.get("state")):
-            names = [task.get("pod_name"), *(child.get("pod_name") for child in task.get("child_tasks") or [])]
-            pods[task["display_name"]] = [name for name in names if name]
-    return pods
+def step_of_node(node: str) -> str:
+    """The step that a node of the workflow belongs to, such as ``x.root.train.executor``; empty for drivers."""
+    return next((part for part in reversed(node.split(".")) if part in CONFIG_OF_STEP), "")
 
 
 def run_url(server: PipelineServer, dashboard: str, namespace: str, run: Json) -> str:

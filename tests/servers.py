@@ -784,7 +784,9 @@ class KubernetesApi(Server):
         if not self._trusts(request):
             raise ApiError(401, "Unauthorized")
         if any(rule.hits(request) for rule in self._forbidden):
-            raise ApiError(403, f'forbidden: User "{USER}" cannot {request.method.lower()} path "{request.path}"')
+            verb = {"POST": "create", "GET": "get"}.get(request.method, request.method.lower())
+            resource = request.path.rstrip("/").rpartition("/")[2]
+            raise ApiError(403, f'{resource} is forbidden: User "{USER}" cannot {verb} resource "{resource}"')
 
     def _render(self, problem: ApiError) -> Reply:
         body = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": problem.message}
@@ -865,7 +867,9 @@ class KubernetesApi(Server):
             raise ApiError(400, f"a container name must be specified for pod {pod}, {choices}")
         if containers and container and container not in containers:
             raise ApiError(400, f"container {container} is not valid for pod {pod}")
-        lines = self.logs.get((namespace, pod), "").encode().splitlines(keepends=True)
+        if (namespace, pod) not in self.logs:
+            raise ApiError(400, f'container "{container}" in pod "{pod}" is waiting to start: ContainerCreating')
+        lines = self.logs[namespace, pod].encode().splitlines(keepends=True)
         if request.query.get("tailLines"):
             lines = lines[max(0, len(lines) - int(request.query["tailLines"])) :]
         follow = request.query.get("follow", "").lower() == "true"

@@ -17,6 +17,8 @@ def train(
     micro_batch: int,
     num_gpus: int,
     num_nodes: int,
+    node_selector: dict[str, str],
+    tolerations: list[dict[str, Any]],
     options: dict[str, Any],
     adapter: dsl.Output[dsl.Model],
     report: dsl.Output[dsl.HTML],
@@ -25,7 +27,7 @@ def train(
     """Train a LoRA adapter on the frozen base model."""
     from pathlib import Path
 
-    from components.config import TrainConfig
+    from components.config import ClusterConfig, TrainConfig
     from components.outputs import copy_report
     from components.steps import step
     from components.train.launch import train as train_adapter
@@ -40,7 +42,8 @@ def train(
             num_gpus=num_gpus,
             num_nodes=num_nodes,
         )
-        numbers = train_adapter(Path(weights.path), Path(rows.path), Path(adapter.path), config)
+        cluster = ClusterConfig.load(node_selector=node_selector, tolerations=tolerations)
+        numbers = train_adapter(Path(weights.path), Path(rows.path), Path(adapter.path), config, cluster)
         copy_report(adapter.path, report.path)
         for name, value in numbers.items():
             metrics.log_metric(name, value)

@@ -4,13 +4,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from components.config import TrainConfig
+from components.config import ClusterConfig, TrainConfig
 
 Json = dict[str, Any]
 
 _RUNTIME = "torch-distributed"  # the ClusterTrainingRuntime that comes with OpenShift AI
 _GPU = "nvidia.com/gpu"
 _CA_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
+_OF_THE_STEP_ALONE = ("KFP_", "ARGO_", "PET_")  # variables that mean the step's own pod
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
@@ -52,15 +53,18 @@ PYTORCH_JOB = Kind(
 )
 
 
-def describe(kind: Kind, job: str, pod: Json, source: str, config: TrainConfig, has_patches: bool) -> Json:
+def describe(
+    kind: Kind, job: str, pod: Json, source: str, config: TrainConfig, cluster: ClusterConfig, has_patches: bool
+) -> Json:
     """The job's object; it belongs to the step's own pod, so the cluster removes it with it.
 
     Args:
         kind: what the cluster serves.
         job: the job's name.
-        pod: the step's own pod: image, account, secrets, tolerations and queue are the job's too.
+        pod: the step's own pod: image, account, variables, CAs and queue are the job's too.
         source: ``s3://`` folder of the inputs.
         config: how many nodes and GPUs.
+        cluster: which nodes; the pod's own selector may be of a queue that has no GPUs.
         has_patches: whether the cluster's TrainJob has ``runtimePatches``; older ones have ``podTemplateOverrides``.
     """
     main = next(entry for entry in pod["spec"]["containers"] if entry["name"] == "main")
@@ -75,7 +79,7 @@ def describe(kind: Kind, job: str, pod: Json, source: str, config: TrainConfig, 
     labels = {name: text for name, text in pod["metadata"].get("labels", {}).items() if name == _QUEUE_LABEL}
     metadata = pod["metadata"]
     owner = {"apiVersion": "v1", "kind": "Pod", "name": metadata["name"], "uid": metadata["uid"]}
-    placement = _placement(pod, main)
+    placement = _placement(pod, main, cluster)
     if kind is TRAIN_JOB:
         spec = _train_job(container, resources, placement, config, has_patches)
     else:
@@ -124,25 +128,32 @@ def _pytorch_job(container: Json, resources: Json, placement: Placement, config:
 
 
 def _environment(main: Json) -> list[Json]:
-    """The step's secrets by name, and the CA's variables, which the launcher sets in its own process only."""
-    secrets = [entry for entry in main.get("env", []) if "secretKeyRef" in entry.get("valueFrom", {})]
-    return secrets + [{"name": name, "value": os.environ[name]} for name in _CA_VARIABLES if name in os.environ]
+    """The step's variables, secrets by name, and those of its CA, which the launcher sets in its own process only."""
+    own = [
+        entry
+        for entry in main.get("env", [])
+        if not entry["name"].startswith(_OF_THE_STEP_ALONE) and "fieldRef" not in entry.get("valueFrom", {})
+    ]
+    names = {entry["name"] for entry in own}
+    added = [name for name in _CA_VARIABLES if name in os.environ and name not in names]
+    return own + [{"name": name, "value": os.environ[name]} for name in added]
 
 
-def _placement(pod: Json, main: Json) -> Placement:
+def _placement(pod: Json, main: Json, cluster: ClusterConfig) -> Placement:
     spec = pod["spec"]
     volumes = [volume for volume in spec.get("volumes", []) if "configMap" in volume]
     names = {volume["name"] for volume in volumes}
+    mounts = [mount for mount in main.get("volumeMounts", []) if mount["name"] in names]
     return Placement(
         {
             "serviceAccountName": spec.get("serviceAccountName", "default"),
-            "nodeSelector": spec.get("nodeSelector") or {},
-            "tolerations": spec.get("tolerations") or [],
-            "volumes": volumes,
+            "nodeSelector": cluster.node_selector,
+            "tolerations": cluster.tolerations,
+            "volumes": [*volumes, {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}],
             "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
         },
         {
-            "volumeMounts": [mount for mount in main.get("volumeMounts", []) if mount["name"] in names],
+            "volumeMounts": [*mounts, {"name": "shm", "mountPath": "/dev/shm"}],
             "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         },
     )

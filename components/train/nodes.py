@@ -1,39 +1,40 @@
 """Training on several nodes: the step's own pod asks the cluster for a training job, follows it, and takes it away.
 
 The job is a TrainJob (trainer.kubeflow.org) or a PyTorchJob (kubeflow.org), whichever the cluster serves. Its pods run
-this same image as this same account; inputs and the adapter pass through the connection's bucket, under ``scratch/``.
+this same image as this same account (:mod:`components.train.node`); all that passes between them and the step lies in a
+folder of the connection's bucket (:mod:`components.train.scratch`).
 """
 
+import json
 import os
-import re
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import urllib3
 from kubernetes import client, config
 from kubernetes.client.rest import ApiException
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
-from components import s3
-from components.config import TrainConfig
+from components.config import ClusterConfig, TrainConfig
 from components.errors import Tune16Error
 from components.outputs import new_folder
-from components.references import fetch, parse, pin
 from components.steps import say
 from components.train.jobs import PYTORCH_JOB, TRAIN_JOB, Json, Kind, describe
-from components.train.launch import Group, train_in_processes
+from components.train.scratch import ALIVE_SECONDS, Scratch
 
 POLL_SECONDS = 5.0
 _SILENCE_SECONDS = 1800  # without any news from pods that should be running; waiting in a queue does not count
+_PATIENCE_SECONDS = 600  # for an API that answers with passing faults
+_PASSING_FAULTS = {429, 500, 502, 503, 504}
+_TIMEOUT_SECONDS = (10, 60)  # to connect, to read
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_MASTER_PORT = 29500
-_ERROR_LINE = re.compile(r"^error: (.+)$", re.MULTILINE)
 
 
-def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig) -> None:
+def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig, cluster: ClusterConfig) -> None:
     """Train on ``num_nodes`` nodes with ``num_gpus`` GPUs each, from within a pod of the cluster.
 
     Raises:
@@ -41,48 +42,19 @@ def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig)
             or its pods said nothing for half an hour although they were not waiting in a queue.
     """
     job = f"tune16-train-{uuid.uuid4().hex[:8]}"
-    prefix = f"scratch/{job}"
+    scratch = Scratch.of_job(job)
     with _cluster_errors():
-        pod = _own_pod()
-        kind = _served_kind()
-        with _in_bucket(prefix, weights, rows, config):
-            source = f"s3://{s3.default_bucket()}/{prefix}"
-            body = describe(kind, job, pod, source, config, kind is TRAIN_JOB and _has_patches())
-            with _running(kind, pod["metadata"]["namespace"], body):
-                _follow(kind, pod["metadata"]["namespace"], job)
+        pod, kind = _own_pod(), _served_kind()
+        namespace = pod["metadata"]["namespace"]
+        body = describe(kind, job, pod, scratch.address, config, cluster, kind is TRAIN_JOB and _has_patches())
+        with scratch.holding(weights, rows, config), _running(kind, namespace, body):
+            _follow(kind, namespace, job, scratch)
             with new_folder(output) as folder:
-                fetch(pin(parse(f"s3:///{prefix}/adapter", "model")), folder, ["*"])
-
-
-def train_as_node(source: str) -> None:
-    """What each pod of the job does: fetch the inputs, train with the others, and, as the first, keep the adapter.
-
-    Args:
-        source: ``s3://`` folder that :func:`train_on_nodes` has filled.
-
-    Raises:
-        Tune16Error: as for training in one pod.
-    """
-    node = int(os.environ.get("PET_NODE_RANK") or os.environ.get("RANK") or 0)
-    address = os.environ.get("PET_MASTER_ADDR") or os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = int(os.environ.get("PET_MASTER_PORT") or os.environ.get("MASTER_PORT") or _MASTER_PORT)
-    bucket, _, prefix = source.removeprefix("s3://").partition("/")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        weights = fetch(parse(f"{source}/weights", "model"), folder / "weights", ["*"])
-        rows = fetch(parse(f"{source}/rows", "data"), folder / "rows", ["*"])
-        content = s3.read(bucket, f"{prefix}/config.json")
-        if content is None:
-            raise Tune16Error(f"{source}: has no config.json. It belongs to a job that is over.")
-        settings = TrainConfig.model_validate_json(content)
-        output = folder / "adapter"
-        train_in_processes(weights, rows, output, settings, Group(settings.num_nodes, node, address, port))
-        if node == 0:
-            _put_folder(output, bucket, f"{prefix}/adapter")
+                scratch.fetch_adapter(folder)
 
 
 def _own_pod() -> Json:
-    """The pod that this runs in: its image, account, tolerations and secrets are the job's too."""
+    """The pod that this runs in."""
     try:
         if "KUBECONFIG" in os.environ:
             config.load_kube_config(os.environ["KUBECONFIG"])
@@ -94,15 +66,14 @@ def _own_pod() -> Json:
         ) from None
     name = os.environ.get("KFP_POD_NAME") or os.environ["HOSTNAME"]
     namespace = os.environ.get("KFP_NAMESPACE") or _NAMESPACE_FILE.read_text().strip()
-    pod = client.CoreV1Api().read_namespaced_pod(name, namespace)
-    content: Json = client.ApiClient().sanitize_for_serialization(pod)
-    return content
+    pod: Json = _request("GET", f"/api/v1/namespaces/{namespace}/pods/{name}")
+    return pod
 
 
 def _served_kind() -> Kind:
     for kind in (TRAIN_JOB, PYTORCH_JOB):
         try:
-            served = _get(f"/apis/{kind.group}/{kind.version}")["resources"]
+            served = _request("GET", f"/apis/{kind.group}/{kind.version}")["resources"]
         except ApiException as error:
             if error.status != 404:
                 raise
@@ -117,8 +88,8 @@ def _served_kind() -> Kind:
 
 def _has_patches() -> bool:
     """Whether this cluster's TrainJob says runtimePatches, as newer trainers do, and not podTemplateOverrides."""
-    schemas = _get(f"/openapi/v3/apis/{TRAIN_JOB.group}/{TRAIN_JOB.version}")["components"]["schemas"]
-    for schema in schemas.values():
+    answer = _request("GET", f"/openapi/v3/apis/{TRAIN_JOB.group}/{TRAIN_JOB.version}")
+    for schema in answer["components"]["schemas"].values():
         kinds = [entry["kind"] for entry in schema.get("x-kubernetes-group-version-kind", [])]
         if TRAIN_JOB.name in kinds:
             return "runtimePatches" in schema["properties"]["spec"]["properties"]
@@ -128,32 +99,34 @@ def _has_patches() -> bool:
 @contextmanager
 def _running(kind: Kind, namespace: str, body: Json) -> Iterator[None]:
     """The job, from its creation to its removal, whatever happens."""
-    jobs, place = client.CustomObjectsApi(), (kind.group, kind.version, namespace, kind.plural)
-    jobs.create_namespaced_custom_object(*place, body)
+    path = f"/apis/{kind.group}/{kind.version}/namespaces/{namespace}/{kind.plural}"
+    name = body["metadata"]["name"]
     try:
+        _request("POST", path, body)
         yield
     finally:
-        name = body["metadata"]["name"]
         try:
-            jobs.delete_namespaced_custom_object(*place, name, propagation_policy="Background")
-        except ApiException as error:
-            if error.status != 404:
-                raise
+            _patiently("DELETE", f"{path}/{name}", {"propagationPolicy": "Background"})
+        except (ApiException, urllib3.exceptions.HTTPError) as error:
+            if getattr(error, "status", None) != 404:
+                say("train", f"{kind.name} {name} could not be removed ({error}); it goes with this pod")
 
 
-def _follow(kind: Kind, namespace: str, job: str) -> None:
+def _follow(kind: Kind, namespace: str, job: str, scratch: Scratch) -> None:
     """Say the job's states and the first pod's lines until it has ended.
 
     Raises:
-        Tune16Error: it failed, with the step's own message where it has one, or it hangs.
+        Tune16Error: it failed, with the pod's own message where it left one, or it hangs.
     """
-    said, state, last_news = 0, "", time.monotonic()
-    while True:
-        content = client.CustomObjectsApi().get_namespaced_custom_object(
-            kind.group, kind.version, namespace, kind.plural, job
-        )
-        now, why = _state(content)
+    path = f"/apis/{kind.group}/{kind.version}/namespaces/{namespace}/{kind.plural}/{job}"
+    said, state, renewed, last_news = 0, "", 0.0, time.monotonic()
+    while state != "complete":
+        if time.monotonic() - renewed > ALIVE_SECONDS:
+            scratch.renew()
+            renewed = time.monotonic()
+        now, why = _state(_patiently("GET", path))
         lines = _first_log(kind, namespace, job)
+        said = said if said <= len(lines) else 0  # another pod, or the same one started again
         if now != state or len(lines) > said or now == "queued":
             last_news = time.monotonic()
         if now != state:
@@ -161,12 +134,10 @@ def _follow(kind: Kind, namespace: str, job: str) -> None:
         for line in lines[said:]:
             if line.startswith("train: "):  # the rest is what libraries print
                 say("train", line.removeprefix("train: "))
-        said, state = max(said, len(lines)), now
-        if state == "complete":
-            return
+        said, state = len(lines), now
+        scratch.raise_reported()  # at once, before the pod is started again
         if state == "failed":
-            own = _ERROR_LINE.search("\n".join(lines))
-            raise Tune16Error(own[1] if own else f"{kind.name} {job} failed: {why or 'no reason given'}.")
+            raise Tune16Error(f"{kind.name} {job} failed: {why or 'no reason given'}. Its pods' logs may say more.")
         if time.monotonic() - last_news > _SILENCE_SECONDS:
             raise Tune16Error(
                 f"{kind.name} {job} has said nothing for {_SILENCE_SECONDS // 60} minutes. Look at its pods' events: "
@@ -177,8 +148,8 @@ def _follow(kind: Kind, namespace: str, job: str) -> None:
 
 def _state(job: Json) -> tuple[str, str]:
     """``queued``, ``running``, ``complete`` or ``failed``, and the reason."""
-    conditions = {entry["type"]: entry for entry in job.get("status", {}).get("conditions", [])}
-    active = {name: entry for name, entry in conditions.items() if entry["status"] == "True"}
+    conditions = job.get("status", {}).get("conditions", [])
+    active = {entry["type"]: entry.get("message", "") for entry in conditions if entry["status"] == "True"}
     for name, state in (
         ("Complete", "complete"),
         ("Succeeded", "complete"),
@@ -186,18 +157,19 @@ def _state(job: Json) -> tuple[str, str]:
         ("Suspended", "queued"),
     ):
         if name in active:
-            return state, active[name].get("message", "")
+            return state, active[name]
     return "running", ""
 
 
 def _first_log(kind: Kind, namespace: str, job: str) -> list[str]:
     """The whole lines that the first pod has printed so far."""
-    core = client.CoreV1Api()
-    pods = core.list_namespaced_pod(namespace, label_selector=kind.first_pod.format(job=job)).items
+    path = f"/api/v1/namespaces/{namespace}/pods"
+    pods = _patiently("GET", path, query={"labelSelector": kind.first_pod.format(job=job)})["items"]
     if not pods:
         return []
     try:
-        text: str = core.read_namespaced_pod_log(pods[0].metadata.name, namespace, container=kind.container)
+        path = f"{path}/{pods[0]['metadata']['name']}/log"
+        text = str(_patiently("GET", path, query={"container": kind.container}, answer="str"))
     except ApiException as error:
         if error.status in (400, 404):  # the container has not started, or the pod is gone
             return []
@@ -205,30 +177,37 @@ def _first_log(kind: Kind, namespace: str, job: str) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-@contextmanager
-def _in_bucket(prefix: str, weights: Path, rows: Path, config: TrainConfig) -> Iterator[None]:
-    """The job's inputs in the bucket while it runs."""
-    bucket = s3.default_bucket()
-    try:
-        _put_folder(weights, bucket, f"{prefix}/weights")
-        _put_folder(rows, bucket, f"{prefix}/rows")
-        s3.create(bucket, f"{prefix}/config.json", config.model_dump_json().encode())
-        yield
-    finally:
-        for stored in s3.list_objects(bucket, f"{prefix}/"):
-            s3.delete(bucket, stored.key)
-
-
-def _put_folder(folder: Path, bucket: str, prefix: str) -> None:
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        s3.upload(path, bucket, f"{prefix}/{path.relative_to(folder)}")
-
-
-def _get(path: str) -> Json:
-    content: Json = client.ApiClient().call_api(
-        path, "GET", auth_settings=["BearerToken"], response_type="object", _return_http_data_only=True
+def _patiently(method: str, path: str, body: Any = None, **options: Any) -> Any:
+    """A request that may be repeated: hours of training do not end with an API that is away for some minutes."""
+    retrying = Retrying(
+        retry=retry_if_exception(_passes),
+        stop=stop_after_delay(_PATIENCE_SECONDS),
+        wait=wait_fixed(POLL_SECONDS),
+        reraise=True,
     )
-    return content
+    return retrying(_request, method, path, body, **options)
+
+
+def _passes(error: BaseException) -> bool:
+    if isinstance(error, ApiException):
+        return error.status in _PASSING_FAULTS
+    return isinstance(error, urllib3.exceptions.HTTPError)
+
+
+def _request(
+    method: str, path: str, body: Any = None, query: dict[str, str] | None = None, answer: str = "object"
+) -> Any:
+    return client.ApiClient().call_api(
+        path,
+        method,
+        query_params=list((query or {}).items()),
+        header_params={"Accept": "*/*", "Content-Type": "application/json"},
+        body=body,
+        auth_settings=["BearerToken"],
+        response_type=answer,
+        _return_http_data_only=True,
+        _request_timeout=_TIMEOUT_SECONDS,
+    )
 
 
 @contextmanager
@@ -237,10 +216,17 @@ def _cluster_errors() -> Iterator[None]:
     try:
         yield
     except ApiException as error:
-        if error.status == 403:
-            raise Tune16Error(
-                "train.num_nodes: the steps' account may not make training jobs. Apply manifests/base with its Role."
-            ) from None
-        raise Tune16Error(f"train.num_nodes: the cluster's API answers {error.status} {error.reason}.") from None
+        said = _message(error)
+        remedy = " Apply manifests/base, which brings its Role." if "cannot create resource" in said else ""
+        raise Tune16Error(f"train.num_nodes: the cluster refuses: {error.status} {said}{remedy}") from None
     except urllib3.exceptions.HTTPError as error:
         raise Tune16Error(f"train.num_nodes: the cluster's API cannot be reached ({error}).") from None
+
+
+def _message(error: ApiException) -> str:
+    """What the API says, out of the Status object that it wraps it in."""
+    try:
+        text = json.loads(error.body)["message"]
+    except (TypeError, ValueError, KeyError):
+        text = error.body or error.reason
+    return " ".join(str(text).split())[:500]

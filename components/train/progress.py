@@ -9,18 +9,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from components.steps import say
 
+_HEARTBEAT_SECONDS = 300
+
 
 class Progress(TrainerCallback):
-    """Says at each log entry: step, loss, speed, time left, memory."""
+    """Says at each log entry: step, loss, speed, time left, memory; and every five minutes at least where it is."""
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
+        self._started = self._said = time.monotonic()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock."""
-        self._started = time.monotonic()
+        self._started = self._said = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Say where it is if nothing has been said for a while."""
+        if time.monotonic() - self._said > _HEARTBEAT_SECONDS:
+            self._say(f"step {state.global_step:,}/{state.max_steps:,}")
 
     def on_log(
         self,
@@ -33,16 +40,19 @@ class Progress(TrainerCallback):
         """Say one line per training loss and per held-out loss."""
         logs = logs or {}
         if "eval_loss" in logs:
-            say("train", f"step {state.global_step:,}/{state.max_steps:,}  held-out loss {logs['eval_loss']:.4f}")
+            self._say(f"step {state.global_step:,}/{state.max_steps:,}  held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
             elapsed = time.monotonic() - self._started
             left = elapsed / state.global_step * (state.max_steps - state.global_step)
-            say(
-                "train",
+            self._say(
                 f"step {state.global_step:,}/{state.max_steps:,}  loss {float(logs['loss']):.4f}  "
                 f"{logs.get('num_tokens', 0) / elapsed:,.0f} tokens/s  {left / 60:.1f} min left  "
                 f"{self.peak_memory():.1f} GiB",
             )
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        say("train", text)
 
     @staticmethod
     def peak_memory() -> float:

@@ -40,7 +40,7 @@ def publish(merged: Path, evaluation: Path, config: UploadConfig) -> dict[str, A
         The manifest, with the version's name and address.
 
     Raises:
-        Tune16Error: the model was not promoted, or the storage cannot be written.
+        Tune16Error: the model was not promoted, another champion came in between, or the storage cannot be written.
     """
     if read_record(evaluation, "evaluate")["verdict"] != PROMOTED:
         raise Tune16Error(f"{evaluation}: this model was not promoted, so it is not published.")
@@ -48,13 +48,13 @@ def publish(merged: Path, evaluation: Path, config: UploadConfig) -> dict[str, A
     with tempfile.TemporaryDirectory(dir=merged.parent) as scratch:
         folder = _lay_out(merged, evaluation, Path(scratch))
         files = versions.describe_files(folder)
-        published = _published_already(config.path, files)
-        if published:
-            say("upload", f"{published['address']} is champion already, with this very content")
-            return published
         content = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         version = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{content[:8]}"
         manifest = _manifest(merged, evaluation, version, config.path, files)
+        published = _check_champion(config, manifest, _settings(merged, evaluation))
+        if published:
+            say("upload", f"{published['address']} is champion already, made of the same")
+            return published
         try:
             _upload_files(folder, files, f"{config.path}/{version}")
             versions.write_manifest(config.path, version, manifest)
@@ -66,11 +66,26 @@ def publish(merged: Path, evaluation: Path, config: UploadConfig) -> dict[str, A
     return manifest
 
 
-def _published_already(path: str, files: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The champion's manifest where it lists these very files: an unchanged run publishes nothing twice."""
-    champion = versions.read_champion(path)
-    manifest = versions.read_manifest(path, champion.version) if champion else {}
-    return manifest if manifest.get("files") == files else None
+def _check_champion(config: UploadConfig, manifest: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The champion's manifest, where the champion was made from the same as this model; None for a new champion.
+
+    Raises:
+        Tune16Error: the champion is another than the one that this model was compared with.
+    """
+    champion = versions.read_champion(config.path)
+    if champion is None:
+        return None
+    current = versions.read_manifest(config.path, champion.version)
+    own = manifest["lineage"]
+    same = all(current["lineage"].get(name) == own[name] for name in ("model", "data", "held_out", "tune16"))
+    if same and versions.read_settings(config.path, champion.version) == settings:
+        return current
+    if champion.version != own["champion"]:
+        raise Tune16Error(
+            f"{current['address']} became champion during this run, and this model was not compared with it. Start the "
+            "run again: what has been done comes from the cache, and only the comparison is made anew."
+        )
+    return None
 
 
 def _lay_out(merged: Path, evaluation: Path, folder: Path) -> Path:

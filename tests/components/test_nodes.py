@@ -14,18 +14,20 @@ import pytest
 import torch
 
 from components import s3
-from components.config import PrepareConfig, QuantizeConfig, TrainConfig
+from components.config import ClusterConfig, PrepareConfig, QuantizeConfig, TrainConfig
 from components.errors import Tune16Error
 from components.merge.merger import read_deltas
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.train import nodes
 from components.train.launch import train
+from components.train.scratch import Scratch
 from tests.manifests.test_manifests import CRDS, custom_schemas
 from tests.servers import KubernetesApi
 
 Json = dict[str, Any]
 NAMESPACE = "tune16"
+CLUSTER = ClusterConfig(node_selector={"nvidia.com/gpu.product": "Tesla-T4"})
 TRAINER = "trainer.kubeflow.org/v1alpha1"
 SETTINGS: Json = {
     "epochs": 0.25, "learning_rate": 5e-3, "rank": 8, "dropout": 0, "micro_batch": 2, "num_evaluations": 1
@@ -108,7 +110,7 @@ def step_pod() -> Json:
     main = {
         "name": "main",
         "image": "registry/tune16/trainer:0.1.0",
-        "env": [secret, {"name": "KFP_POD_NAME", "value": "x"}],
+        "env": [secret, {"name": "KFP_POD_NAME", "value": "x"}, {"name": "WANDB_MODE", "value": "offline"}],
         "resources": {"requests": {"cpu": "4", "memory": "24Gi"}, "limits": {"cpu": "4", "memory": "24Gi"}},
         "volumeMounts": [{"name": "ca", "mountPath": "/ca"}, {"name": "scratch", "mountPath": "/tmp"}],
     }
@@ -120,8 +122,7 @@ def step_pod() -> Json:
     spec = {
         "serviceAccountName": "pipeline-runner-dspa",
         "containers": [{"name": "wait", "image": "argo"}, main],
-        "nodeSelector": {"nvidia.com/gpu.product": "Tesla-T4"},
-        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+        "nodeSelector": {"injected": "by the queue"},
         "volumes": [{"name": "ca", "configMap": {"name": "dsp-ca"}}, {"name": "scratch", "emptyDir": {}}],
     }
     return {"kind": "Pod", "metadata": metadata, "spec": spec}
@@ -177,11 +178,13 @@ def test_the_train_job_is_what_the_cluster_takes(
     monkeypatch.setenv("SSL_CERT_FILE", "/ca/ca.crt")
     serve_train_jobs(api, field)
     pod, kind = nodes._own_pod(), nodes._served_kind()
-    body = nodes.describe(kind, "job", pod, "s3://b/x", TrainConfig(num_nodes=3, num_gpus=2), nodes._has_patches())
+    body = nodes.describe(
+        kind, "job", pod, "s3://b/x", TrainConfig(num_nodes=3, num_gpus=2), CLUSTER, nodes._has_patches()
+    )
     trainer = body["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 2)
     assert trainer["resourcesPerNode"]["limits"] == {"cpu": "4", "memory": "24Gi", "nvidia.com/gpu": "2"}
-    assert [entry["name"] for entry in trainer["env"]] == ["AWS_ACCESS_KEY_ID", "SSL_CERT_FILE"]
+    assert [entry["name"] for entry in trainer["env"]] == ["AWS_ACCESS_KEY_ID", "WANDB_MODE", "SSL_CERT_FILE"]
     (patch,) = body["spec"][field]
     if field == "runtimePatches":
         if CRDS.is_dir():
@@ -192,9 +195,9 @@ def test_the_train_job_is_what_the_cluster_takes(
     else:
         placed = patch["spec"]
     assert placed["serviceAccountName"] == "pipeline-runner-dspa"
-    assert placed["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
-    assert placed["containers"] and placed["volumes"] == [{"name": "ca", "configMap": {"name": "dsp-ca"}}]
-    assert placed["containers"][0]["volumeMounts"] == [{"name": "ca", "mountPath": "/ca"}]
+    assert (placed["tolerations"], placed["nodeSelector"]) == (CLUSTER.tolerations, CLUSTER.node_selector)
+    assert [volume["name"] for volume in placed["volumes"]] == ["ca", "shm"]
+    assert [mount["mountPath"] for mount in placed["containers"][0]["volumeMounts"]] == ["/ca", "/dev/shm"]
 
 
 def test_a_failed_pytorch_job_tells_the_steps_own_message_and_leaves_nothing(
@@ -217,12 +220,38 @@ def test_what_the_cluster_lacks_or_refuses(
         train(*inputs, tmp_path / "out", config)
     serve_train_jobs(api)
     api.forbid("POST", "trainjobs")
-    with pytest.raises(Tune16Error, match="may not make training jobs. Apply manifests/base"):
+    with pytest.raises(Tune16Error, match="the cluster refuses: 403 .*cannot create resource.*Apply manifests/base"):
         train(*inputs, tmp_path / "out", config)
     assert s3.list_objects(s3.default_bucket(), "scratch/") == []
     monkeypatch.delenv("KUBECONFIG")
     with pytest.raises(Tune16Error, match="several nodes are for a cluster"):
         train(*inputs, tmp_path / "out", config)
+
+
+def test_a_pod_without_its_step_gives_up(bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "components", "train-node", "--source", "s3://tune16/scratch/gone"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "the step that began this job is gone" in done.stderr
+    scratch = Scratch.of_job("left")
+    s3.write(scratch.bucket, f"{scratch.prefix}/alive", b"1000")
+    s3.write(scratch.bucket, f"{scratch.prefix}/weights/x", b"1000")
+    with Scratch.of_job("next").holding(tmp_path, tmp_path, TrainConfig()):
+        names = {stored.key for stored in s3.list_objects(scratch.bucket, "scratch/")}
+        assert not any(name.startswith("scratch/left/") for name in names) and "scratch/next/alive" in names
+    assert [stored.key for stored in s3.list_objects(scratch.bucket, "scratch/next/")] == []
+
+
+def test_passing_faults_of_the_api_do_not_end_a_job(
+    api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    serve_train_jobs(api)
+    api.fail("GET", "trainjobs/", 503, times=3)
+    api.drop("trainjobs/", times=2)
+    api.on_create["trainjobs"] = lambda job: job.update(
+        status={"conditions": [{"type": "Failed", "status": "True", "message": "in the end"}]}
+    )
+    with pytest.raises(Tune16Error, match="failed: in the end"):
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2))
 
 
 def test_a_job_that_says_nothing_is_given_up_but_not_one_in_the_queue(

@@ -50,11 +50,30 @@ def test_published_versions_are_downloaded_whole(bucket: str, outputs: tuple[Pat
     assert names == {"merged", "adapter", "report", "evaluation.json", "README.md", "config.json"}
 
 
+def retrain(outputs: tuple[Path, Path], data: str, champion: str) -> None:
+    """Make the outputs those of a run on other data that was compared with `champion`."""
+    facts = {"model": "m", "data": data, "held_out_sha256": "h", "prepare": {}, "bits": 4}
+    write_record(outputs[0] / "adapter", "train", TrainConfig(), **facts)
+    scores = {name: {} for name in ("base", "tuned", "loss_difference")} | {"champion": {"version": champion}}
+    (outputs[1] / "evaluation.json").write_text(json.dumps(scores))
+
+
 def test_the_next_version_is_the_next_champion(bucket: str, outputs: tuple[Path, Path]) -> None:
-    publish(*outputs, UploadConfig(path=PATH))
-    (outputs[1] / "README.md").write_text("another card")
+    first = publish(*outputs, UploadConfig(path=PATH))
+    retrain(outputs, "other data", first["version"])
     second = publish(*outputs, UploadConfig(path=PATH))
     assert versions.read_champion(PATH) == versions.Champion(2, second["version"])
+    assert second["lineage"]["champion"] == first["version"]
+
+
+def test_a_champion_that_came_in_between_is_not_replaced(bucket: str, outputs: tuple[Path, Path]) -> None:
+    first = publish(*outputs, UploadConfig(path=PATH))
+    retrain(outputs, "other data", "20200101T000000Z-00000000")
+    with pytest.raises(Tune16Error, match="became champion during this run"):
+        publish(*outputs, UploadConfig(path=PATH))
+    assert versions.read_champion(PATH) == versions.Champion(1, first["version"])
+    folders = {stored.key.split("/")[2] for stored in s3.list_objects(bucket, PATH)}
+    assert folders == {first["version"], "champions"}
 
 
 def test_an_unchanged_run_asks_for_what_the_cache_has_and_publishes_nothing(

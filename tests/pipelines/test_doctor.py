@@ -100,13 +100,13 @@ def without(plural: str) -> Callable[[KubernetesApi], None]:
         (
             quota(requests__memory="8Gi"),
             "quota",
-            "leaves 8.0 GiB of requests.memory, but the step train needs 24.0 GiB",
+            "allows 8.0 GiB of requests.memory, but the step train needs 24.0 GiB",
         ),
-        (quota(limits__cpu="1500m"), "quota", "leaves 1.5 of limits.cpu, but the step train needs 4"),
+        (quota(limits__cpu="1500m"), "quota", "allows 1.5 of limits.cpu, but the step train needs 4"),
         (
             lambda api: quota(**{"requests__nvidia__com/gpu": "0"})(api),
             "quota",
-            "leaves 0 of requests.nvidia.com/gpu, but the step train needs 1",
+            "allows 0 of requests.nvidia.com/gpu, but the step train needs 1",
         ),
         (without("imagestreamtags"), "images", "tools:0.1.0 is not in the cluster's registry"),
     ],
@@ -129,10 +129,16 @@ def test_settings_that_do_not_fit_the_cluster(examined: Callable[..., Findings],
     assert "has the labels {'zone': 'b'}" in examined(cluster={"node_selector": {"zone": "b"}})["GPU"].text
     assert "taint nvidia.com/gpu" in examined(cluster={"tolerations": []})["GPU"].text
     assert "there is no such file" in examined(preflight={"data": "/nowhere"})["model and data"].text
+    quota(requests__memory="32Gi")(kubernetes_api)
+    (key,) = (key for key in kubernetes_api.objects if key[1] == "resourcequotas")
+    kubernetes_api.objects[key]["status"]["used"] = {"requests.memory": "16Gi"}
+    finding = examined()["quota"]
+    assert finding.outcome == "ok" and "needs 24.0 GiB of requests.memory and waits" in finding.text
     kubernetes_api.allowed = lambda attributes: attributes["resource"] != "trainjobs"
     assert examined()["runner's rights"].outcome == "ok"
     finding = examined(train={"num_nodes": 2})["runner's rights"]
-    assert "pipeline-runner-dspa may not create trainjobs. Apply manifests/base" in finding.text
+    assert "may not create trainjobs. Apply manifests/base" in finding.text
+    assert "there are 1 fitting nodes, but train.num_nodes is 2" in examined(train={"num_nodes": 2})["GPU"].text
 
 
 def test_keys_and_values_of_the_connection(

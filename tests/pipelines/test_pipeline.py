@@ -109,6 +109,15 @@ def test_the_plain_form_is_written(tmp_path: Path) -> None:
     assert spec["pipelineInfo"]["name"] == "tune16"
 
 
+def test_the_number_of_gpus_is_text(tmp_path: Path) -> None:
+    """KFP's driver reads a resource limit as a string; of a number it makes no limit, and the step gets no GPU."""
+    compile_ir(tmp_path / "tune16.yaml")
+    spec = next(iter(yaml.safe_load_all((tmp_path / "tune16.yaml").read_text())))
+    limit = spec["deploymentSpec"]["executors"]["exec-train"]["container"]["resources"]["accelerator"]
+    assert limit["resourceCount"] == "{{$.inputs.parameters['pipelinechannel--preflight-gpus']}}"
+    assert spec["components"]["comp-preflight"]["outputDefinitions"]["parameters"]["gpus"]["parameterType"] == "STRING"
+
+
 def test_compiling_needs_no_model_library() -> None:
     heavy = "{'torch', 'transformers', 'peft', 'trl', 'bitsandbytes', 'datasets', 'boto3', 'matplotlib'}"
     code = f"import sys, pipelines.compile; print(sorted({heavy} & set(sys.modules)))"

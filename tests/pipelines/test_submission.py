@@ -16,6 +16,20 @@ RECIPE = "llama2-7b-16gb"
 CREATED = ("pipelines", "versions", "runs", "recurring_runs")
 
 
+def add_step_pod(api: KubernetesApi, run: dict[str, Any], step: str, log: str = "") -> None:
+    """A step's pod as the workflow controller makes it; without a log it has not started."""
+    name = f"wf-system-container-impl-{step}"
+    metadata = {
+        "name": name,
+        "namespace": "tune16",
+        "labels": {"pipeline/runid": run["run_id"]},
+        "annotations": {"workflows.argoproj.io/node-name": f"wf.root.{step}.executor"},
+    }
+    api.add("v1", "pods", {"kind": "Pod", "metadata": metadata, "spec": {"containers": [{"name": "main"}]}})
+    if log:
+        api.logs["tune16", name] = log
+
+
 def left(api: PipelineApi) -> dict[str, int]:
     """How many objects are on the server; the experiment that every server has does not count."""
     return {kind: len(getattr(api, kind)) for kind in CREATED} | {"experiments": len(api.experiments) - 1}
@@ -73,15 +87,15 @@ def test_wait_shows_the_log_of_a_failed_step(
     call: Call, pipelines_api: PipelineApi, kubernetes_api: KubernetesApi
 ) -> None:
     def fail(run: dict[str, Any]) -> None:
-        pipelines_api.set_tasks(run["run_id"], {"train": {"state": "FAILED", "pod_name": "pod-train"}}, "FAILED")
+        add_step_pod(kubernetes_api, run, "train", "train: started\nerror: no [luck] \\[/x]\n")
+        add_step_pod(kubernetes_api, run, "prepare", "prepare: started\n")
+        pipelines_api.set_tasks(run["run_id"], {"prepare": "SUCCEEDED", "train": "FAILED"}, "FAILED")
 
-    kubernetes_api.add("v1", "pods", {"kind": "Pod", "metadata": {"name": "pod-train", "namespace": "tune16"}})
-    kubernetes_api.logs["tune16", "pod-train"] = "train: started\nerror: no [luck]\n"
     pipelines_api.script = [fail]
     code, out, err = call("submit", RECIPE, "--wait", "--json")
     assert code == 1
     assert json.loads(out)["state"] == "FAILED"
-    assert "error: no [luck]" in err and "Traceback" not in err
+    assert "error: no [luck] \\[/x]" in err and "Traceback" not in err and "prepare: started" not in err
 
 
 def test_runs_are_listed_shown_stopped_and_retried(
@@ -89,13 +103,14 @@ def test_runs_are_listed_shown_stopped_and_retried(
 ) -> None:
     call("submit", RECIPE)
     run = only(pipelines_api.runs)
-    pipelines_api.set_tasks(run["run_id"], {"preflight": {"state": "RUNNING", "pod_name": "p"}}, "RUNNING")
+    pipelines_api.set_tasks(run["run_id"], {"preflight": "SUCCEEDED", "prepare": "RUNNING"}, "RUNNING")
     assert run["run_id"] in call("runs")[1]
     assert json.loads(call("runs", "list", "--json", "--limit", "1")[1])[0]["run_id"] == run["run_id"]
     assert "running" in call("runs", "show", run["display_name"])[1]
-    kubernetes_api.add("v1", "pods", {"kind": "Pod", "metadata": {"name": "p", "namespace": "tune16"}})
-    kubernetes_api.logs["tune16", "p"] = "preflight: started\n"
-    assert "preflight: started" in call("runs", "logs", run["run_id"])[1]
+    add_step_pod(kubernetes_api, run, "preflight", "preflight: started\n")
+    add_step_pod(kubernetes_api, run, "prepare")
+    log = call("runs", "logs", run["run_id"])[1]
+    assert "preflight: started" in log and "has not started yet" in log
     assert "There are: preflight" in call("runs", "logs", run["run_id"], "--step", "train")[2]
     assert call("runs", "retry", run["run_id"])[0] == 2
     assert call("runs", "stop", run["run_id"])[0] == 0
@@ -214,6 +229,11 @@ def test_the_server_is_found_by_its_route(
     assert "dspa in tune16 is not ready: no bucket" in call("runs")[2]
     code, _, err = call("runs", "--namespace", "elsewhere")
     assert code == 2 and "The namespace elsewhere has no pipeline server" in err
+    monkeypatch.setenv("TUNE16_TOKEN", "mine")
+    assert "TUNE16_TOKEN, the kubeconfig's context stand-in is not a valid login" in call("runs")[2]
+    assert find_server(find_cluster(), "http://elsewhere").token == "mine"
+    monkeypatch.delenv("TUNE16_TOKEN")
+    assert find_server(find_cluster(), "http://elsewhere").token == ""  # a login's token goes over TLS only
     monkeypatch.setenv("KUBECONFIG", "/nowhere")
     assert "Nobody is logged in to a cluster" in call("runs")[2]
 
@@ -271,7 +291,7 @@ def test_in_a_pod_the_account_is_used(
             (tmp_path / name).write_text(content)
         Path(ca).rename(tmp_path / "ca.crt")
         monkeypatch.setattr(cluster, "_ACCOUNT", tmp_path)
-        monkeypatch.delenv("KUBECONFIG", raising=False)
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
         for name in ("SSL_CERT_FILE", "TUNE16_CA", "TUNE16_HOST"):

@@ -1,0 +1,62 @@
+"""Training on several nodes, as one of them: what each pod of a job does that :mod:`components.train.nodes` began."""
+
+import os
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from components.errors import Tune16Error
+from components.train.launch import Group, train_in_processes
+from components.train.scratch import ALIVE_SECONDS, Scratch
+
+_MASTER_PORT = 29500
+_TERMINATED = 143
+
+
+def train_as_node(source: str) -> None:
+    """Fetch the inputs, train with the others, and, as the first node, keep the adapter.
+
+    Args:
+        source: ``s3://`` folder of the job.
+
+    Raises:
+        Tune16Error: as for training in one pod, or the step that began the job is gone.
+    """
+    scratch, node = Scratch.parse(source), int(_variable("NODE_RANK", "RANK", "0"))
+    try:
+        scratch.check_alive()
+        threading.Thread(target=_watch, args=(scratch,), daemon=True).start()
+        _train(scratch, node)
+    except Tune16Error as error:
+        with suppress(Tune16Error):
+            scratch.report(node, error)
+        raise
+
+
+def _train(scratch: Scratch, node: int) -> None:
+    address = _variable("MASTER_ADDR", "MASTER_ADDR", "127.0.0.1")
+    port = int(_variable("MASTER_PORT", "MASTER_PORT", str(_MASTER_PORT)))
+    with tempfile.TemporaryDirectory() as folder:
+        weights, rows, settings = scratch.fetch_inputs(Path(folder))
+        output = Path(folder) / "adapter"
+        train_in_processes(weights, rows, output, settings, Group(settings.num_nodes, node, address, port))
+        if node == 0:
+            scratch.put_adapter(output)
+
+
+def _variable(name: str, plain: str, default: str) -> str:
+    """What the job's controller says: torchrun's PET_* variables, or the plain ones of older controllers."""
+    return os.environ.get(f"PET_{name}") or os.environ.get(plain) or default
+
+
+def _watch(scratch: Scratch) -> None:
+    """End this pod when the step that began the job is gone; in a thread of its own, as training cannot look up."""
+    while True:
+        time.sleep(ALIVE_SECONDS)
+        try:
+            scratch.check_alive()
+        except Tune16Error as error:
+            print(f"error: {error}", flush=True)
+            os._exit(_TERMINATED)

@@ -1,0 +1,119 @@
+"""The folder in the bucket that a job on several nodes works in, between the step that began it and its pods.
+
+weights/ rows/ config.json    what the job works on
+alive                         renewed by the step every minute; without it the pods give up, so that a step that
+was killed leaves no GPU busy
+error-<node>                  what went wrong in a pod, for the step to tell: pods and their logs may be gone then
+adapter/                      the result
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from components import s3
+from components.config import TrainConfig
+from components.errors import Tune16Error
+from components.references import fetch, parse, pin
+
+ALIVE_SECONDS = 60.0
+_ORPHANED_SECONDS = 600  # after which a job's pods believe that the step is gone
+_LEFTOVER_SECONDS = 86400
+_ROOT = "scratch"
+_CONFIG, _ALIVE, _ERROR = "config.json", "alive", "error-"
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """One job's folder: the bucket and the prefix of its keys."""
+
+    bucket: str
+    prefix: str
+
+    @classmethod
+    def of_job(cls, job: str) -> "Scratch":
+        """The folder of a job, in the connection's bucket."""
+        return cls(s3.default_bucket(), f"{_ROOT}/{job}")
+
+    @classmethod
+    def parse(cls, address: str) -> "Scratch":
+        """The folder with this ``s3://`` address."""
+        bucket, _, prefix = address.removeprefix("s3://").partition("/")
+        return cls(bucket, prefix)
+
+    @property
+    def address(self) -> str:
+        """The folder's ``s3://`` address."""
+        return f"s3://{self.bucket}/{self.prefix}"
+
+    @contextmanager
+    def holding(self, weights: Path, rows: Path, config: TrainConfig) -> Iterator[None]:
+        """The job's inputs in the bucket while it runs; what killed steps have left there goes too."""
+        self._remove_leftovers()
+        try:
+            self.renew()
+            self._put_folder(weights, "weights")
+            self._put_folder(rows, "rows")
+            s3.create(self.bucket, f"{self.prefix}/{_CONFIG}", config.model_dump_json().encode())
+            yield
+        finally:
+            self._remove(self.prefix)
+
+    def renew(self) -> None:
+        """Say that the step is still there."""
+        s3.write(self.bucket, f"{self.prefix}/{_ALIVE}", str(time.time()).encode())
+
+    def check_alive(self) -> None:
+        """See that the step is there, and that no pod has failed: a failed job's pods are started again and again.
+
+        Raises:
+            Tune16Error: it is gone, or one has, with that one's message.
+        """
+        self.raise_reported()
+        renewed = s3.read(self.bucket, f"{self.prefix}/{_ALIVE}")
+        if renewed is None or time.time() - float(renewed) > _ORPHANED_SECONDS:
+            raise Tune16Error(f"{self.address}: the step that began this job is gone.")
+
+    def report(self, node: int, error: Tune16Error) -> None:
+        """Leave a pod's message for the step; the first one counts."""
+        s3.create(self.bucket, f"{self.prefix}/{_ERROR}{node}", str(error).encode())
+
+    def raise_reported(self) -> None:
+        """Raise the message that a pod has left, if any has.
+
+        Raises:
+            Tune16Error: with that message.
+        """
+        for stored in s3.list_objects(self.bucket, f"{self.prefix}/{_ERROR}"):
+            raise Tune16Error((s3.read(self.bucket, stored.key) or b"").decode())
+
+    def fetch_inputs(self, folder: Path) -> tuple[Path, Path, TrainConfig]:
+        """Bring weights and rows below `folder`; returns both and the settings."""
+        weights = fetch(parse(f"{self.address}/weights", "model"), folder / "weights", ["*"])
+        rows = fetch(parse(f"{self.address}/rows", "data"), folder / "rows", ["*"])
+        content = s3.read(self.bucket, f"{self.prefix}/{_CONFIG}") or b"{}"
+        return weights, rows, TrainConfig.model_validate_json(content)
+
+    def put_adapter(self, folder: Path) -> None:
+        """Keep the result."""
+        self._put_folder(folder, "adapter")
+
+    def fetch_adapter(self, folder: Path) -> None:
+        """Bring the result into `folder`."""
+        fetch(pin(parse(f"{self.address}/adapter", "model")), folder, ["*"])
+
+    def _put_folder(self, folder: Path, name: str) -> None:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            s3.upload(path, self.bucket, f"{self.prefix}/{name}/{path.relative_to(folder)}")
+
+    def _remove_leftovers(self) -> None:
+        for stored in s3.list_objects(self.bucket, f"{_ROOT}/"):
+            folder, _, name = stored.key.rpartition("/")
+            if name == _ALIVE and time.time() - float(s3.read(self.bucket, stored.key) or 0) > _LEFTOVER_SECONDS:
+                self._remove(folder)
+
+    def _remove(self, prefix: str) -> None:
+        for stored in s3.list_objects(self.bucket, f"{prefix}/"):
+            s3.delete(self.bucket, stored.key)
