@@ -84,7 +84,7 @@ class Nodes:
     @staticmethod
     def _node(command: list[str], rank: int, num_nodes: int) -> "subprocess.Popen[str]":
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("KFP_")},
             "PET_NODE_RANK": str(rank),
             "PET_NNODES": str(num_nodes),
             "PET_MASTER_ADDR": "127.0.0.1",
