@@ -177,6 +177,10 @@ class TrainConfig(StepConfig):
     activation_checkpointing: bool = Field(
         True, description="Keep only layer boundaries and recompute the rest in the backward pass."
     )
+    engine: Literal["tune16", "trl"] = Field(
+        "tune16",
+        description="tune16 trains with fused layers and attention per packed row; trl is the plain reference.",
+    )
     packing: bool = Field(True, description="Fill each sequence with several rows, which never see each other.")
     num_evaluations: int = Field(
         4, ge=1, le=1000, description="Times that the held-out loss is measured.", json_schema_extra={"unit": "times"}

@@ -39,8 +39,8 @@ def choose_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def load_base(folder: Path, dtype: torch.dtype) -> Any:
-    """Load a quantised checkpoint (an output of the step quantize) to compute in `dtype`.
+def load_base(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any:
+    """Load a quantised checkpoint (an output of the step quantize) to compute in `dtype`, with this `attention`.
 
     Raises:
         Tune16Error: the folder holds no model that can be loaded.
@@ -53,7 +53,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
             folder,
             dtype=dtype,
             device_map={"": device()},
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             trust_remote_code=False,
             use_safetensors=True,
         )
@@ -64,9 +64,15 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _compute_in(model: Any, dtype: torch.dtype) -> None:
-    """Let 4-bit layers dequantise straight into `dtype`: the checkpoint remembers the base model's format instead."""
-    from bitsandbytes.nn import Linear4bit
+    """Let everything compute in `dtype`: a quantised checkpoint keeps the base model's format whatever is asked for.
 
+    So do its embedding, head and norms, and mixed formats would make the whole residual stream float32.
+    """
+    from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
+
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not isinstance(parameter, (Int8Params, Params4bit)):
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype

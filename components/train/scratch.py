@@ -77,8 +77,11 @@ class Scratch:
             raise Tune16Error(f"{self.address}: the step that began this job is gone.")
 
     def report(self, node: int, error: Tune16Error) -> None:
-        """Leave a pod's message for the step; the first one counts."""
-        s3.create(self.bucket, f"{self.prefix}/{_ERROR}{node}", str(error).encode())
+        """Leave a pod's message for the step, unless it has gone and cleaned up; the first message counts."""
+        key = f"{self.prefix}/{_ERROR}{node}"
+        s3.create(self.bucket, key, str(error).encode())
+        if s3.read(self.bucket, f"{self.prefix}/{_ALIVE}") is None:
+            s3.delete(self.bucket, key)
 
     def raise_reported(self) -> None:
         """Raise the message that a pod has left, if any has.

@@ -19,6 +19,7 @@ from components.outputs import new_folder, read_record, write_record
 from components.references import parse
 from components.report import significant
 from components.steps import say
+from components.train import engine
 from components.train.progress import Progress
 from components.train.report import write_report
 
@@ -84,7 +85,8 @@ def _build(
     config: TrainConfig,
 ) -> SFTTrainer:
     """Put the trainer together: model, adapter, rows, arguments."""
-    base = load_base(model, dtype)
+    fused = config.engine == "tune16"
+    base = load_base(model, dtype, engine.attention_for(model, max_tokens) if fused else "sdpa")
     columns = ["input_ids", "labels"]
     train_rows = Dataset.from_parquet(str(data / "train.parquet"), columns=columns, cache_dir=str(scratch))
     held_out = Dataset.from_parquet(str(data / "held_out.parquet"), columns=columns, cache_dir=str(scratch))
@@ -99,6 +101,11 @@ def _build(
         callbacks=[progress],
     )
     _keep_adapter_in_float32(trainer)
+    if fused:
+        say(
+            "train",
+            f"engine: {engine.install(trainer.model)} fused LoRA layers, attention {base.config._attn_implementation}",
+        )
     batch = config.micro_batch * config.gradient_accumulation * trainer.args.world_size
     steps = max(1, math.ceil(len(trainer.train_dataset) / batch))
     steps = max(1, math.ceil(steps * config.epochs))

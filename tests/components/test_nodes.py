@@ -52,7 +52,8 @@ class Nodes:
     def _start(self, job: Json, success: str) -> None:
         self.jobs.append(job)
         job["status"] = {"conditions": [{"type": "Suspended", "status": "True", "message": "in the queue"}]}
-        threading.Thread(target=self._run, args=(job, success)).start()
+        self.thread = threading.Thread(target=self._run, args=(job, success))
+        self.thread.start()
 
     def _run(self, job: Json, success: str) -> None:
         name, spec = job["metadata"]["name"], job["spec"]
@@ -209,6 +210,7 @@ def test_a_failed_pytorch_job_tells_the_steps_own_message_and_leaves_nothing(
     config = TrainConfig(**{**SETTINGS, "num_nodes": 2, "target_modules": "qkv"})
     with pytest.raises(Tune16Error, match="train.target_modules: this model has no linear layer 'qkv'"):
         train(*inputs, tmp_path / "out", config)
+    started.thread.join()
     assert len(started.jobs) == 1 and not [key for key in api.objects if key[1] == "pytorchjobs"]
     assert s3.list_objects(s3.default_bucket(), "scratch/") == [] and not (tmp_path / "out").exists()
 
