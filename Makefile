@@ -53,6 +53,9 @@ locks: $(BIN)/ready  ## Resolve the images' packages anew, within constraints.tx
 bench: $(BIN)/ready  ## The benchmarks that need no GPU
 	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
+bench-gpu: $(BIN)/ready  ## The benchmarks that need a GPU
+	@for script in tests/bench/gpu_*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done
+
 clean:  ## Remove what the targets made
 	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
@@ -68,4 +71,4 @@ $(BIN)/ready: pyproject.toml constraints.txt
 	.venv/checkov/bin/pip install --quiet -r $<
 	@touch $@
 
-.PHONY: help run test lint quick compile manifests images check-images sbom locks bench clean
+.PHONY: help run test lint quick compile manifests images check-images sbom locks bench bench-gpu clean

@@ -4,6 +4,7 @@ What it replaces, and why (measured on Llama-2-7b, rank 64; see tests/bench):
 
 * PEFT's LoRA layer clones the base layer's output, adds out of place and copies its input for dropout. Here the frozen
   product and the adapter are one operation with a backward of its own: one buffer for the output, added to in place.
+* RMSNorm in several passes over float32 copies. Here it is torch's own fused operation.
 * Attention over packed rows through a dense mask of tokens x tokens. Here each row is a segment of its own
   (FlashAttention's varlen kernel, the memory-efficient one on cards before Ampere, a loop on a CPU).
 
@@ -26,7 +27,7 @@ _FIRST_CAPABILITY_WITH_FLASH = (8, 0)
 
 
 def install(model: Any) -> int:
-    """Give every LoRA layer of a PEFT model the fused forward; returns how many got it.
+    """Give every LoRA layer and norm of a PEFT model the fused forward; returns how many LoRA layers got it.
 
     Layers that are something else (LLM.int8 base, DoRA, several adapters) keep PEFT's own.
     """
@@ -35,6 +36,9 @@ def install(model: Any) -> int:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _can_fuse(module)]
     for layer in layers:
         layer.forward = types.MethodType(_fused_forward, layer)
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = types.MethodType(_fused_norm, module)
     return len(layers)
 
 
@@ -86,6 +90,11 @@ def _fused_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
             share,
         )
     return y.to(x.dtype)
+
+
+def _fused_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """Stands in for the forward of the models' RMSNorm, which computes in float32 too."""
+    return functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 class _LoraLinear(torch.autograd.Function):
