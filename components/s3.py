@@ -184,6 +184,12 @@ def upload(path: Path, bucket: str, key: str, advance: Callable[[int], None] | N
         client().upload_file(str(path), bucket, key, Config=_TRANSFER, Callback=advance)
 
 
+def upload_folder(folder: Path, bucket: str, prefix: str) -> None:
+    """Upload every file below `folder`, under `prefix`."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        upload(path, bucket, f"{prefix}/{path.relative_to(folder)}")
+
+
 def download(bucket: str, key: str, path: Path) -> None:
     """Download one object to `path`, whose folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,6 +100,11 @@ def read_settings(path: str, version: str) -> dict[str, Any]:
     return {} if content is None else dict(json.loads(content))
 
 
+def is_made_of(path: str, manifest: dict[str, Any], lineage: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether the version of `manifest` was made of these inputs with these settings."""
+    return lineage.items() <= manifest["lineage"].items() and read_settings(path, manifest["version"]) == settings
+
+
 def address(path: str, version: str) -> str:
     """The version's s3:// address."""
     return f"s3://{s3.default_bucket()}/{path}/{version}"

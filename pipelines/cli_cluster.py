@@ -148,12 +148,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Start a run of a recipe on the cluster."""
-    settings = override(find_recipe(recipe), set_)
-    _plan(settings)
-    connected = where.connect()
-    if not unchecked:
-        _refuse_unready(connected, settings)
-    _put_demo(settings)
+    settings, connected = _prepare(where, recipe, set_, unchecked)
     run = submission.submit(connected.server, settings, Path(recipe).stem, uploaded)
     url = connected.url(run)
     if not (as_json and wait):
@@ -255,12 +250,7 @@ def set_schedule(
     if bool(cron) == bool(every):
         raise Tune16Error("Say when: --cron '0 3 * * 1' or --every 7d, one of the two.")
     trigger = submission.read_cron(cron) if cron else submission.read_interval(every)
-    settings = override(find_recipe(recipe), set_)
-    _plan(settings)
-    connected = where.connect()
-    if not unchecked:
-        _refuse_unready(connected, settings)
-    _put_demo(settings)
+    settings, connected = _prepare(where, recipe, set_, unchecked)
     name = name or Path(recipe).stem
     made, change = submission.schedule(connected.server, settings, name, trigger, uploaded)
     _show(made | {"change": change}, as_json, f"schedule {name}: {change}, {_when(made)}")
@@ -303,6 +293,17 @@ def delete(where: Where, name: ScheduleName) -> None:
 
 def _with_schedule(name: str, connected: Connected, action: Callable[[PipelineServer, str], None]) -> None:
     action(connected.server, submission.find_schedule(connected.server, name)["recurring_run_id"])
+
+
+def _prepare(where: Where, recipe: str, set_: list[str], unchecked: bool) -> tuple[Recipe, Connected]:
+    """What comes before any start: settings, memory, connection, the namespace, and the demo's files in the bucket."""
+    settings = override(find_recipe(recipe), set_)
+    _plan(settings)
+    connected = where.connect()
+    if not unchecked:
+        _refuse_unready(connected, settings)
+    _put_demo(settings)
+    return settings, connected
 
 
 def _plan(settings: Recipe) -> None:

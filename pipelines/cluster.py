@@ -19,13 +19,16 @@ from kubernetes.client.rest import ApiException
 from kubernetes.config.config_exception import ConfigException
 from kubernetes.config.incluster_config import InClusterConfigLoader
 
+from components import kubeapi
 from components.errors import Tune16Error
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_TIMEOUT_SECONDS = (10, 30)  # to connect, to read
 
 PIPELINE_SERVER = ("datasciencepipelinesapplications.opendatahub.io", "v1", "datasciencepipelinesapplications")
 _CONSOLE_LINK = ("console.openshift.io", "v1", "consolelinks")
+_INSIDE = "the pod's own account"
+_RUN_LABEL = "pipeline/runid"
+_NODE_ANNOTATION = "workflows.argoproj.io/node-name"
 _DASHBOARD_LINK = "rhodslink"  # what OpenShift AI calls its entry in the console's menu
 
 
@@ -58,18 +61,8 @@ class Cluster:
     def send(
         self, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None, answer: str = "object"
     ) -> Any:
-        """Send one request with a JSON body, and read the answer: JSON, or text where `answer` is ``str``."""
-        return self.api.call_api(
-            path,
-            method,
-            query_params=list((query or {}).items()),
-            header_params={"Accept": "*/*", "Content-Type": "application/json"},
-            body=body,
-            auth_settings=["BearerToken"],
-            response_type=answer,
-            _return_http_data_only=True,
-            _request_timeout=_TIMEOUT_SECONDS,
-        )
+        """Send one request; see :func:`components.kubeapi.send`."""
+        return kubeapi.send(self.api, method, path, body, query, answer)
 
     def list_step_pods(self, run_id: str) -> dict[str, list[str]]:
         """The pods of a pipeline run by the node of the workflow that each one is, such as ``x.root.train.executor``.
@@ -96,11 +89,6 @@ class ServerAddress:
     url: str
     token: str
     ca: str
-
-
-_INSIDE = "the pod's own account"
-_RUN_LABEL = "pipeline/runid"
-_NODE_ANNOTATION = "workflows.argoproj.io/node-name"
 
 
 def find_cluster(namespace: str = "", ca: str = "") -> Cluster:

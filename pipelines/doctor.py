@@ -20,7 +20,6 @@ from pipelines.cluster import (
     Cluster,
     ForbiddenError,
     NotFoundError,
-    ServerAddress,
     explained,
     find_cluster,
     find_server,
@@ -30,7 +29,7 @@ from pipelines.cluster import (
 )
 from pipelines.registry import image_status
 from pipelines.server import Json, PipelineServer
-from pipelines.submission import PIPELINE
+from pipelines.submission import newest_version, pipeline_spec
 
 Known = TypeVar("Known")
 
@@ -73,11 +72,6 @@ class Road:
         """The Kubernetes API."""
         return _known(self.found_cluster, "the login")
 
-    @property
-    def server(self) -> PipelineServer:
-        """The pipeline server's API."""
-        return _known(self.found_server, "the API")
-
     def get(self, path: str, action: str) -> Any:
         """GET a path, with refusals explained."""
         with explained(self.cluster, action):
@@ -99,7 +93,7 @@ def refuse_unready(road: Road) -> None:
     """Refuse a run that the namespace is known not to take; what may not be looked at passes.
 
     Raises:
-        Tune16Error: the connection's Secret, the GPU nodes or the quota do not suit the recipe; one line for each.
+        Tune16Error: the connection's Secret, GPU nodes, quota or images do not suit the recipe; one line for each.
     """
     findings = examine(road, ("connection", "GPU", "quota", "images"))
     problems = [f"{found.check}: {found.text}" for found in findings if found.outcome == "problem"]
@@ -151,7 +145,7 @@ def _pipeline_server(road: Road) -> str:
 
 
 def _api(road: Road) -> str:
-    address: ServerAddress = find_server(road.found_cluster, road.host, road.ca)
+    address = find_server(road.found_cluster, road.host, road.ca)
     server = PipelineServer(address, road.timeout)
     server.check()
     road.found_server = server
@@ -179,10 +173,10 @@ def _storage(road: Road) -> str:
     with s3.environment({name: values[name] for name in CONNECTION_VARIABLES}):
         try:
             s3.check_writable(values["AWS_S3_BUCKET"], road.recipe.upload.path)
-        except Tune16Error as error:
+        except Tune16Error:
             if ".svc" in values["AWS_S3_ENDPOINT"] and not road.cluster.inside:
                 raise UnknownError(f"{values['AWS_S3_ENDPOINT']} answers inside the cluster only.") from None
-            raise error
+            raise
     return f"s3://{values['AWS_S3_BUCKET']}/{road.recipe.upload.path} can be written"
 
 
@@ -343,15 +337,12 @@ def _deployed_images(road: Road) -> list[str]:
     """The images of the pipeline's newest version on the server, which an overlay may have changed."""
     if road.found_server is None:
         return []
-    pipeline = road.found_server.find_pipeline(PIPELINE)
-    versions = road.found_server.list_versions(pipeline["pipeline_id"]) if pipeline else []
-    if not versions:
+    version = newest_version(road.found_server)
+    if version is None:
         return []
-    spec = road.found_server.read_version(versions[0]["pipeline_id"], versions[0]["pipeline_version_id"])[
-        "pipeline_spec"
+    return [
+        executor["container"]["image"] for executor in pipeline_spec(version)["deploymentSpec"]["executors"].values()
     ]
-    executors = spec.get("pipeline_spec", spec)["deploymentSpec"]["executors"].values()
-    return [executor["container"]["image"] for executor in executors]
 
 
 def _check_internal_image(road: Road, repository: str, tag: str) -> None:

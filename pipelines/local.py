@@ -99,8 +99,7 @@ def put_demo(folder: Path) -> None:
 
     build_base(folder / "model")
     shutil.copyfile(ORDERS, folder / ORDERS.name)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        s3.upload(path, s3.default_bucket(), f"demo/{path.relative_to(folder)}")
+    s3.upload_folder(folder, s3.default_bucket(), "demo")
 
 
 def _run_pipeline(recipe: Recipe, folder: Path, listener: "_Listener") -> None:

@@ -80,7 +80,7 @@ class PipelineServer:
     def find_pipeline(self, name: str) -> Json | None:
         """The pipeline of that name."""
         found = self._list(self._pipelines.pipeline_service_list_pipelines, "pipelines")
-        return next((entry for entry in found if name in (entry.get("name"), entry.get("display_name"))), None)
+        return next((entry for entry in found if _is_named(entry, name)), None)
 
     def list_versions(self, pipeline_id: str) -> list[Json]:
         """The versions of a pipeline, newest first."""
@@ -90,6 +90,10 @@ class PipelineServer:
             pipeline_id,
             sort_by="created_at desc",
         )
+
+    def find_version(self, pipeline_id: str, name: str) -> Json | None:
+        """The version of that name."""
+        return next((entry for entry in self.list_versions(pipeline_id) if _is_named(entry, name)), None)
 
     def read_version(self, pipeline_id: str, version_id: str) -> Json:
         """One version with its spec."""
@@ -107,7 +111,7 @@ class PipelineServer:
         """Upload a compiled pipeline as a further version."""
         return self._create(
             lambda: self._call(self._uploads.upload_pipeline_version, str(file), name=name, pipelineid=pipeline_id),
-            lambda: next((entry for entry in self.list_versions(pipeline_id) if _is_named(entry, name)), None),
+            lambda: self.find_version(pipeline_id, name),
         )
 
     def delete_version(self, pipeline_id: str, version_id: str) -> None:

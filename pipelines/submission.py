@@ -211,14 +211,27 @@ def _tasks(run: Json) -> list[Json]:
     return (run.get("run_details") or {}).get("task_details") or []
 
 
+def newest_version(server: PipelineServer) -> Json | None:
+    """The newest version of the pipeline on the server, with its spec; None where there is none."""
+    pipeline = server.find_pipeline(PIPELINE)
+    versions = server.list_versions(pipeline["pipeline_id"]) if pipeline else []
+    return _read_version(server, versions[0]) if versions else None
+
+
+def pipeline_spec(version: Json) -> Json:
+    """A version's spec, which the server wraps where the pipeline has a part for Kubernetes."""
+    spec: Json = version["pipeline_spec"]
+    return dict(spec.get("pipeline_spec", spec))
+
+
 def _ensure_version(server: PipelineServer, undo: ExitStack, uploaded: bool) -> Json:
     """The version to run, with its spec; uploaded where the server does not have this content yet."""
-    pipeline = server.find_pipeline(PIPELINE)
     if uploaded:
-        versions = server.list_versions(pipeline["pipeline_id"]) if pipeline else []
-        if not versions:
+        newest = newest_version(server)
+        if newest is None:
             raise Tune16Error(f"{server.url}: has no pipeline '{PIPELINE}' yet. Apply an overlay of manifests/ first.")
-        return _read_version(server, versions[0])
+        return newest
+    pipeline = server.find_pipeline(PIPELINE)
     with tempfile.TemporaryDirectory() as folder:
         from pipelines.compile import compile_ir, version_name
 
@@ -227,8 +240,7 @@ def _ensure_version(server: PipelineServer, undo: ExitStack, uploaded: bool) -> 
         if pipeline is None:
             pipeline = server.create_pipeline(PIPELINE, "Tune16")
             undo.callback(_remove, server.delete_pipeline, pipeline["pipeline_id"])
-        versions = server.list_versions(pipeline["pipeline_id"])
-        found = next((entry for entry in versions if name in (entry.get("name"), entry.get("display_name"))), None)
+        found = server.find_version(pipeline["pipeline_id"], name)
         if found is None:
             found = server.upload_version(file, name, pipeline["pipeline_id"])
             undo.callback(_remove, server.delete_version, pipeline["pipeline_id"], found["pipeline_version_id"])
@@ -257,9 +269,7 @@ def _remove(delete: Callable[..., None], *ids: str) -> None:
 
 def _parameters(recipe: Recipe, version: Json) -> Json:
     """The form filled in from the recipe; what it leaves to the cluster stays as the version's own form has it."""
-    spec = version["pipeline_spec"]
-    spec = spec.get("pipeline_spec", spec)
-    names = spec["root"]["inputDefinitions"]["parameters"]
+    names = pipeline_spec(version)["root"]["inputDefinitions"]["parameters"]
     default = ClusterConfig().model_dump()
     return {
         name: value

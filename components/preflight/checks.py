@@ -4,6 +4,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components import s3, versions
 from components.config import Recipe
@@ -59,22 +60,19 @@ def _version_to_beat(path: str, model: Reference, data: Reference, recipe: Recip
     champion = versions.read_champion(path)
     if champion is None:
         return ""
-    lineage = versions.read_manifest(path, champion.version)["lineage"]
-    same = {"model": str(model), "data": str(data), "tune16": VERSION}.items() <= lineage.items()
-    if not same or versions.read_settings(path, champion.version) != _settings(recipe):
+    manifest = versions.read_manifest(path, champion.version)
+    inputs = {"model": str(model), "data": str(data), "tune16": VERSION}
+    if not versions.is_made_of(path, manifest, inputs, _settings(recipe)):
         return champion.version
-    say(
-        "preflight",
-        f"nothing has changed since {champion.version}: the cache has every step's result, no GPU is needed",
-    )
-    beaten: str = lineage["champion"]
+    say("preflight", f"nothing has changed since {champion.version}: the steps come from the cache and need no GPU")
+    beaten: str = manifest["lineage"]["champion"]
     return beaten
 
 
-def _settings(recipe: Recipe) -> dict[str, object]:
+def _settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide a version's content, as its config.json has them."""
     steps = ("prepare", "quantize", "train", "evaluate", "merge")
-    content: dict[str, object] = json.loads(recipe.model_dump_json(include=set(steps)))
+    content: dict[str, Any] = json.loads(recipe.model_dump_json(include=set(steps)))
     return content
 
 

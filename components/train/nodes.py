@@ -19,6 +19,7 @@ from kubernetes import client, config
 from kubernetes.client.rest import ApiException
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
+from components import kubeapi
 from components.config import ClusterConfig, TrainConfig
 from components.errors import Tune16Error
 from components.outputs import new_folder
@@ -197,17 +198,7 @@ def _passes(error: BaseException) -> bool:
 def _request(
     method: str, path: str, body: Any = None, query: dict[str, str] | None = None, answer: str = "object"
 ) -> Any:
-    return client.ApiClient().call_api(
-        path,
-        method,
-        query_params=list((query or {}).items()),
-        header_params={"Accept": "*/*", "Content-Type": "application/json"},
-        body=body,
-        auth_settings=["BearerToken"],
-        response_type=answer,
-        _return_http_data_only=True,
-        _request_timeout=_TIMEOUT_SECONDS,
-    )
+    return kubeapi.send(client.ApiClient(), method, path, body, query, answer, _TIMEOUT_SECONDS)
 
 
 @contextmanager

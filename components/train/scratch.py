@@ -1,10 +1,12 @@
 """The folder in the bucket that a job on several nodes works in, between the step that began it and its pods.
 
-weights/ rows/ config.json    what the job works on
-alive                         renewed by the step every minute; without it the pods give up, so that a step that
-was killed leaves no GPU busy
-error-<node>                  what went wrong in a pod, for the step to tell: pods and their logs may be gone then
-adapter/                      the result
+    weights/ rows/ config.json    what the job works on
+    alive                         renewed by the step every minute
+    error-<node>                  what went wrong in a pod
+    adapter/                      the result
+
+Without a fresh ``alive`` the pods give up, so that a step that was killed leaves no GPU busy. Errors lie here because
+pods and their logs may be gone by the time that the step looks.
 """
 
 import time
@@ -54,8 +56,8 @@ class Scratch:
         self._remove_leftovers()
         try:
             self.renew()
-            self._put_folder(weights, "weights")
-            self._put_folder(rows, "rows")
+            s3.upload_folder(weights, self.bucket, f"{self.prefix}/weights")
+            s3.upload_folder(rows, self.bucket, f"{self.prefix}/rows")
             s3.create(self.bucket, f"{self.prefix}/{_CONFIG}", config.model_dump_json().encode())
             yield
         finally:
@@ -101,15 +103,11 @@ class Scratch:
 
     def put_adapter(self, folder: Path) -> None:
         """Keep the result."""
-        self._put_folder(folder, "adapter")
+        s3.upload_folder(folder, self.bucket, f"{self.prefix}/adapter")
 
     def fetch_adapter(self, folder: Path) -> None:
         """Bring the result into `folder`."""
         fetch(pin(parse(f"{self.address}/adapter", "model")), folder, ["*"])
-
-    def _put_folder(self, folder: Path, name: str) -> None:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            s3.upload(path, self.bucket, f"{self.prefix}/{name}/{path.relative_to(folder)}")
 
     def _remove_leftovers(self) -> None:
         for stored in s3.list_objects(self.bucket, f"{_ROOT}/"):

@@ -45,16 +45,17 @@ def publish(merged: Path, evaluation: Path, config: UploadConfig) -> dict[str, A
     if read_record(evaluation, "evaluate")["verdict"] != PROMOTED:
         raise Tune16Error(f"{evaluation}: this model was not promoted, so it is not published.")
     remove_leftovers(config.path, datetime.now(UTC) - _LEFTOVER_AGE)
+    lineage, settings = _lineage(merged, evaluation), _settings(merged, evaluation)
+    published = _check_champion(config.path, lineage, settings)
+    if published:
+        say("upload", f"{published['address']} is champion already, made of the same")
+        return published
     with tempfile.TemporaryDirectory(dir=merged.parent) as scratch:
-        folder = _lay_out(merged, evaluation, Path(scratch))
+        folder = _lay_out(merged, evaluation, settings, Path(scratch))
         files = versions.describe_files(folder)
         content = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         version = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{content[:8]}"
-        manifest = _manifest(merged, evaluation, version, config.path, files)
-        published = _check_champion(config, manifest, _settings(merged, evaluation))
-        if published:
-            say("upload", f"{published['address']} is champion already, made of the same")
-            return published
+        manifest = _manifest(evaluation, version, config.path, lineage, files)
         try:
             _upload_files(folder, files, f"{config.path}/{version}")
             versions.write_manifest(config.path, version, manifest)
@@ -66,21 +67,20 @@ def publish(merged: Path, evaluation: Path, config: UploadConfig) -> dict[str, A
     return manifest
 
 
-def _check_champion(config: UploadConfig, manifest: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
+def _check_champion(path: str, lineage: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
     """The champion's manifest, where the champion was made from the same as this model; None for a new champion.
 
     Raises:
         Tune16Error: the champion is another than the one that this model was compared with.
     """
-    champion = versions.read_champion(config.path)
+    champion = versions.read_champion(path)
     if champion is None:
         return None
-    current = versions.read_manifest(config.path, champion.version)
-    own = manifest["lineage"]
-    same = all(current["lineage"].get(name) == own[name] for name in ("model", "data", "held_out", "tune16"))
-    if same and versions.read_settings(config.path, champion.version) == settings:
+    current = versions.read_manifest(path, champion.version)
+    inputs = {name: value for name, value in lineage.items() if name != "champion"}
+    if versions.is_made_of(path, current, inputs, settings):
         return current
-    if champion.version != own["champion"]:
+    if champion.version != lineage["champion"]:
         raise Tune16Error(
             f"{current['address']} became champion during this run, and this model was not compared with it. Start the "
             "run again: what has been done comes from the cache, and only the comparison is made anew."
@@ -88,7 +88,7 @@ def _check_champion(config: UploadConfig, manifest: dict[str, Any], settings: di
     return None
 
 
-def _lay_out(merged: Path, evaluation: Path, folder: Path) -> Path:
+def _lay_out(merged: Path, evaluation: Path, settings: dict[str, Any], folder: Path) -> Path:
     """Bring the version's files together under the names they have in S3; links, so that nothing is copied."""
     for part in ("merged", "adapter"):
         shutil.copytree(merged / part, folder / part, copy_function=_link)
@@ -100,7 +100,7 @@ def _lay_out(merged: Path, evaluation: Path, folder: Path) -> Path:
         ("README.md", evaluation / "README.md"),
     ):
         _link(source, folder / name)
-    write_json(folder / versions.SETTINGS, _settings(merged, evaluation))
+    write_json(folder / versions.SETTINGS, settings)
     return folder
 
 
@@ -120,20 +120,32 @@ def _settings(merged: Path, evaluation: Path) -> dict[str, Any]:
     }
 
 
-def _manifest(merged: Path, evaluation: Path, version: str, path: str, files: list[dict[str, Any]]) -> dict[str, Any]:
+def _lineage(merged: Path, evaluation: Path) -> dict[str, Any]:
+    """What this version was made of, and the champion that it had to beat (empty: none)."""
     trained = read_record(merged / "adapter", "train")
-    scores = json.loads((evaluation / "evaluation.json").read_text())
+    champion = _scores(evaluation)["champion"] or {}
+    return {
+        "model": trained["model"],
+        "data": trained["data"],
+        "held_out": trained["held_out_sha256"],
+        "champion": champion.get("version", ""),
+        "tune16": VERSION,
+    }
+
+
+def _scores(evaluation: Path) -> dict[str, Any]:
+    return dict(json.loads((evaluation / "evaluation.json").read_text()))
+
+
+def _manifest(
+    evaluation: Path, version: str, path: str, lineage: dict[str, Any], files: list[dict[str, Any]]
+) -> dict[str, Any]:
+    scores = _scores(evaluation)
     return {
         "format": 1,
         "version": version,
         "address": versions.address(path, version),
-        "lineage": {
-            "model": trained["model"],
-            "data": trained["data"],
-            "held_out": trained["held_out_sha256"],
-            "champion": (scores["champion"] or {}).get("version", ""),  # the one that it had to beat
-            "tune16": VERSION,
-        },
+        "lineage": lineage,
         "scores": {name: scores[name] for name in ("base", "tuned", "loss_difference")},
         "files": files,
     }
