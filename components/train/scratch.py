@@ -110,11 +110,14 @@ class Scratch:
         fetch(pin(parse(f"{self.address}/adapter", "model")), folder, ["*"])
 
     def _remove_leftovers(self) -> None:
-        for stored in s3.list_objects(self.bucket, f"{_ROOT}/"):
-            folder, _, name = stored.key.rpartition("/")
-            if name == _ALIVE and time.time() - float(s3.read(self.bucket, stored.key) or 0) > _LEFTOVER_SECONDS:
-                self._remove(folder)
+        jobs = {stored.key.split("/")[1] for stored in s3.list_objects(self.bucket, f"{_ROOT}/")}
+        for prefix in (f"{_ROOT}/{job}" for job in jobs):
+            renewed = s3.read(self.bucket, f"{prefix}/{_ALIVE}")
+            if time.time() - float(renewed or 0) > _LEFTOVER_SECONDS:
+                self._remove(prefix)
 
     def _remove(self, prefix: str) -> None:
+        """Take a job's folder away: ``alive`` first, so that a pod's late message is either seen here or taken back."""
+        s3.delete(self.bucket, f"{prefix}/{_ALIVE}")
         for stored in s3.list_objects(self.bucket, f"{prefix}/"):
             s3.delete(self.bucket, stored.key)

@@ -238,10 +238,28 @@ def test_a_pod_without_its_step_gives_up(bucket: str, tmp_path: Path, capfd: pyt
     scratch = Scratch.of_job("left")
     s3.write(scratch.bucket, f"{scratch.prefix}/alive", b"1000")
     s3.write(scratch.bucket, f"{scratch.prefix}/weights/x", b"1000")
+    s3.write(scratch.bucket, "scratch/headless/error-1", b"of a pod that was killed while it reported")
     with Scratch.of_job("next").holding(tmp_path, tmp_path, TrainConfig()):
         names = {stored.key for stored in s3.list_objects(scratch.bucket, "scratch/")}
-        assert not any(name.startswith("scratch/left/") for name in names) and "scratch/next/alive" in names
-    assert [stored.key for stored in s3.list_objects(scratch.bucket, "scratch/next/")] == []
+        assert {name.split("/")[1] for name in names} == {"next"} and "scratch/next/alive" in names
+    assert [stored.key for stored in s3.list_objects(scratch.bucket, "scratch/")] == []
+
+
+def test_a_message_that_comes_during_the_clean_up_does_not_stay(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, delete = Scratch.of_job("late"), s3.delete
+
+    def delete_while_a_pod_reports(bucket: str, key: str) -> None:
+        if key == f"{scratch.prefix}/alive":
+            scratch.report(0, Tune16Error("just before"))
+            delete(bucket, key)
+            scratch.report(1, Tune16Error("just after"))
+        delete(bucket, key)
+
+    with scratch.holding(tmp_path, tmp_path, TrainConfig()):
+        monkeypatch.setattr(s3, "delete", delete_while_a_pod_reports)
+    assert [stored.key for stored in s3.list_objects(scratch.bucket, "scratch/")] == []
 
 
 def test_passing_faults_of_the_api_do_not_end_a_job(
