@@ -6,6 +6,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; tests of the Hub's road set it back
 
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is: its kernels run on a CPU
+
 import pytest
 import torch
 from transformers import (
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from pipelines.demo.base import _train_tokenizer
@@ -41,6 +44,7 @@ _CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "phi3": Phi3Config,
+    "qwen3": Qwen3Config,
 }
 _SPECIAL_TOKENS = {
     "qwen2": ["<|im_start|>", "<|im_end|>"],

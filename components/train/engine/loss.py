@@ -1,0 +1,47 @@
+"""Cross-entropy over the frozen head, a part of the tokens after the other, so that all logits never exist at once.
+
+The gradient of the hidden states is computed together with the loss; the backward only scales it.
+"""
+
+from typing import Any
+
+import torch
+
+from components.train.engine import kernels
+
+_LOGITS_AT_ONCE = 2**25
+_FEWEST_TOKENS = 256
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits exist at once."""
+    return max(_FEWEST_TOKENS, _LOGITS_AT_ONCE // vocabulary // _FEWEST_TOKENS * _FEWEST_TOKENS)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sums over tokens [3] in float32: cross-entropy, entropy, and how often the label has the highest logit.
+
+    Args (of apply):
+        x: last hidden states before the final norm, [tokens, hidden].
+        norm: the final RMSNorm.
+        head: the head's weight, [vocabulary, hidden].
+        labels: the next token of each, [tokens]; negative ones do not count.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, norm: Any, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        weight, eps = norm.weight, norm.variance_epsilon
+        size, grads = tokens_at_once(len(head)), torch.empty_like(x)
+        sums = torch.zeros(3, dtype=torch.float32, device=x.device)
+        for part, target, grad in zip(x.split(size), labels.split(size), grads.split(size), strict=True):
+            logits = kernels.rms_norm(part, weight, eps) @ head.T
+            sums += kernels.cross_entropy_(logits, target).sum(1)
+            torch.mm(logits, head, out=grad)
+            kernels.rms_norm_backward_(grad, part, weight, eps)
+        ctx.save_for_backward(grads)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        (grads,) = ctx.saved_tensors
+        return (grads * grad[0]).to(grads.dtype), None, None, None
