@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from components.config import TrainConfig
@@ -19,7 +19,9 @@ from components.outputs import new_folder, read_record, write_record
 from components.references import parse
 from components.report import significant
 from components.steps import say
-from components.train import engine
+from components.train.engine.engine import unsupported
+from components.train.engine.packing import packed_dataset
+from components.train.engine.trainer import EngineTrainer
 from components.train.progress import Progress
 from components.train.report import write_report
 
@@ -85,34 +87,63 @@ def _build(
     config: TrainConfig,
 ) -> SFTTrainer:
     """Put the trainer together: model, adapter, rows, arguments."""
-    fused = config.engine == "tune16"
-    base = load_base(model, dtype, engine.attention_for(model, max_tokens) if fused else "sdpa")
-    columns = ["input_ids", "labels"]
-    train_rows = Dataset.from_parquet(str(data / "train.parquet"), columns=columns, cache_dir=str(scratch))
-    held_out = Dataset.from_parquet(str(data / "held_out.parquet"), columns=columns, cache_dir=str(scratch))
-    progress = Progress()
-    trainer = SFTTrainer(
-        model=base,
-        args=_arguments(config, max_tokens, dtype, trackers, scratch),
-        train_dataset=train_rows,
-        eval_dataset=held_out.select(range(min(len(held_out), _MAX_EVALUATED_ROWS))),
-        processing_class=AutoTokenizer.from_pretrained(data / "tokenizer"),
-        peft_config=_lora(config, base),
-        callbacks=[progress],
-    )
-    _keep_adapter_in_float32(trainer)
-    if fused:
-        say(
-            "train",
-            f"engine: {engine.install(trainer.model)} fused LoRA layers, attention {base.config._attn_implementation}",
-        )
-    batch = config.micro_batch * config.gradient_accumulation * trainer.args.world_size
-    steps = max(1, math.ceil(len(trainer.train_dataset) / batch))
+    base = load_base(model, dtype)
+    arguments = _arguments(config, max_tokens, dtype, trackers, scratch)
+    shared: dict[str, Any] = {
+        "processing_class": AutoTokenizer.from_pretrained(data / "tokenizer"),
+        "peft_config": _lora(config, base),
+        "callbacks": [Progress()],
+    }
+    reason = unsupported(base, max_tokens) if config.engine == "tune16" else "engine is trl"
+    if reason:
+        say("train", f"plain TRL and PEFT, as {reason}")
+        trainer = _plain_trainer(base, data, arguments, scratch, config, shared)
+    else:
+        trainer = _engine_trainer(base, data, arguments, max_tokens, config, shared)
+    trainer.remove_callback(PrinterCallback)  # Progress says it in a line
+    steps = math.ceil(len(trainer.train_dataset) / _sequences_per_step(trainer.args))
     steps = max(1, math.ceil(steps * config.epochs))
     trainer.args.eval_steps = max(1, steps // config.num_evaluations)
     trainer.args.logging_steps = max(1, steps // 50)
-    say("train", f"{len(train_rows):,} rows in {len(trainer.train_dataset):,} sequences, {steps:,} steps, {dtype}")
+    say("train", f"{len(trainer.train_dataset):,} sequences, {steps:,} steps, {dtype}")
     return trainer
+
+
+def _sequences_per_step(arguments: SFTConfig) -> int:
+    batch: int = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return batch
+
+
+def _plain_trainer(
+    base: Any, data: Path, arguments: SFTConfig, scratch: Path, config: TrainConfig, shared: dict[str, Any]
+) -> SFTTrainer:
+    columns = ["input_ids", "labels"]
+    train_rows = Dataset.from_parquet(str(data / "train.parquet"), columns=columns, cache_dir=str(scratch))
+    held_out = Dataset.from_parquet(str(data / "held_out.parquet"), columns=columns, cache_dir=str(scratch))
+    trainer = SFTTrainer(
+        model=base,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=held_out.select(range(min(len(held_out), _MAX_EVALUATED_ROWS))),
+        **shared,
+    )
+    _keep_adapter_in_float32(trainer)
+    return trainer
+
+
+def _engine_trainer(
+    base: Any, data: Path, arguments: SFTConfig, max_tokens: int, config: TrainConfig, shared: dict[str, Any]
+) -> EngineTrainer:
+    """The engine's trainer: a batch is one pass of as many tokens as the configuration's micro-batch has."""
+    tokens = config.micro_batch * max_tokens
+    rows_per_pass = None if config.packing else config.micro_batch
+    rows, share = packed_dataset(data / "train.parquet", tokens, config.seed, rows_per_pass=rows_per_pass)
+    held_out, _ = packed_dataset(data / "held_out.parquet", tokens, config.seed, max_rows=_MAX_EVALUATED_ROWS)
+    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = 1
+    arguments.packing = arguments.gradient_checkpointing = arguments.remove_unused_columns = False
+    arguments.dataset_kwargs = {"skip_prepare_dataset": True}
+    say("train", f"engine: passes of {tokens:,} tokens, {share:.1%} filled")
+    return EngineTrainer(model=base, args=arguments, train_dataset=rows, eval_dataset=held_out, **shared)
 
 
 def _arguments(

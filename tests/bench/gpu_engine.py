@@ -21,7 +21,6 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 
-
 GIBIBYTE = 2**30
 BUDGET = 14.2
 VOCABULARY = 32000

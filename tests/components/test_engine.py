@@ -1,5 +1,6 @@
 """The engine against plain PEFT and Transformers: same outputs, same gradients, same losses."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from components.models import load_base
 from components.quantize.checkpoint import quantize_checkpoint
 from components.train.engine import blocks, loss
 from components.train.engine.attention import Segments
-from components.train.engine.engine import Engine, Pass, unsupported
+from components.train.engine.engine import Engine, Pass
 from tests.conftest import ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT looks on the Hub for it
@@ -56,7 +57,7 @@ def packed(rows: list[int] = ROWS) -> Pass:
 def plain_gradients(model: Any, batch: Pass) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sums, and the gradients of the summed loss; each row by itself, so that no mask is needed."""
     sums, bounds = torch.zeros(3), batch.segments.bounds.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         logits = model(input_ids=batch.tokens[None, start:end]).logits[0].float()
         labels = batch.labels[start:end]
         logs, counts = logits.log_softmax(-1), labels != IGNORED

@@ -155,7 +155,9 @@ def test_two_nodes_equal_one_process_with_twice_the_batch(
     started = Nodes(api)
     two = train(*inputs, tmp_path / "two", TrainConfig(**{**SETTINGS, "micro_batch": 1, "num_nodes": 2}))
     said = capsys.readouterr().out
-    one = train_adapter(*inputs, tmp_path / "one", TrainConfig(**SETTINGS))
+    one = train_adapter(
+        *inputs, tmp_path / "one", TrainConfig(**{**SETTINGS, "micro_batch": 1, "gradient_accumulation": 2})
+    )
     assert two["train_loss_last"] == pytest.approx(one["train_loss_last"], rel=2e-4)
     left, right = read_deltas(tmp_path / "one"), read_deltas(tmp_path / "two")
     for name, delta in left.items():

@@ -88,10 +88,10 @@ def test_eight_and_sixteen_bits_train(made: Callable[..., Made], bits: int) -> N
 def test_two_processes_equal_one_with_twice_the_batch(made: Callable[..., Made], tmp_path: Path) -> None:
     """DDP over gloo: the same rows in each step, and a mean over all their tokens, so the same losses and adapter."""
     run = made("llama")
-    same = {"epochs": 0.25, "num_evaluations": 1, "dropout": 0, "gradient_accumulation": 2}
-    one = train(run.weights, run.rows, tmp_path / "one", TrainConfig(**{**SETTINGS, **same}))
+    same = {**SETTINGS, "epochs": 0.25, "num_evaluations": 1, "dropout": 0, "micro_batch": 1}
+    one = train(run.weights, run.rows, tmp_path / "one", TrainConfig(**{**same, "gradient_accumulation": 4}))
     two = train(
-        run.weights, run.rows, tmp_path / "two", TrainConfig(**{**SETTINGS, **same, "micro_batch": 1, "num_gpus": 2})
+        run.weights, run.rows, tmp_path / "two", TrainConfig(**{**same, "gradient_accumulation": 2, "num_gpus": 2})
     )
     for name in ("train_loss_first", "train_loss_last", "steps", "tokens"):
         assert two[name] == pytest.approx(one[name], rel=2e-4), name

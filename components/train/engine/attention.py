@@ -38,10 +38,10 @@ class Attended:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> Attended:
     """Attention over q [tokens, heads, size]; k and v may have fewer heads, of which each serves several of q's."""
-    inputs = tuple(part.detach().requires_grad_() for part in (q, k, v))
+    q, k, v = (part.detach().requires_grad_() for part in (q, k, v))
     with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-        end = _varlen(*inputs, segments, scale)
-    return Attended(end.detach(), inputs, end)
+        end = _varlen(q, k, v, segments, scale)
+    return Attended(end.detach(), (q, k, v), end)
 
 
 def attend_backward(attended: Attended, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:

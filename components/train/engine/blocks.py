@@ -1,8 +1,8 @@
 """The two halves of a decoder layer, x + attention(norm(x)) and x + mlp(norm(x)), forward and backward.
 
-Automatic differentiation keeps the inputs of every operation, activation checkpointing keeps none. Written out by hand, a
-block keeps what is dear to compute, and that only if it may (`keep`); its input always. Norms and the SiLU product are
-computed again in any case: they cost one pass over memory.
+Automatic differentiation keeps the inputs of every operation, activation checkpointing keeps none. Written out by hand,
+a block keeps its input, and what is dear to compute only if it may (`keep`). Norms and the SiLU product are computed
+again in any case: they cost one pass over memory.
 """
 
 from abc import ABC, abstractmethod
@@ -158,7 +158,8 @@ class AttentionBlock(Block):
             for part, norm in zip(self._split(qkv), self._head_norms, strict=False):
                 part.copy_(kernels.rms_norm(part.contiguous(), norm.weight, norm.variance_epsilon))
         kernels.rotate_(qkv, self._num_rotated, batch.cos, batch.sin)
-        attended = attend(*self._split(qkv), batch.segments, self._scaling)
+        q, k, v = self._split(qkv)
+        attended = attend(q, k, v, batch.segments, self._scaling)
         h_back = self._back.reduce(attended.out.flatten(1), adapters[1], self._back.dropout(_next(seed)))
         return _KeptAttention(h, unnormed, attended, h_back)
 
@@ -197,7 +198,7 @@ class AttentionBlock(Block):
         """q, k and, if there, v [tokens, heads, size] of [tokens, columns]."""
         q, k = self._num_heads * self._size, self._num_rotated * self._size
         parts = [qkv[:, :q], qkv[:, q:k], qkv[:, k:]]
-        return [part.unflatten(1, (-1, self._size)) for part in parts if part.shape[1]]
+        return [part.view(len(part), -1, self._size) for part in parts if part.shape[1]]
 
 
 @dataclass
@@ -273,7 +274,7 @@ class MlpBlock(Block):
 
 def _parts(x: torch.Tensor, seed: int | None) -> list[tuple[torch.Tensor, int | None]]:
     """The tokens in parts of :data:`_MLP_TOKENS`, with a seed for each."""
-    return [(part, _next(seed, 2 * index)) for index, part in enumerate(x.split(_MLP_TOKENS))]
+    return [(part, _next(seed, 2 * index)) for index, part in enumerate(torch.split(x, _MLP_TOKENS))]
 
 
 def _next(seed: int | None, step: int = 1) -> int | None:

@@ -1,10 +1,14 @@
-"""A PEFT model's training pass."""
+"""A PEFT model's training pass, and what it does when memory runs out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from components.errors import Tune16Error
+from components.steps import say
 from components.train.engine.attention import Segments
 from components.train.engine.blocks import AttentionBlock, Batch, Block, MlpBlock
 from components.train.engine.linear import is_supported
@@ -31,21 +35,42 @@ class Pass:
     positions: torch.Tensor
     segments: Segments
 
+    @classmethod
+    def of(
+        cls,
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: list[int],
+        device: torch.device,
+    ) -> "Pass":
+        """Rows of these lengths, brought to the device."""
+        tokens, labels, positions = (part.to(device, non_blocking=True) for part in (tokens, labels, positions))
+        return cls(tokens, labels, positions, Segments.of_lengths(lengths, device))
+
+    def halves(self) -> "list[Pass]":
+        """The rows in two passes of about as many tokens; one pass if there is only one row."""
+        bounds = self.segments.bounds.tolist()
+        if len(bounds) == 2:
+            return [self]
+        middle = min(range(1, len(bounds) - 1), key=lambda index: abs(2 * bounds[index] - bounds[-1]))
+        return [self._rows(bounds[: middle + 1]), self._rows(bounds[middle:])]
+
+    def _rows(self, bounds: list[int]) -> "Pass":
+        part = slice(bounds[0], bounds[-1])
+        lengths = [end - start for start, end in pairwise(bounds)]
+        return Pass.of(self.tokens[part], self.labels[part], self.positions[part], lengths, self.tokens.device)
+
 
 class Engine:
     """Computes the loss of a PEFT model and its adapter's gradients, which lie in one flat buffer.
 
     Args:
-        model: a PEFT model with LoRA layers; its adapter becomes float32, and views of :attr:`values`.
-
-    Raises:
-        ValueError: see :func:`unsupported`.
+        model: a PEFT model of which :func:`unsupported` says nothing; its adapter becomes float32, and views of
+            :attr:`values`.
     """
 
     def __init__(self, model: Any) -> None:
-        reason = unsupported(model)
-        if reason:
-            raise ValueError(reason)
         self._model, base = model, model.get_base_model()
         self._decoder, self._head = base.model, base.lm_head.weight
         self.blocks: list[Block] = []
@@ -53,8 +78,91 @@ class Engine:
             self.blocks += [AttentionBlock(layer, base.config), MlpBlock(layer)]
         parameters = [parameter for block in self.blocks for parameter in block.parameters]
         self.values = torch.nn.Parameter(torch.cat([parameter.data.float().reshape(-1) for parameter in parameters]))
-        self.values.grad = torch.zeros_like(self.values)
+        self.gradients = torch.zeros_like(self.values.data)
+        self._most_tokens: int | None = None  # of a pass, once a larger one has run out of memory
         self._adopt()
+
+    def keep(self, count: int) -> None:
+        """Let `count` blocks keep what their backward needs: MLPs first, which save most, and late layers first.
+
+        What a late layer keeps is gone again when the backward comes to the layers that compute anew.
+        """
+        for index, block in enumerate([*self.blocks[::-2], *self.blocks[-2::-2]]):
+            block.keep = index < count
+
+    @property
+    def num_kept(self) -> int:
+        """How many blocks keep what their backward needs."""
+        return sum(block.keep for block in self.blocks)
+
+    def begin(self) -> None:
+        """Begin a new step if the last one's gradients have been dropped, as the Trainer does: with zeros."""
+        if any(parameter.grad is None for block in self.blocks for parameter in block.parameters):
+            self.gradients.zero_()
+            self._adopt()
+
+    def accumulate(
+        self, batch: Pass, weight: float | torch.Tensor, backward: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        """Add the gradients of ``weight x cross-entropy`` to those that are there; returns :meth:`sums`.
+
+        A pass that runs out of memory is done again, with fewer blocks that keep and then in smaller parts, until it is
+        through: the gradients are the same, and none counts twice.
+
+        Args:
+            batch: the rows.
+            weight: of the summed cross-entropy, for example 1 / tokens of the whole step.
+            backward: begins automatic differentiation, with loss scaling where there is any.
+
+        Raises:
+            Tune16Error: a single row does not fit.
+        """
+        return self._accumulate(batch, weight, backward, set())
+
+    def _accumulate(
+        self, batch: Pass, weight: float | torch.Tensor, backward: Callable[[torch.Tensor], None], done: set[Block]
+    ) -> torch.Tensor:
+        """As accumulate; the gradients of the blocks that are done are in already."""
+        halves = batch.halves()
+        if len(halves) > 1 and self._most_tokens is not None and len(batch.tokens) > self._most_tokens:
+            return torch.stack([self._accumulate(half, weight, backward, set(done)) for half in halves]).sum(0)
+        state = torch.get_rng_state()
+        for block in self.blocks:
+            block.is_done = block in done
+        try:
+            sums = self.sums(batch)
+            backward(sums[0] * weight)
+            return sums.detach()
+        except torch.OutOfMemoryError:
+            pass  # and out of this block, which holds the pass's tensors
+        done = {block for block in self.blocks if block.is_done}
+        sums = None  # type: ignore[assignment]
+        torch.cuda.empty_cache()
+        torch.set_rng_state(state)
+        self._step_back(batch)
+        return self._accumulate(batch, weight, backward, done)
+
+    def _step_back(self, batch: Pass) -> None:
+        """Need less memory from now on.
+
+        Raises:
+            Tune16Error: it cannot.
+        """
+        tokens = len(batch.tokens)
+        if self.num_kept:
+            self.keep(self.num_kept * 3 // 4)
+            say(
+                "train",
+                f"out of memory: {self.num_kept} of {len(self.blocks)} blocks keep their activations from now on",
+            )
+        elif len(batch.segments.bounds) > 2:
+            self._most_tokens = tokens // 2
+            say("train", f"out of memory: at most {self._most_tokens:,} tokens pass at once from now on")
+        else:
+            raise Tune16Error(
+                f"train: a row of {tokens:,} tokens does not fit this GPU's memory. Lower prepare_max_tokens to "
+                f"{tokens * 3 // 4:,} or less."
+            )
 
     def sums(self, batch: Pass) -> torch.Tensor:
         """Sums over the pass's labels, [3]: cross-entropy (with a gradient), entropy, tokens that were guessed."""
@@ -65,49 +173,45 @@ class Engine:
 
     def hidden(self, batch: Pass) -> torch.Tensor:
         """The states after the last layer, before the final norm, [tokens, hidden]."""
-        x = self._decoder.embed_tokens(batch.tokens).detach().requires_grad_(torch.is_grad_enabled())
+        x: torch.Tensor = self._decoder.embed_tokens(batch.tokens).detach().requires_grad_(torch.is_grad_enabled())
         cos, sin = self._decoder.rotary_emb(x, position_ids=batch.positions[None])
         shared = Batch(cos[0], sin[0], batch.segments, self._model.training)
         for block in self.blocks:
-            block.is_done = False
             x = block(x, shared)
         return x
 
     def _adopt(self) -> None:
         """Make the model's adapter, and each block's part of it, views of the flat buffers."""
-        assert self.values.grad is not None
+        self.values.grad = self.gradients
         start = 0
         for block in self.blocks:
-            size = sum(parameter.numel() for parameter in block.parameters)
-            part = slice(start, start + size)
-            block.values, block.gradients = self.values.data[part], self.values.grad[part]
+            part = slice(start, start + sum(parameter.numel() for parameter in block.parameters))
+            block.values, block.gradients = self.values.data[part], self.gradients[part]
             for parameter in block.parameters:
                 view = slice(start, start + parameter.numel())
                 parameter.data = self.values.data[view].view_as(parameter)
-                parameter.grad = self.values.grad[view].view_as(parameter)
+                parameter.grad = self.gradients[view].view_as(parameter)
                 start = view.stop
 
 
-def unsupported(model: Any) -> str:
-    """Why the engine cannot train a PEFT model; empty if it can."""
-    base = model.get_base_model()
+def unsupported(base: Any, max_tokens: int) -> str:
+    """Why the engine cannot train a model on rows of so many tokens; empty if it can.
+
+    Args:
+        base: the model without its adapter, or with plain LoRA on linear layers in place.
+        max_tokens: of the longest row.
+    """
     config, architecture = base.config, type(base).__name__
     if architecture not in _ARCHITECTURES:
         return f"{architecture} is not among {', '.join(sorted(_ARCHITECTURES))}"
     if config.hidden_act != "silu" or getattr(config, "attention_dropout", 0) or getattr(config, "resid_pdrop", 0):
-        return "its activation is not silu, or it has dropout of its own"
+        return "the model's activation is not SiLU, or it has dropout of its own"
+    window = getattr(config, "sliding_window", None)
+    if window and window < max_tokens:
+        return f"the model looks back {window:,} tokens only, and rows have up to {max_tokens:,}"
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        return "it rotates only a part of each head"
-    if not all(is_supported(layer) for layer in _linears(base)):
-        return "it has layers or adapters that are not plain LoRA on 4-bit, 8-bit or 16-bit linear layers"
+        return "the model rotates only a part of each head"
+    layers = [layer for layer in base.modules() if hasattr(layer, "lora_A") or isinstance(layer, torch.nn.Linear)]
+    if not all(is_supported(layer) for layer in layers):
+        return "there are layers or adapters that are not plain LoRA on 4-bit, 8-bit or 16-bit linear layers"
     return ""
-
-
-def _linears(base: Any) -> list[Any]:
-    return [
-        module
-        for layer in base.model.layers
-        for half in (layer.self_attn, layer.mlp)
-        for name, module in half.named_children()
-        if name.endswith("_proj")
-    ]

@@ -1,7 +1,7 @@
 """The element-wise and row-wise operations of a training step, each in one pass over memory.
 
-On a GPU they are Triton kernels (:mod:`components.train.engine.triton_kernels`), elsewhere the torch code below, which is
-also their definition. A trailing underscore says that an argument is overwritten.
+On a GPU they are Triton kernels (:mod:`components.train.engine.triton_kernels`), elsewhere the torch code below, which
+is also their definition. A trailing underscore says that an argument is overwritten.
 """
 
 from functools import cache

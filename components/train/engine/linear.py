@@ -63,7 +63,7 @@ class Linears:
         """The matrices as views of their numbers, which lie in the order of `parameters`."""
         num_a = sum(self._ranks) * self._columns
         shapes = [(self._rows[index], rank) for index, rank in zip(self._adapted, self._ranks, strict=True)]
-        parts = flat[num_a:].split([rows * rank for rows, rank in shapes])
+        parts = torch.split(flat[num_a:], [rows * rank for rows, rank in shapes])
         b = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         return Adapter(flat[:num_a].view(-1, self._columns), b)
 
@@ -73,12 +73,12 @@ class Linears:
             weight: torch.Tensor = self._bases[0].weight.to(dtype)
             return weight
         out = torch.empty(sum(self._rows), self._columns, dtype=dtype, device=self._bases[0].weight.device)
-        for base, part in zip(self._bases, out.split(self._rows), strict=True):
+        for base, part in zip(self._bases, torch.split(out, self._rows), strict=True):
             _dequantize_(base, part)
         return out
 
     def reduce(self, x: torch.Tensor, adapter: Adapter, dropout: Dropout | None) -> torch.Tensor | None:
-        """h = dropout(x) A^T, [tokens, sum of ranks]; None where no layer has an adapter."""
+        """The product h = dropout(x) A^T, [tokens, sum of ranks]; None where no layer has an adapter."""
         if not self._adapted:
             return None
         return (kernels.dropout(x, dropout.share, dropout.seed) if dropout else x) @ adapter.a.T
@@ -91,9 +91,9 @@ class Linears:
         adapter: Adapter,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [tokens, sum of rows], from x [tokens, columns] and its h; `residual` [tokens, rows] is added to it."""
+        """The output [tokens, sum of rows], from x [tokens, columns] and its h; `residual` [tokens, rows] is added."""
         y = functional.linear(x, dense) if residual is None else torch.addmm(residual, x, dense.T)
-        outputs = y.split(self._rows, 1)
+        outputs = torch.split(y, self._rows, 1)
         for base, part in zip(self._bases, outputs, strict=True):
             if base.bias is not None:
                 part.add_(base.bias)
@@ -116,7 +116,7 @@ class Linears:
         grad_x = grad @ dense
         if h is None:
             return grad_x
-        grads, grad_h = grad.split(self._rows, 1), torch.empty_like(h)
+        grads, grad_h = torch.split(grad, self._rows, 1), torch.empty_like(h)
         for index, part, reduced, b, total, scale in zip(
             self._adapted, self._by_rank(grad_h), self._by_rank(h), adapter.b, sums.b, self._scales, strict=True
         ):
@@ -129,7 +129,7 @@ class Linears:
         return kernels.add_dropped_(grad_x, grad_h @ adapter.a, dropout.share, dropout.seed)
 
     def _by_rank(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return h.split(self._ranks, 1)
+        return torch.split(h, self._ranks, 1)
 
 
 def is_supported(layer: Any) -> bool:

@@ -30,10 +30,11 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, norm: Any, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The sums; the gradient of the cross-entropy is kept, [tokens, hidden]."""
         weight, eps = norm.weight, norm.variance_epsilon
         size, grads = tokens_at_once(len(head)), torch.empty_like(x)
         sums = torch.zeros(3, dtype=torch.float32, device=x.device)
-        for part, target, grad in zip(x.split(size), labels.split(size), grads.split(size), strict=True):
+        for part, target, grad in zip(*(torch.split(whole, size) for whole in (x, labels, grads)), strict=True):
             logits = kernels.rms_norm(part, weight, eps) @ head.T
             sums += kernels.cross_entropy_(logits, target).sum(1)
             torch.mm(logits, head, out=grad)
@@ -43,5 +44,6 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        """That gradient, scaled; the other sums have none."""
         (grads,) = ctx.saved_tensors
         return (grads * grad[0]).to(grads.dtype), None, None, None

@@ -26,7 +26,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See kernels.rms_norm."""
     out = torch.empty_like(x)
     size = x.shape[-1]
-    _rms_norm[(x.numel() // size,)](x, weight, out, size, eps, BLOCK=triton.next_power_of_2(size), num_warps=_warps(size))
+    _rms_norm[(x.numel() // size,)](
+        x, weight, out, size, eps, BLOCK=triton.next_power_of_2(size), num_warps=_warps(size)
+    )
     return out
 
 
@@ -66,7 +68,9 @@ def rms_norm_backward_(
 
 
 @triton.jit
-def _rotate(x, stride, cos, sin, table_stride, heads, sign, SIZE: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr):
+def _rotate(
+    x, stride, cos, sin, table_stride, heads, sign, SIZE: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]

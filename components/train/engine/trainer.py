@@ -1,0 +1,108 @@
+"""TRL's SFTTrainer with the engine's passes: callbacks, logging, schedules and checkpoints are TRL's."""
+
+from typing import Any
+
+import torch
+from torch import distributed
+from trl import SFTTrainer
+
+from components.train.engine.engine import Engine, Pass
+
+_COLUMNS = ("input_ids", "shift_labels", "position_ids")
+
+
+class EngineTrainer(SFTTrainer):
+    """Trains on data sets of passes (:func:`components.train.engine.packing.packed_dataset`), one pass per batch.
+
+    The loss is the mean over all trained tokens of a step, whatever the number of passes, rows and processes. Several
+    processes add up their gradients once per step.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(data_collator=_only, **options)
+        self.engine = Engine(self.model)
+        self.model_accepts_loss_kwargs = True  # so that a step's trained tokens are counted
+        self._totals = self._no_totals()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One optimiser over the adapter's flat values: one kernel instead of hundreds."""
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        optimizer: torch.optim.Optimizer = kind(
+            [{"params": [self.engine.values], "weight_decay": self.args.weight_decay}], **options
+        )
+        self.optimizer = optimizer
+        return optimizer
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of one pass; returns its share of the step's loss."""
+        self.model.train()
+        self.engine.begin()
+        weight = 1 / torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=self.args.device).clamp(min=1)
+        batch = self._pass(inputs)
+        sums = self.engine.accumulate(batch, weight, self.accelerator.backward)
+        self._totals += _with_counts(sums, batch, inputs["num_tokens"])
+        if self.accelerator.sync_gradients and self.args.world_size > 1:
+            distributed.all_reduce(self.engine.gradients)
+        loss: torch.Tensor = sums[0] * weight * self.args.world_size  # the Trainer takes the processes' mean
+        return loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss over all trained tokens of the held-out rows."""
+        self.model.eval()
+        totals = self._no_totals()
+        with torch.no_grad():
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                batch = self._pass(inputs)
+                totals += _with_counts(self.engine.sums(batch), batch, 0)
+        self._record("eval", totals)
+        metrics = {f"{metric_key_prefix}_loss": self._metrics["eval"].pop("loss")[0]}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL does, with the entropy and accuracy since the last time."""
+        if self.model.training:
+            self._record("train", self._totals)
+            self._metrics["train"].pop("loss", None)  # the Trainer has its own
+            self._totals = self._no_totals()
+        super().log(logs, start_time)
+
+    def _record(self, mode: str, totals: torch.Tensor) -> None:
+        """Leave means over the trained tokens of all processes where TRL looks for them."""
+        if self.args.world_size > 1:
+            distributed.all_reduce(totals)
+        loss, entropy, correct, count, num_tokens = totals.tolist()
+        self._total_train_tokens += int(num_tokens)
+        if count:
+            for name, value in (("loss", loss), ("entropy", entropy), ("mean_token_accuracy", correct)):
+                self._metrics[mode][name] = [value / count]
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _no_totals(self) -> torch.Tensor:
+        """Sums of loss, entropy and correct guesses, the number of trained tokens, and that of all tokens."""
+        return torch.zeros(5, dtype=torch.float64, device=self.args.device)
+
+    def _pass(self, inputs: dict[str, Any]) -> Pass:
+        tokens, labels, positions = (inputs[name] for name in _COLUMNS)
+        return Pass.of(tokens, labels, positions, inputs["lengths"], self.args.device)
+
+
+def _with_counts(sums: torch.Tensor, batch: Pass, num_tokens: int) -> torch.Tensor:
+    return torch.cat([sums.detach(), (batch.labels >= 0).sum()[None], sums.new_full((1,), num_tokens)])
+
+
+def _only(passes: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """The one pass of a batch. What it tells the host stays there: nobody waits for the GPU to read it."""
+    (one,) = passes
+    tokens = {name: one[name] for name in _COLUMNS}
+    return {
+        **tokens,
+        "labels": one["shift_labels"],
+        "lengths": one["lengths"].tolist(),
+        "num_tokens": int(one["num_tokens"]),
+    }
