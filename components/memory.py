@@ -1,147 +1,55 @@
-"""How much GPU memory a fine-tune needs, from the model's configuration alone.
+"""How much GPU memory a fine-tune needs, and how it spends what there is; from the model's configuration alone.
 
-The plan adds up what one training step holds at its peak: frozen weights, the adapter with its gradients and optimiser
-state, activations, logits, and the workspace of a dequantised layer.
+A plan follows one pass of the engine (:mod:`components.train.engine`) through forward, loss and backward, adds up what
+exists at each moment, and solves for the split of a step into passes and the number of blocks that keep their
+activations with which a step is shortest.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from math import ceil
 
-from components.config import PrepareConfig, QuantizeConfig, TrainConfig
-from components.errors import Tune16Error
+from components.config import QuantizeConfig, Recipe, TrainConfig
+from components.gpus import Gpu
+from components.shapes import ModelShape, adapted_linears
 
 GIBIBYTE = 2**30
-
-_LINEARS_SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_LINEARS_FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-_LINEARS_OF_ARCHITECTURE = {
-    "LlamaForCausalLM": _LINEARS_SPLIT,
-    "MistralForCausalLM": _LINEARS_SPLIT,
-    "Qwen2ForCausalLM": _LINEARS_SPLIT,
-    "Qwen3ForCausalLM": _LINEARS_SPLIT,
-    "Phi3ForCausalLM": _LINEARS_FUSED,
-}
-
-# Shapes of well-known models, so that their recipes can be planned without network:
-# hidden, layers, heads, key/value heads, intermediate, vocabulary (from their config.json).
-_LLAMA2_7B = ("LlamaForCausalLM", 4096, 32, 32, 32, 11008, 32000)
-_KNOWN_SHAPES = {
-    "NousResearch/Llama-2-7b-chat-hf": _LLAMA2_7B,
-    "meta-llama/Llama-2-7b-chat-hf": _LLAMA2_7B,
-    "meta-llama/Llama-3.1-8B-Instruct": ("LlamaForCausalLM", 4096, 32, 32, 8, 14336, 128256),
-    "mistralai/Mistral-7B-Instruct-v0.3": ("MistralForCausalLM", 4096, 32, 32, 8, 14336, 32768),
-    "Qwen/Qwen2.5-7B-Instruct": ("Qwen2ForCausalLM", 3584, 28, 28, 4, 18944, 152064),
-    "microsoft/Phi-3.5-mini-instruct": ("Phi3ForCausalLM", 3072, 32, 32, 32, 8192, 32064),
-}
 
 # Bytes a weight takes: NF4 has half a byte, an 8-bit scale per 64 weights and a 32-bit one per 256 of those; LLM.int8
 # has one byte and a 32-bit scale per row, which does not count.
 _BYTES_PER_WEIGHT = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0, 16: 2.0}
-_LOSS_CHUNK_TOKENS = 256
+MLP_TOKENS = 8192  # the MLP takes this many tokens at once, so that its memory does not grow with long rows
+_LIBRARIES = 72 * 2**20  # workspaces of the matrix products
+_ROUND_TOKENS = 64
+_LOGITS_AT_ONCE, _FEWEST_LOSS_TOKENS = 2**25, 256
+_PLAIN_LOSS_CHUNK_TOKENS = 256
 
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a decoder-only transformer that decide its memory."""
-
-    architecture: str
-    hidden: int
-    num_layers: int
-    num_heads: int
-    num_key_value_heads: int
-    intermediate: int
-    vocabulary: int
-    head_dim: int
-    tied_embeddings: bool = False
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Rows and columns of each linear layer of one decoder layer."""
-        query = self.num_heads * self.head_dim
-        key = self.num_key_value_heads * self.head_dim
-        shapes = {
-            "q_proj": (query, self.hidden),
-            "k_proj": (key, self.hidden),
-            "v_proj": (key, self.hidden),
-            "qkv_proj": (query + 2 * key, self.hidden),
-            "o_proj": (self.hidden, query),
-            "gate_proj": (self.intermediate, self.hidden),
-            "up_proj": (self.intermediate, self.hidden),
-            "gate_up_proj": (2 * self.intermediate, self.hidden),
-            "down_proj": (self.hidden, self.intermediate),
-        }
-        return {name: shapes[name] for name in _LINEARS_OF_ARCHITECTURE[self.architecture]}
-
-    @property
-    def num_linear_weights(self) -> int:
-        """Weights in the linear layers of all decoder layers."""
-        return self.num_layers * sum(rows * columns for rows, columns in self.linears.values())
-
-    @property
-    def num_embedding_weights(self) -> int:
-        """Weights of the embedding and the head."""
-        return self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
-
-
-def known_shape(model: str) -> ModelShape | None:
-    """The shape of a well-known model by its Hugging Face id, or None."""
-    entry = _KNOWN_SHAPES.get(model.partition("@")[0])
-    return None if entry is None else ModelShape(*entry, head_dim=entry[1] // entry[3])
-
-
-def read_shape(config: dict[str, Any], where: str) -> ModelShape:
-    """Read the shape from the content of a config.json; `where` names the model in messages.
-
-    Raises:
-        Tune16Error: the architecture is not supported, or a size is missing.
-    """
-    architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in _LINEARS_OF_ARCHITECTURE:
-        known = ", ".join(_LINEARS_OF_ARCHITECTURE)
-        raise Tune16Error(f"{where}: the architecture {architecture} is not supported. Supported: {known}.")
-    if "quantization_config" in config:
-        raise Tune16Error(f"{where}: is quantised already. Name the full-precision model; Tune16 quantises it itself.")
-    try:
-        heads = config["num_attention_heads"]
-        return ModelShape(
-            architecture,
-            hidden=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            intermediate=config["intermediate_size"],
-            vocabulary=config["vocab_size"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
-    except KeyError as error:
-        raise Tune16Error(f"{where}: its config.json has no {error}.") from None
-
-
-def adapted_linears(shape: ModelShape, target_modules: str) -> dict[str, tuple[int, int]]:
-    """The linear layers of a decoder layer that get an adapter.
-
-    Raises:
-        Tune16Error: a name in `target_modules` is none of the model's linear layers.
-    """
-    if target_modules == "all-linear":
-        return shape.linears
-    names = [name.strip() for name in target_modules.split(",")]
-    for name in names:
-        if name not in shape.linears:
-            raise Tune16Error(
-                f"train.target_modules: {shape.architecture} has no linear layer {name!r}. It has: all-linear, "
-                f"{', '.join(shape.linears)}."
-            )
-    return {name: shape.linears[name] for name in names}
+_ATTENTION, _MLP = 0, 1  # the two blocks of a decoder layer, in their order
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a training step holds at its peak, in bytes per part, against the GPU's bytes."""
+    """What a training step holds at its peak, in bytes per part, against the GPU's bytes, and how it is run.
+
+    Attributes:
+        parts: bytes by what they are for.
+        available: bytes that tensors may fill.
+        pass_tokens: tokens that go through the model at once.
+        num_passes: passes of a step on each GPU.
+        num_kept: blocks, of two per decoder layer, that keep their activations; the others compute them again.
+        num_blocks: all blocks.
+        host: bytes of the host's memory that boundary activations wait in; 0 keeps them on the GPU.
+        step_seconds: estimated time of a step; None where the GPU is not known.
+    """
 
     parts: dict[str, int]
     available: int
+    pass_tokens: int
+    num_passes: int
+    num_kept: int = 0
+    num_blocks: int = 0
+    host: int = 0
+    step_seconds: float | None = None
 
     @property
     def total(self) -> int:
@@ -153,39 +61,279 @@ class MemoryPlan:
         """Whether the peak is within what is available."""
         return self.total <= self.available
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Estimated speed of one GPU."""
+        return self.pass_tokens * self.num_passes / self.step_seconds if self.step_seconds else None
+
     def lines(self) -> list[str]:
-        """The plan for people: one line per part, then the sum."""
-        parts = [f"{name:<20} {size / GIBIBYTE:6.2f} GiB" for name, size in self.parts.items()]
+        """The plan for people: one line per part, the sum, and how a step is run."""
+        parts = [f"{name:<22} {size / GIBIBYTE:6.2f} GiB" for name, size in self.parts.items()]
         word = "fits" if self.fits else "does not fit"
-        total = f"{'together':<20} {self.total / GIBIBYTE:6.2f} GiB: {word} {self.available / GIBIBYTE:.2f} GiB"
-        return [*parts, total]
+        total = f"{'together':<22} {self.total / GIBIBYTE:6.2f} GiB: {word} {self.available / GIBIBYTE:.2f} GiB"
+        return [*parts, total, *self.facts()]
+
+    def facts(self) -> list[str]:
+        """How a step is run, in sentences."""
+        facts = [f"a step is {self.num_passes} x {self.pass_tokens:,} tokens"]
+        if self.num_blocks:
+            facts.append(f"{self.num_kept} of {self.num_blocks} half layers keep their activations")
+        if self.host:
+            facts.append(f"{self.host / GIBIBYTE:.1f} GiB of activations wait in the host's memory")
+        if self.tokens_per_second:
+            facts.append(f"about {self.tokens_per_second:,.0f} tokens/s on each GPU, estimated")
+        return facts
 
 
-def plan(
-    shape: ModelShape, quantize: QuantizeConfig, prepare: PrepareConfig, train: TrainConfig, gpu_memory: float
-) -> MemoryPlan:
-    """Plan the peak memory of one training step in `gpu_memory` GiB.
+def loss_tokens(vocabulary: int) -> int:
+    """Tokens whose logits exist at once."""
+    return max(_FEWEST_LOSS_TOKENS, _LOGITS_AT_ONCE // vocabulary // _FEWEST_LOSS_TOKENS * _FEWEST_LOSS_TOKENS)
 
-    Source of the activation figures: measurements of TRL with PEFT on Llama-2-7b, of which a layer boundary costs
-    2 bytes x hidden per token and the one layer that is recomputed about four times its activations.
+
+def keep_order(num_blocks: int) -> list[int]:
+    """The order in which blocks are let keep their activations: MLPs before attentions, late layers before early ones.
+
+    MLPs save most time per byte, and what a late layer keeps is gone when the backward comes to the others.
     """
+    return [*range(num_blocks - 1, 0, -2), *range(num_blocks - 2, -1, -2)]
+
+
+def plan(shape: ModelShape, recipe: Recipe, gpu: Gpu | None = None) -> MemoryPlan:
+    """Plan a recipe's training step in its ``preflight.gpu_memory``; with `gpu`, its time is estimated too.
+
+    Raises:
+        Tune16Error: a target of the adapter is none of the model's layers.
+    """
+    available = round(recipe.preflight.gpu_memory * GIBIBYTE)
+    if recipe.train.engine == "trl":
+        return _plan_plain(shape, recipe, available)
+    step = Step(shape, recipe.quantize, recipe.train, recipe.prepare.max_tokens, gpu or Gpu.usual())
+    best = step.solve(available)
+    return best if gpu else replace(best, step_seconds=None)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step of the engine on one model.
+
+    Args:
+        shape: of the model.
+        quantize: of the frozen weights.
+        train: settings of the training.
+        max_tokens: of the longest row.
+        gpu: whose speed decides what is worth its memory.
+    """
+
+    shape: ModelShape
+    quantize: QuantizeConfig
+    train: TrainConfig
+    max_tokens: int
+    gpu: Gpu
+    bytes_per_number: int = 2
+    _adapted: dict[str, tuple[int, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_adapted", adapted_linears(self.shape, self.train.target_modules))
+
+    @property
+    def num_blocks(self) -> int:
+        """Two per decoder layer."""
+        return 2 * self.shape.num_layers
+
+    def solve(self, available: int) -> MemoryPlan:
+        """The fastest plan that fits; if none does, the smallest."""
+        tokens = self.train.micro_batch * self.train.gradient_accumulation * self.max_tokens
+        plans = []
+        for num_passes in range(1, max(1, tokens // self.max_tokens) + 1):
+            pass_tokens = max(self.max_tokens, _round_up(ceil(tokens / num_passes)))
+            plans.append(self.fullest(pass_tokens, num_passes, available))
+        fitting = [one for one in plans if one.fits]
+        if fitting:
+            return max(fitting, key=lambda one: one.tokens_per_second or 0)
+        return min((self.plan(one.pass_tokens, one.num_passes, 0, available, True) for one in plans), key=_total)
+
+    def fullest(self, pass_tokens: int, num_passes: int, available: int) -> MemoryPlan:
+        """The plan with as many blocks that keep their activations as fit; if none does, with the host's help."""
+        low, high = 0, self.num_blocks
+        if not self.plan(pass_tokens, num_passes, 0, available).fits:
+            return self.plan(pass_tokens, num_passes, 0, available, True)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.plan(pass_tokens, num_passes, middle, available).fits
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return self.plan(pass_tokens, num_passes, low, available)
+
+    def plan(
+        self, pass_tokens: int, num_passes: int, num_kept: int, available: int, offload: bool = False
+    ) -> MemoryPlan:
+        """The plan with this many blocks that keep their activations, or with boundaries in the host's memory."""
+        shape, number = self.shape, self.bytes_per_number
+        num_adapter = sum(self._adapter_numbers(kind) for kind in (_ATTENTION, _MLP)) * shape.num_layers
+        distributed = self.train.num_gpus * self.train.num_nodes > 1
+        boundary, kept, working = max(self._moments(pass_tokens, num_kept, offload), key=sum)
+        parts = {
+            "frozen linears": shape.num_linear_weights * _BYTES_PER_WEIGHT[self.quantize.bits],
+            "embedding and head": number * shape.num_embedding_weights,
+            "adapter": 4 * num_adapter,
+            "adapter gradients": 4 * num_adapter * (2 if distributed else 1),  # DDP keeps a copy
+            "optimiser state": (8 if self.train.optimizer == "adamw" else 2) * num_adapter,
+            "layer boundaries": boundary,
+            "kept activations": kept,
+            "working memory": working + _LIBRARIES,
+        }
+        return MemoryPlan(
+            {name: round(size) for name, size in parts.items()},
+            available,
+            pass_tokens,
+            num_passes,
+            num_kept,
+            self.num_blocks,
+            host=self.num_blocks * pass_tokens * shape.hidden * number if offload else 0,
+            step_seconds=self._seconds(pass_tokens, num_passes, num_kept, num_adapter),
+        )
+
+    def more_that_keep(self, num_kept: int, pass_tokens: int, spare: int) -> int:
+        """How many further blocks can keep their activations in `spare` bytes."""
+        more = 0
+        for index in keep_order(self.num_blocks)[num_kept:]:
+            spare -= self._kept(index % 2, pass_tokens)
+            if spare < 0:
+                break
+            more += 1
+        return more
+
+    def _moments(self, tokens: int, num_kept: int, offload: bool) -> Iterator[tuple[int, int, int]]:
+        """Bytes of boundaries, kept activations and working memory, at the loss and in the backward of each block."""
+        keeping = set(keep_order(self.num_blocks)[:num_kept])
+        boundary = tokens * self.shape.hidden * self.bytes_per_number
+        boundaries = [boundary * (2 if offload else index + 1) for index in range(self.num_blocks)]
+        kept = sum(self._kept(index % 2, tokens) for index in keeping)
+        yield boundaries[-1] + boundary, kept, self._loss_working(tokens)
+        for index in reversed(range(self.num_blocks)):
+            working = self._working(index % 2, tokens, index in keeping)
+            yield boundaries[index], kept, working
+            kept -= self._kept(index % 2, tokens) if index in keeping else 0
+
+    def _linears(self, kind: int) -> dict[str, tuple[int, int]]:
+        is_mlp = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+        return {name: size for name, size in self.shape.linears.items() if (name in is_mlp) == (kind == _MLP)}
+
+    def _adapter_numbers(self, kind: int) -> int:
+        linears = [size for name, size in self._linears(kind).items() if name in self._adapted]
+        return self.train.rank * sum(rows + columns for rows, columns in linears)
+
+    def _reduced(self, kind: int) -> int:
+        """Numbers per token of the products with A."""
+        return self.train.rank * sum(name in self._adapted for name in self._linears(kind))
+
+    def _kept(self, kind: int, tokens: int) -> int:
+        """Bytes that a block keeps, besides its input."""
+        shape, number = self.shape, self.bytes_per_number
+        if kind == _MLP:
+            return tokens * number * (2 * shape.intermediate + self._reduced(kind))
+        attention = 2 * shape.query + 2 * shape.key + self._reduced(kind)
+        if shape.architecture == "Qwen3ForCausalLM":
+            attention += shape.query + shape.key  # before their norms
+        return tokens * (number * attention + 4 * shape.num_heads)
+
+    def _working(self, kind: int, tokens: int, is_kept: bool) -> int:
+        """Most bytes that the backward of a block needs for the time being."""
+        shape, number = self.shape, self.bytes_per_number
+        again = 0 if is_kept else self._kept(kind, min(tokens, MLP_TOKENS) if kind == _MLP else tokens)
+        adapters = 2 * self._adapter_numbers(kind)
+        hidden, dropped = tokens * shape.hidden, self.train.dropout > 0
+        if kind == _MLP:
+            part = min(tokens, MLP_TOKENS)
+            weights = 3 * shape.intermediate * shape.hidden
+            outputs = hidden if part < tokens else 0
+            inner = part * shape.intermediate * (3 if dropped else 2)
+            return again + number * (weights + adapters + hidden + outputs + inner)
+        qkv = tokens * (shape.query + 2 * shape.key)
+        out_weights, in_weights = shape.query * shape.hidden, (shape.query + 2 * shape.key) * shape.hidden
+        query = tokens * shape.query
+        accumulated = 4 * query  # FlashAttention's float32 gradient of the queries
+        moments = (
+            number * (out_weights + query + qkv) + accumulated,
+            number * (in_weights + qkv + hidden * (4 if dropped else 2)) - (self._kept(kind, tokens) - number * query),
+        )
+        return again + number * (adapters + hidden) + max(moments)
+
+    def _loss_working(self, tokens: int) -> int:
+        at_once = min(tokens, loss_tokens(self.shape.vocabulary))
+        numbers = tokens * self.shape.hidden + at_once * (self.shape.vocabulary + 2 * self.shape.hidden)
+        return self.bytes_per_number * numbers
+
+    def _seconds(self, tokens: int, num_passes: int, num_kept: int, num_adapter: int) -> float:
+        """Estimated time of a step: products at the GPU's usual rate, everything else at its bandwidth.
+
+        The bytes per token of norms, rotations, SwiGLU and LoRA's small products were counted once, on Llama-2-7b.
+        """
+        shape, gpu, keeping = self.shape, self.gpu, set(keep_order(self.num_blocks)[:num_kept])
+        flops: float = 2 * 2 * shape.num_linear_weights + 3 * 2 * num_adapter + 3 * 2 * shape.vocabulary * shape.hidden
+        flops += 7 * 2 * shape.query * self.max_tokens / 4 * shape.num_layers  # attention over rows of half the longest
+        for index in set(range(self.num_blocks)) - keeping:
+            into = list(self._linears(index % 2).values())[:-1]
+            flops += 2 * sum(rows * columns for rows, columns in into)
+            flops += 0 if index % 2 else 2 * shape.query * self.max_tokens / 4 * 2
+        traffic = self.bytes_per_number * (80 * shape.hidden + 20 * shape.intermediate) * shape.num_layers
+        weights = 2 * shape.num_linear_weights * (_BYTES_PER_WEIGHT[self.quantize.bits] + self.bytes_per_number)
+        one_pass = tokens * (flops / gpu.flops + traffic / gpu.bandwidth) + weights / gpu.bandwidth
+        return num_passes * one_pass + 18 * num_adapter / gpu.bandwidth
+
+
+def nearest(shape: ModelShape, recipe: Recipe) -> list[str]:
+    """Single changes, each of which makes a recipe fit, as ``field value``; of each the one that changes least."""
+    candidates: list[tuple[str, str, Iterable[int]]] = [
+        ("prepare", "max_tokens", range(recipe.prepare.max_tokens // 64 * 64, 0, -64)),
+        ("train", "rank", range(recipe.train.rank // 4 * 4, 0, -4)),
+        ("train", "micro_batch", range(recipe.train.micro_batch, 0, -1)),
+        ("quantize", "bits", [8, 4]),
+    ]
+    found = []
+    for step, name, values in candidates:
+        now = getattr(getattr(recipe, step), name)
+        smaller = (value for value in values if value < now)
+        value = next((value for value in smaller if plan(shape, _with(recipe, step, name, value)).fits), 0)
+        found += [f"{step}_{name} {value:,}"] if value else []
+    return found
+
+
+def _with(recipe: Recipe, step: str, name: str, value: int) -> Recipe:
+    return recipe.model_copy(update={step: getattr(recipe, step).model_copy(update={name: value})})
+
+
+def _plan_plain(shape: ModelShape, recipe: Recipe, available: int) -> MemoryPlan:
+    """The plan of TRL and PEFT without the engine.
+
+    Source of the activation figures: measurements on Llama-2-7b, of which a layer boundary costs 2 bytes x hidden per
+    token and the one layer that is recomputed about four times its activations.
+    """
+    quantize, prepare, train = recipe.quantize, recipe.prepare, recipe.train
     linears = adapted_linears(shape, train.target_modules)
     num_adapter = shape.num_layers * train.rank * sum(rows + columns for rows, columns in linears.values())
     num_tokens = train.micro_batch * prepare.max_tokens
     layer_activations = 2 * num_tokens * (6 * shape.hidden + 2 * shape.intermediate)
     kept_layers = 0 if train.activation_checkpointing else shape.num_layers
     largest_linear = max(rows * columns for rows, columns in shape.linears.values())
-    bytes_of_optimizer = 8 if train.optimizer == "adamw" else 2
     parts = {
         "frozen linears": shape.num_linear_weights * _BYTES_PER_WEIGHT[quantize.bits],
         "embedding and head": 2 * shape.num_embedding_weights,
         "adapter": 4 * num_adapter,
         "adapter gradients": 4 * num_adapter * (2 if train.num_gpus * train.num_nodes > 1 else 1),  # DDP keeps a copy
-        "optimiser state": bytes_of_optimizer * num_adapter,
+        "optimiser state": (8 if train.optimizer == "adamw" else 2) * num_adapter,
         "layer boundaries": 2 * num_tokens * shape.hidden * shape.num_layers,
         "activations": layer_activations * (kept_layers + 2),
         "attention mask": 2 * num_tokens**2 if train.packing else 0,
-        "logits": 3 * 4 * min(num_tokens, _LOSS_CHUNK_TOKENS) * shape.vocabulary,
+        "logits": 3 * 4 * min(num_tokens, _PLAIN_LOSS_CHUNK_TOKENS) * shape.vocabulary,
         "dequantised layer": 2 * 2 * largest_linear if quantize.bits < 16 else 0,
     }
-    return MemoryPlan({name: round(size) for name, size in parts.items()}, round(gpu_memory * GIBIBYTE))
+    whole = {name: round(size) for name, size in parts.items()}
+    return MemoryPlan(whole, available, num_tokens, train.gradient_accumulation)
+
+
+def _round_up(tokens: int) -> int:
+    return ceil(tokens / _ROUND_TOKENS) * _ROUND_TOKENS
+
+
+def _total(one: MemoryPlan) -> int:
+    return one.total

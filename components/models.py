@@ -39,6 +39,13 @@ def choose_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def available_memory() -> int:
+    """Bytes of the GPU that this process's tensors may fill, with those that exist already."""
+    free, total = torch.cuda.mem_get_info()
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction())
+    return min(free + torch.cuda.memory_reserved(), allowed)
+
+
 def load_base(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     """Load a quantised checkpoint (an output of the step quantize) to compute in `dtype`, with this `attention`.
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,7 +15,10 @@ from rich.table import Table
 from components.config import override
 from components.errors import user_errors
 from pipelines import cli_cluster
-from pipelines.options import AsJson, RecipeName, Settings, find_recipe, plan_recipe
+from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shape
+
+if TYPE_CHECKING:
+    from components.memory import MemoryPlan
 
 app = typer.Typer(
     help="Fine-tune a large language model with QLoRA on one 16 GB GPU.",
@@ -28,6 +31,7 @@ app.command()(cli_cluster.submit)
 app.add_typer(cli_cluster.runs, name="runs")
 app.add_typer(cli_cluster.schedules, name="schedule")
 console = Console(highlight=False)
+_BAR = 40  # columns of the terminal for the whole GPU
 
 
 @app.command()
@@ -53,23 +57,53 @@ def run(
 
 
 @app.command(name="plan")
-def plan_(recipe: RecipeName = "llama2-7b-16gb", set_: Settings = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Plan the GPU memory of a recipe; well-known models need no network."""
-    settings = override(find_recipe(recipe), set_)
-    memory = plan_recipe(settings)
-    if as_json:
-        content = {"parts": memory.parts, "total": memory.total, "available": memory.available, "fits": memory.fits}
-        print(json.dumps(content, indent=2))
-    else:
-        table = Table("GPU memory while training", "GiB", title=settings.preflight.model)
-        for name, size in memory.parts.items():
-            table.add_row(name, f"{size / 2**30:.2f}")
-        table.add_section()
-        table.add_row(f"together, of {memory.available / 2**30:.2f}", f"{memory.total / 2**30:.2f}")
-        console.print(table)
+def plan_(
+    recipe: RecipeName = "llama2-7b-16gb",
+    model: Annotated[str, typer.Option(help="Model to plan for, instead of the recipe's.")] = "",
+    gpu: Annotated[str, typer.Option(help="GPU to plan for: t4, v100-16, a10, l4, a100-40, h100, ...")] = "",
+    price: Annotated[float, typer.Option(help="What an hour of this GPU costs, in any currency.", min=0)] = 0,
+    tokens: Annotated[float, typer.Option(help="Millions of tokens to train on.", min=0)] = 1,
+    picture: Annotated[Path | None, typer.Option(help="Draw the plan to this file: .png or .svg.")] = None,
+    set_: Settings = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Plan the GPU memory and the time of a recipe; well-known models need no network."""
+    from components.gpus import find_gpu
+    from components.memory import plan
     from components.preflight.checks import refuse_unfit
 
-    refuse_unfit(memory)
+    card = find_gpu(gpu) if gpu else None
+    places = [f"preflight.gpu_memory={card.memory}"] if card else []
+    settings = override(find_recipe(recipe), [*places, *([f"preflight.model={model}"] if model else []), *set_])
+    shape = find_shape(settings)
+    planned = plan(shape, settings, card)
+    hours = tokens * 1e6 / planned.tokens_per_second / 3600 if planned.tokens_per_second else None
+    cost = hours * price if hours and price else None
+    if as_json:
+        fields = {**asdict(planned), "total": planned.total, "fits": planned.fits, "hours": hours, "cost": cost}
+        print(json.dumps(fields, indent=2))
+    else:
+        _print_plan(planned, settings.preflight.model, tokens, hours, cost)
+    if picture:
+        from pipelines.pictures import draw_plan
+
+        draw_plan(planned, settings.preflight.model, picture)
+    refuse_unfit(planned, settings, shape)
+
+
+def _print_plan(planned: "MemoryPlan", model: str, tokens: float, hours: float | None, cost: float | None) -> None:
+    table = Table("GPU memory while training", "GiB", "", title=model)
+    for name, size in planned.parts.items():
+        bar = round(_BAR * size / max(planned.available, planned.total))
+        table.add_row(name, f"{size / 2**30:.2f}", "█" * bar or "▏")
+    table.add_section()
+    table.add_row(f"together, of {planned.available / 2**30:.2f}", f"{planned.total / 2**30:.2f}", "")
+    console.print(table)
+    for fact in planned.facts():
+        console.print(fact)
+    if hours:
+        price = f", {cost:,.2f} at that price" if cost else ""
+        console.print(f"{tokens:g} million tokens take about {hours * 60:,.0f} minutes{price}")
 
 
 @app.command(name="compile")

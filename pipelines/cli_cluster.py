@@ -31,7 +31,7 @@ from pipelines.cluster import (
     find_server,
     given_host,
 )
-from pipelines.options import AsJson, RecipeName, Settings, find_recipe, plan_recipe
+from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shape
 from pipelines.server import Json, PipelineServer
 
 POLL_SECONDS = 5.0
@@ -308,16 +308,17 @@ def _prepare(where: Where, recipe: str, set_: list[str], unchecked: bool) -> tup
 
 def _plan(settings: Recipe) -> None:
     """Refuse what will not fit; a model that cannot be seen from here is planned by the step preflight."""
+    from components.memory import plan
     from components.preflight.checks import refuse_unfit
 
     if settings.setup == "demo":
         return  # its model is tiny, and not made yet
     try:
-        memory = plan_recipe(settings)
+        shape = find_shape(settings)
     except Tune16Error as error:
         notes.print(f"the memory is planned on the cluster, not here: {escape(str(error))}", soft_wrap=True)
         return
-    refuse_unfit(memory)
+    refuse_unfit(plan(shape, settings), settings, shape)
 
 
 def _refuse_unready(connected: Connected, settings: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""What the commands of `tune16` share: their common options, recipes by name, and a recipe's memory plan."""
+"""What the commands of `tune16` share: their common options, recipes by name, and the sizes of a recipe's model."""
 
 import tempfile
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from components.config import Recipe, load_recipe
 from components.errors import Tune16Error
-from components.memory import MemoryPlan, known_shape, plan, read_shape
+from components.shapes import ModelShape, known_shape, read_shape
 
 _RECIPES = Path(__file__).parent / "recipes"
 
@@ -34,8 +34,8 @@ def find_recipe(name: str) -> Recipe:
     raise Tune16Error(f"There is no recipe '{name}', neither with Tune16 nor as a file. With Tune16 come: {names}.")
 
 
-def plan_recipe(settings: Recipe) -> MemoryPlan:
-    """The memory plan, from the known shapes or from the model's config.json.
+def find_shape(settings: Recipe) -> ModelShape:
+    """The sizes of a recipe's model: known ones, or from its config.json.
 
     Raises:
         Tune16Error: the model cannot be seen from here, or its architecture is not supported.
@@ -47,4 +47,4 @@ def plan_recipe(settings: Recipe) -> MemoryPlan:
         with tempfile.TemporaryDirectory() as scratch:
             reference = parse(settings.preflight.model, "model")
             shape = read_shape(read_config(reference, Path(scratch)), where=settings.preflight.model)
-    return plan(shape, settings.quantize, settings.prepare, settings.train, settings.preflight.gpu_memory)
+    return shape

@@ -10,8 +10,9 @@ from components import s3, versions
 from components.config import Recipe
 from components.errors import Tune16Error
 from components.images import VERSION
-from components.memory import MemoryPlan, plan, read_shape
+from components.memory import MemoryPlan, nearest, plan
 from components.references import Reference, parse, pin, read_config
+from components.shapes import ModelShape, read_shape
 from components.steps import say
 
 
@@ -45,10 +46,10 @@ def check(recipe: Recipe, path: str = "") -> Preflight:
     say("preflight", f"data set {data}")
     with tempfile.TemporaryDirectory() as scratch:
         shape = read_shape(read_config(model, Path(scratch)), where=str(model))
-    memory = plan(shape, recipe.quantize, recipe.prepare, recipe.train, recipe.preflight.gpu_memory)
+    memory = plan(shape, recipe)
     for line in memory.lines():
         say("preflight", line)
-    refuse_unfit(memory)
+    refuse_unfit(memory, recipe, shape)
     return Preflight(str(model), str(data), _version_to_beat(path, model, data, recipe) if path else "", memory)
 
 
@@ -76,23 +77,27 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
-def refuse_unfit(memory: MemoryPlan) -> None:
+def refuse_unfit(memory: MemoryPlan, recipe: Recipe, shape: ModelShape) -> None:
     """Refuse a plan that does not fit.
 
     Raises:
-        Tune16Error: by how much it is over, and which knobs help.
+        Tune16Error: by how much it is over, and which single changes make it fit.
     """
-    if not memory.fits:
-        over = (memory.total - memory.available) / 2**30
-        largest = max(memory.parts, key=lambda name: memory.parts[name])
-        raise Tune16Error(
-            f"This run does not fit the GPU: it needs {over:.1f} GiB more than preflight_gpu_memory; the largest part "
-            f"is '{largest}'. Lower train_micro_batch, prepare_max_tokens or train_rank, or set quantize_bits to 4."
-        )
+    if memory.fits:
+        return
+    over = (memory.total - memory.available) / 2**30
+    largest = max(memory.parts, key=lambda name: memory.parts[name])
+    changes = nearest(shape, recipe)
+    remedy = f"Any of these alone fits: {'; '.join(changes)}." if changes else "Take a smaller model or a larger GPU."
+    raise Tune16Error(
+        f"This run does not fit the GPU: it needs {over:.1f} GiB more than preflight_gpu_memory; the largest part "
+        f"is '{largest}'. {remedy}"
+    )
 
 
 def as_markdown(memory: MemoryPlan) -> str:
     """The memory plan as a Markdown table for the dashboard."""
     rows = [f"| {name} | {size / 2**30:.2f} |" for name, size in memory.parts.items()]
     total = f"| **together**, of {memory.available / 2**30:.2f} | **{memory.total / 2**30:.2f}** |"
-    return "\n".join(["| GPU memory while training | GiB |", "|---|---:|", *rows, total, ""])
+    facts = [f"\n{fact[0].upper()}{fact[1:]}." for fact in memory.facts()]
+    return "\n".join(["| GPU memory while training | GiB |", "|---|---:|", *rows, total, *facts, ""])

@@ -16,10 +16,10 @@ import torch
 
 from components.config import QuantizeConfig
 from components.errors import Tune16Error
-from components.memory import read_shape
 from components.outputs import new_folder, write_record
 from components.quantize.nf4 import quantize_nf4
 from components.references import MODEL_FILES, fetch, parse, read_config
+from components.shapes import read_shape
 from components.tensors import INDEX_FILE, StoredTensor, rewrite, weight_files
 
 _LLM_INT8_ROW_MAJOR = 0  # bitsandbytes' number for the plain weight layout

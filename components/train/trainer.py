@@ -1,5 +1,6 @@
 """The step train: QLoRA on the quantised base model with TRL, PEFT and bitsandbytes."""
 
+import json
 import math
 import os
 import tempfile
@@ -12,12 +13,15 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from components.config import TrainConfig
+from components.config import QuantizeConfig, TrainConfig
 from components.errors import Tune16Error
-from components.models import choose_dtype, load_base
+from components.gpus import Gpu
+from components.memory import Step
+from components.models import available_memory, choose_dtype, load_base
 from components.outputs import new_folder, read_record, write_record
 from components.references import parse
 from components.report import significant
+from components.shapes import read_shape
 from components.steps import say
 from components.train.engine.engine import unsupported
 from components.train.engine.packing import packed_dataset
@@ -99,7 +103,8 @@ def _build(
         say("train", f"plain TRL and PEFT, as {reason}")
         trainer = _plain_trainer(base, data, arguments, scratch, config, shared)
     else:
-        trainer = _engine_trainer(base, data, arguments, max_tokens, config, shared)
+        step = _step(model, max_tokens, dtype, config)
+        trainer = _engine_trainer(base, data, arguments, step, config, shared)
     trainer.remove_callback(PrinterCallback)  # Progress says it in a line
     steps = math.ceil(len(trainer.train_dataset) / _sequences_per_step(trainer.args))
     steps = max(1, math.ceil(steps * config.epochs))
@@ -132,10 +137,18 @@ def _plain_trainer(
 
 
 def _engine_trainer(
-    base: Any, data: Path, arguments: SFTConfig, max_tokens: int, config: TrainConfig, shared: dict[str, Any]
+    base: Any, data: Path, arguments: SFTConfig, step: Step, config: TrainConfig, shared: dict[str, Any]
 ) -> EngineTrainer:
-    """The engine's trainer: a batch is one pass of as many tokens as the configuration's micro-batch has."""
-    tokens = config.micro_batch * max_tokens
+    """The engine's trainer: on a GPU a step is split into the passes that the memory plan finds fastest.
+
+    Without one a pass has as many tokens as the configuration's micro-batch.
+    """
+    tokens, planned = config.micro_batch * step.max_tokens, None
+    if torch.cuda.is_available():
+        planned = step.solve(available_memory())
+        tokens, arguments.gradient_accumulation_steps = planned.pass_tokens, planned.num_passes
+        for line in planned.lines():
+            say("train", line)
     rows_per_pass = None if config.packing else config.micro_batch
     rows, share = packed_dataset(data / "train.parquet", tokens, config.seed, rows_per_pass=rows_per_pass)
     held_out, _ = packed_dataset(data / "held_out.parquet", tokens, config.seed, max_rows=_MAX_EVALUATED_ROWS)
@@ -143,7 +156,15 @@ def _engine_trainer(
     arguments.packing = arguments.gradient_checkpointing = arguments.remove_unused_columns = False
     arguments.dataset_kwargs = {"skip_prepare_dataset": True}
     say("train", f"engine: passes of {tokens:,} tokens, {share:.1%} filled")
-    return EngineTrainer(model=base, args=arguments, train_dataset=rows, eval_dataset=held_out, **shared)
+    return EngineTrainer(step, planned, model=base, args=arguments, train_dataset=rows, eval_dataset=held_out, **shared)
+
+
+def _step(model: Path, max_tokens: int, dtype: torch.dtype, config: TrainConfig) -> Step:
+    """A training step on this quantised model, as the memory plan sees it."""
+    content = json.loads((model / "config.json").read_text())
+    content.pop("quantization_config", None)
+    bits = QuantizeConfig(bits=read_record(model, "quantize")["config"]["bits"])
+    return Step(read_shape(content, str(model)), bits, config, max_tokens, Gpu.usual(), dtype.itemsize)
 
 
 def _arguments(

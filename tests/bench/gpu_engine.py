@@ -20,7 +20,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-
 GIBIBYTE = 2**30
 BUDGET = 14.2
 VOCABULARY = 32000

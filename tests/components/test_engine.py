@@ -1,25 +1,36 @@
 """The engine against plain PEFT and Transformers: same outputs, same gradients, same losses."""
 
 import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from components.config import QuantizeConfig
+from components.config import PrepareConfig, QuantizeConfig, TrainConfig
+from components.errors import Tune16Error
 from components.models import load_base
+from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
-from components.train.engine import blocks, loss
+from components.train.engine import blocks, kernels, loss
 from components.train.engine.attention import Segments
-from components.train.engine.engine import Engine, Pass
+from components.train.engine.engine import Engine, Pass, unsupported
+from components.train.engine.packing import pack, packed_dataset
+from components.train.trainer import train_adapter
 from tests.conftest import ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT looks on the Hub for it
 ROWS = [5, 1, 17, 9]  # lengths of the packed rows
 IGNORED = -100
+COLUMNS = ("input_ids", "shift_labels", "position_ids")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +123,204 @@ def test_long_rows_go_through_the_mlp_and_the_head_in_parts(
     quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = plain_gradients(adapted(quantized("llama")), packed([40, 30]))
-    monkeypatch.setattr(blocks, "_MLP_TOKENS", 16)
-    monkeypatch.setattr(loss, "tokens_at_once", lambda _: 12)
+    monkeypatch.setattr(blocks, "MLP_TOKENS", 16)
+    monkeypatch.setattr(loss, "loss_tokens", lambda _: 12)
     for keep in ("none", "all"):
         assert_same(gradients(adapted(quantized("llama")), packed([40, 30]), keep), plain)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_other_bases_take_the_same_road(
+    quantized: Callable[..., Path], make_model: Callable[..., Path], bits: int
+) -> None:
+    if bits == 16:
+        folder = make_model("llama", dtype=torch.float16)
+        plain = adapted(folder)
+    else:
+        folder = quantized("llama", 8)
+        plain = adapted(folder)
+        for module in plain.modules():  # LLM.int8 rounds the activations too; the engine only the weights
+            if isinstance(module, Linear8bitLt):
+                module.forward = rounded_weights(module)
+    assert_same(gradients(adapted(folder), packed()), plain_gradients(plain, packed()))
+
+
+def rounded_weights(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight = module.weight.data.float() * (module.weight.SCB / 127)[:, None]
+    return lambda x: torch.nn.functional.linear(x, weight, module.bias)
+
+
+def test_a_row_never_sees_another(quantized: Callable[..., Path]) -> None:
+    engine, batch = Engine(adapted(quantized("llama"))), packed()
+    together, start = engine.hidden(batch), 0
+    for half in batch.halves():
+        alone = engine.hidden(half)
+        assert torch.allclose(together[start : start + len(alone)], alone, atol=1e-5)
+        start += len(alone)
+
+
+def test_dropout_is_unbiased_and_its_gradient_is_that_of_the_same_mask(quantized: Callable[..., Path]) -> None:
+    engine, batch = Engine(adapted(quantized("llama"), lora_dropout=0.3)), packed()
+
+    def loss(keep: int = 0) -> torch.Tensor:
+        torch.manual_seed(5)
+        engine.keep(keep)
+        return engine.sums(batch)[0]
+
+    loss().backward()
+    recomputed = engine.gradients.clone()
+    slope = recomputed.norm().item()
+    direction = recomputed / slope
+    engine.gradients.zero_()
+    loss(keep=4).backward()
+    assert torch.allclose(engine.gradients, recomputed, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        ahead = []
+        for sign in (1, -2):
+            engine.values += sign * 1e-2 * direction
+            ahead.append(loss().item())
+        engine.values += 1e-2 * direction
+        assert slope == pytest.approx((ahead[0] - ahead[1]) / 2e-2, rel=2e-2)
+        drawn = torch.stack([engine.sums(batch)[0] for _ in range(200)])
+        engine._model.eval()
+        assert drawn.mean() == pytest.approx(engine.sums(batch)[0].item(), rel=0.02) and drawn.std() > 0
+
+
+class Faults:
+    """Raises an out-of-memory error at chosen calls of the engine's operations."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
+        self.calls, self.raised, self.at = 0, 0, at
+        for name in ("rms_norm", "rms_norm_backward_", "swiglu", "swiglu_backward_", "cross_entropy_", "rotate_"):
+            monkeypatch.setattr(kernels, name, self._counted(getattr(kernels, name)))
+
+    def _counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls in self.at:
+                self.raised += 1
+                raise torch.OutOfMemoryError("injected")
+            return operation(*args, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_pass_that_runs_out_of_memory_is_done_again(
+    quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, batch = Engine(adapted(quantized("llama"))), packed()
+    engine.keep(4)
+    expected = [engine.accumulate(batch, 0.1, torch.Tensor.backward) for _ in range(2)]
+    gradients = engine.gradients.clone()
+    engine.gradients.zero_()
+    faults = Faults(monkeypatch, set(random.Random(seed).sample(range(1, 60), 4)))
+    sums = [engine.accumulate(batch, 0.1, torch.Tensor.backward) for _ in range(2)]
+    assert faults.raised >= 2 and "out of memory" in capsys.readouterr().out
+    assert torch.allclose(torch.stack(sums), torch.stack(expected), rtol=1e-5)
+    assert torch.allclose(engine.gradients, gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_that_never_fits_is_told(quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(adapted(quantized("llama")))
+    Faults(monkeypatch, set(range(1, 10000)))
+    with pytest.raises(Tune16Error, match="a row of 5 tokens does not fit this GPU's memory. Lower prepare_max_tokens"):
+        engine.accumulate(packed(), 1.0, torch.Tensor.backward)
+    assert engine.offload
+
+
+def test_inputs_that_wait_in_the_hosts_memory_change_nothing(quantized: Callable[..., Path]) -> None:
+    plain = gradients(adapted(quantized("llama")), packed())
+    model = adapted(quantized("llama"))
+    engine = Engine(model)
+    engine.offload = True
+    sums = engine.sums(packed())
+    sums[0].backward()
+    assert_same((sums.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}), plain)
+
+
+def test_what_the_engine_cannot_train(make_model: Callable[..., Path], quantized: Callable[..., Path]) -> None:
+    mistral = load_base(make_model("mistral", sliding_window=64), torch.float32)
+    assert unsupported(mistral, 64) == ""
+    assert "looks back 64 tokens only, and rows have up to 65" in unsupported(mistral, 65)
+    dora = adapted(quantized("llama"), ["q_proj"], use_dora=True)
+    assert "not plain LoRA" in unsupported(dora.get_base_model(), 64)
+    turned = load_base(make_model("phi3", partial_rotary_factor=0.5), torch.float32)
+    assert "rotates only a part of each head" in unsupported(turned, 64)
+
+
+@given(st.lists(st.integers(1, 100), max_size=300), st.integers(100, 400), st.integers(0, 5))
+def test_packing_keeps_every_row_once_and_within_the_capacity(lengths: list[int], capacity: int, seed: int) -> None:
+    groups = pack(lengths, capacity, seed)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[row] for row in group) <= capacity for group in groups)
+    assert groups == pack(lengths, capacity, seed)
+
+
+@pytest.mark.parametrize("capacity", [2048, 2752, 4096])
+def test_packing_fills_98_percent_on_lengths_of_chats(capacity: int) -> None:
+    draw = np.random.default_rng(0)
+    lengths = np.clip(draw.lognormal(5.75, 0.75, 5000).round(), 16, 1024).astype(int).tolist()
+    groups = pack(lengths, capacity, 42)
+    assert sum(lengths) / (len(groups) * capacity) >= 0.98
+
+
+@pytest.fixture(scope="module")
+def rows(make_model: Callable[..., Path], orders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows") / "rows"
+    prepare_dataset(str(orders), str(make_model("llama", dtype=torch.float16)), folder, PrepareConfig(max_tokens=128))
+    return folder
+
+
+def test_passes_hold_the_rows_and_their_next_tokens(rows: Path) -> None:
+    table = pq.read_table(rows / "train.parquet").to_pylist()
+    dataset, share = packed_dataset(rows / "train.parquet", 256, seed=1)
+    expected = {tuple(row["input_ids"]): row["labels"] for row in table}
+    seen, padding = 0, 0
+    for one in dataset:
+        assert len(one["input_ids"]) <= 256 and len(one["input_ids"]) % 64 == 0
+        for ids, labels, positions in zip(*(one[name].split(one["lengths"].tolist()) for name in COLUMNS), strict=True):
+            assert positions.tolist() == list(range(len(ids)))
+            if not ids.any():
+                padding += len(ids)
+                assert (labels == IGNORED).all()
+                continue
+            seen += 1
+            assert labels.tolist() == [*expected[tuple(ids.tolist())][1:], IGNORED]
+    assert seen == len(table) and share == pytest.approx(1 - padding / sum(len(one["input_ids"]) for one in dataset))
+
+
+@pytest.mark.slow
+def test_fifty_steps_have_the_plain_losses(quantized: Callable[..., Path], rows: Path) -> None:
+    """Plain PEFT and torch's AdamW against the engine and its flat adapter: the same passes in the same order."""
+    dataset, _ = packed_dataset(rows / "train.parquet", 256, seed=1)
+    passes = [Pass(*(one[name] for name in COLUMNS), Segments.of_lengths(one["lengths"].tolist())) for one in dataset]
+    plain, fused = adapted(quantized("llama")), adapted(quantized("llama"))
+    engine = Engine(fused)
+    optimizers = [
+        torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-3),
+        torch.optim.AdamW([engine.values], lr=1e-3),
+    ]
+    for step in range(50):
+        batch = passes[step % len(passes)]
+        count = int((batch.labels >= 0).sum())
+        expected = plain_gradients(plain, batch)[0][0] / count
+        got = engine.accumulate(batch, 1.0, torch.Tensor.backward)[0] / count
+        assert got.item() == pytest.approx(expected.item(), rel=1e-5), step
+        for optimizer in optimizers:
+            optimizer.step()
+        plain.zero_grad()
+        engine.gradients.zero_()
+
+
+@pytest.mark.slow
+def test_training_has_the_losses_of_plain_trl(quantized: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
+    """All rows in one step, so that the order does not matter."""
+    losses = {}
+    for name in ("tune16", "trl"):
+        config = TrainConfig.load(
+            engine=name, epochs=20, rank=8, dropout=0, micro_batch=1000, packing=False, learning_rate=2e-3
+        )
+        metrics = train_adapter(quantized("llama"), rows, tmp_path / name, config)
+        losses[name] = [metrics["train_loss_first"], metrics["train_loss_last"], metrics["held_out_loss"]]
+    assert losses["tune16"] == pytest.approx(losses["trl"], rel=1e-4)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from components import memory
-from components.config import EvaluateConfig, MergeConfig, PrepareConfig, QuantizeConfig, TrainConfig
+from components.config import EvaluateConfig, MergeConfig, PrepareConfig, QuantizeConfig, Recipe, TrainConfig
 from components.errors import Tune16Error
 from components.evaluate.evaluation import ChampionScore, decide, evaluate_adapter
 from components.evaluate.scores import bootstrap, score_losses
@@ -19,6 +19,7 @@ from components.models import choose_dtype, load_base
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.references import file_digest
+from components.shapes import read_shape
 from components.train.launch import train
 from components.train.trainer import train_adapter
 from tests.conftest import ARCHITECTURES
@@ -304,8 +305,8 @@ def test_dtype_without_a_gpu() -> None:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_plan_counts_the_adapter_and_the_weights_exactly(made: Callable[..., Made], kind: str) -> None:
     run = made(kind)
-    shape = memory.read_shape(json.loads((run.base / "config.json").read_text()), "tiny")
-    planned = memory.plan(shape, QuantizeConfig(), PrepareConfig(), run.config, 14.2).parts["adapter"]
+    shape = read_shape(json.loads((run.base / "config.json").read_text()), "tiny")
+    planned = memory.plan(shape, Recipe(train=run.config)).parts["adapter"]
     assert planned == 4 * sum(delta.a.numel() + delta.b.numel() for delta in read_deltas(run.adapter).values())
     weights = {k: v for f in run.base.glob("*.safetensors") for k, v in load_file(f).items()}
     linears = sum(w.numel() for name, w in weights.items() if name.startswith("model.layers.") and w.dim() == 2)

@@ -170,7 +170,8 @@ RECIPES = sorted((ROOT / "pipelines" / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_fills_the_form_and_fits(path: Path) -> None:
-    from components.memory import known_shape, plan
+    from components.memory import plan
+    from components.shapes import known_shape
 
     recipe = config.load_recipe(path)
     values = config.form_values(recipe, inspect.signature(finetune.pipeline_func).parameters)
@@ -179,4 +180,4 @@ def test_every_recipe_loads_fills_the_form_and_fits(path: Path) -> None:
     shape = known_shape(recipe.preflight.model)
     if recipe.setup != "demo":
         assert shape is not None
-        assert plan(shape, recipe.quantize, recipe.prepare, recipe.train, recipe.preflight.gpu_memory).fits
+        assert plan(shape, recipe).fits

@@ -11,21 +11,29 @@ from typing import Any
 
 import torch
 
+from components.memory import MLP_TOKENS
 from components.train.engine import kernels
 from components.train.engine.attention import Attended, Segments, attend, attend_backward
 from components.train.engine.linear import Adapter, Linears
 
-_MLP_TOKENS = 8192  # the MLP takes this many tokens at once, so that its memory does not grow with long rows
-
 
 @dataclass(frozen=True)
 class Batch:
-    """What all blocks share in one pass: rotary tables [tokens, head size], the rows' bounds, and the mode."""
+    """What all blocks share in one pass.
+
+    Attributes:
+        cos: rotary table, [tokens, head size].
+        sin: as `cos`.
+        segments: the rows' bounds.
+        training: whether there is dropout.
+        done: the blocks whose gradients of this pass are in already; each adds itself.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
     segments: Segments
     training: bool
+    done: "set[Block]"
 
 
 class Block(ABC):
@@ -42,7 +50,6 @@ class Block(ABC):
         self._into, self._back = into, back
         self.parameters = into.parameters + back.parameters
         self.keep = False  # keep what backward needs, instead of computing it again
-        self.is_done = False  # this pass's gradients are in already
         self.values: torch.Tensor  # float32 [numbers of the adapters] in the order of `parameters`; see adopt
         self.gradients: torch.Tensor
 
@@ -107,9 +114,9 @@ class _Function(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         adapters, flat = block.adapters(block.values.to(x.dtype)), torch.zeros_like(block.values, dtype=x.dtype)
         grad_x = block.backward(grad, x, kept, adapters, block.adapters(flat), ctx.batch, ctx.seed)
-        if not block.is_done:
+        if block not in ctx.batch.done:
             block.gradients += flat
-            block.is_done = True
+            ctx.batch.done.add(block)
         return grad_x, None, None
 
 
@@ -273,8 +280,8 @@ class MlpBlock(Block):
 
 
 def _parts(x: torch.Tensor, seed: int | None) -> list[tuple[torch.Tensor, int | None]]:
-    """The tokens in parts of :data:`_MLP_TOKENS`, with a seed for each."""
-    return [(part, _next(seed, 2 * index)) for index, part in enumerate(torch.split(x, _MLP_TOKENS))]
+    """The tokens in parts of :data:`MLP_TOKENS`, with a seed for each."""
+    return [(part, _next(seed, 2 * index)) for index, part in enumerate(torch.split(x, MLP_TOKENS))]
 
 
 def _next(seed: int | None, step: int = 1) -> int | None:

@@ -1,13 +1,16 @@
 """A PEFT model's training pass, and what it does when memory runs out."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.autograd.graph import save_on_cpu
 
 from components.errors import Tune16Error
+from components.memory import keep_order
 from components.steps import say
 from components.train.engine.attention import Segments
 from components.train.engine.blocks import AttentionBlock, Batch, Block, MlpBlock
@@ -79,16 +82,15 @@ class Engine:
         parameters = [parameter for block in self.blocks for parameter in block.parameters]
         self.values = torch.nn.Parameter(torch.cat([parameter.data.float().reshape(-1) for parameter in parameters]))
         self.gradients = torch.zeros_like(self.values.data)
+        self.offload = False  # let the blocks' inputs wait in the host's memory
+        self.has_stepped_back = False
         self._most_tokens: int | None = None  # of a pass, once a larger one has run out of memory
         self._adopt()
 
     def keep(self, count: int) -> None:
-        """Let `count` blocks keep what their backward needs: MLPs first, which save most, and late layers first.
-
-        What a late layer keeps is gone again when the backward comes to the layers that compute anew.
-        """
-        for index, block in enumerate([*self.blocks[::-2], *self.blocks[-2::-2]]):
-            block.keep = index < count
+        """Let `count` blocks keep what their backward needs."""
+        for rank, index in enumerate(keep_order(len(self.blocks))):
+            self.blocks[index].keep = rank < count
 
     @property
     def num_kept(self) -> int:
@@ -127,15 +129,12 @@ class Engine:
         if len(halves) > 1 and self._most_tokens is not None and len(batch.tokens) > self._most_tokens:
             return torch.stack([self._accumulate(half, weight, backward, set(done)) for half in halves]).sum(0)
         state = torch.get_rng_state()
-        for block in self.blocks:
-            block.is_done = block in done
         try:
-            sums = self.sums(batch)
+            sums = self.sums(batch, done)
             backward(sums[0] * weight)
             return sums.detach()
         except torch.OutOfMemoryError:
             pass  # and out of this block, which holds the pass's tensors
-        done = {block for block in self.blocks if block.is_done}
         sums = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
         torch.set_rng_state(state)
@@ -148,7 +147,7 @@ class Engine:
         Raises:
             Tune16Error: it cannot.
         """
-        tokens = len(batch.tokens)
+        self.has_stepped_back, tokens = True, len(batch.tokens)
         if self.num_kept:
             self.keep(self.num_kept * 3 // 4)
             say(
@@ -158,26 +157,33 @@ class Engine:
         elif len(batch.segments.bounds) > 2:
             self._most_tokens = tokens // 2
             say("train", f"out of memory: at most {self._most_tokens:,} tokens pass at once from now on")
+        elif not self.offload:
+            self.offload = True
+            say("train", "out of memory: activations wait in the host's memory from now on")
         else:
             raise Tune16Error(
                 f"train: a row of {tokens:,} tokens does not fit this GPU's memory. Lower prepare_max_tokens to "
                 f"{tokens * 3 // 4:,} or less."
             )
 
-    def sums(self, batch: Pass) -> torch.Tensor:
-        """Sums over the pass's labels, [3]: cross-entropy (with a gradient), entropy, tokens that were guessed."""
+    def sums(self, batch: Pass, done: set[Block] | None = None) -> torch.Tensor:
+        """Sums over the pass's labels, [3]: cross-entropy (with a gradient), entropy, tokens that were guessed.
+
+        The backward leaves out blocks that are `done`, and adds the others to them.
+        """
         with torch.autocast(self._head.device.type, enabled=False):
-            x = self.hidden(batch)
+            x = self.hidden(batch, done)
             sums: torch.Tensor = HeadLoss.apply(x, self._decoder.norm, self._head, batch.labels)  # type: ignore[no-untyped-call]
         return sums
 
-    def hidden(self, batch: Pass) -> torch.Tensor:
+    def hidden(self, batch: Pass, done: set[Block] | None = None) -> torch.Tensor:
         """The states after the last layer, before the final norm, [tokens, hidden]."""
         x: torch.Tensor = self._decoder.embed_tokens(batch.tokens).detach().requires_grad_(torch.is_grad_enabled())
         cos, sin = self._decoder.rotary_emb(x, position_ids=batch.positions[None])
-        shared = Batch(cos[0], sin[0], batch.segments, self._model.training)
-        for block in self.blocks:
-            x = block(x, shared)
+        shared = Batch(cos[0], sin[0], batch.segments, self._model.training, set() if done is None else done)
+        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
+            for block in self.blocks:
+                x = block(x, shared)
         return x
 
     def _adopt(self) -> None:

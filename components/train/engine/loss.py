@@ -7,15 +7,8 @@ from typing import Any
 
 import torch
 
+from components.memory import loss_tokens
 from components.train.engine import kernels
-
-_LOGITS_AT_ONCE = 2**25
-_FEWEST_TOKENS = 256
-
-
-def tokens_at_once(vocabulary: int) -> int:
-    """How many tokens' logits exist at once."""
-    return max(_FEWEST_TOKENS, _LOGITS_AT_ONCE // vocabulary // _FEWEST_TOKENS * _FEWEST_TOKENS)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -32,7 +25,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, norm: Any, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The sums; the gradient of the cross-entropy is kept, [tokens, hidden]."""
         weight, eps = norm.weight, norm.variance_epsilon
-        size, grads = tokens_at_once(len(head)), torch.empty_like(x)
+        size, grads = loss_tokens(len(head)), torch.empty_like(x)
         sums = torch.zeros(3, dtype=torch.float32, device=x.device)
         for part, target, grad in zip(*(torch.split(whole, size) for whole in (x, labels, grads)), strict=True):
             logits = kernels.rms_norm(part, weight, eps) @ head.T

@@ -6,8 +6,11 @@ import torch
 from torch import distributed
 from trl import SFTTrainer
 
+from components.memory import MemoryPlan, Step
+from components.steps import say
 from components.train.engine.engine import Engine, Pass
 
+_STEPS_TO_SETTLE = 3
 _COLUMNS = ("input_ids", "shift_labels", "position_ids")
 
 
@@ -16,11 +19,19 @@ class EngineTrainer(SFTTrainer):
 
     The loss is the mean over all trained tokens of a step, whatever the number of passes, rows and processes. Several
     processes add up their gradients once per step.
+
+    Args:
+        step: what the memory plan is made of.
+        planned: the plan to begin with; the first steps measure what it leaves. Without one everything is kept.
+        options: of SFTTrainer.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, step: Step | None = None, planned: MemoryPlan | None = None, **options: Any) -> None:
         super().__init__(data_collator=_only, **options)
         self.engine = Engine(self.model)
+        self.engine.keep(planned.num_kept if planned else len(self.engine.blocks))
+        self.engine.offload = bool(planned and planned.host)
+        self._step, self._planned = step, planned
         self.model_accepts_loss_kwargs = True  # so that a step's trained tokens are counted
         self._totals = self._no_totals()
 
@@ -43,8 +54,11 @@ class EngineTrainer(SFTTrainer):
         batch = self._pass(inputs)
         sums = self.engine.accumulate(batch, weight, self.accelerator.backward)
         self._totals += _with_counts(sums, batch, inputs["num_tokens"])
-        if self.accelerator.sync_gradients and self.args.world_size > 1:
-            distributed.all_reduce(self.engine.gradients)
+        if self.accelerator.sync_gradients:
+            if self.args.world_size > 1:
+                distributed.all_reduce(self.engine.gradients)
+            if self.state.global_step < _STEPS_TO_SETTLE:
+                self._settle()
         loss: torch.Tensor = sums[0] * weight * self.args.world_size  # the Trainer takes the processes' mean
         return loss
 
@@ -71,6 +85,16 @@ class EngineTrainer(SFTTrainer):
             self._metrics["train"].pop("loss", None)  # the Trainer has its own
             self._totals = self._no_totals()
         super().log(logs, start_time)
+
+    def _settle(self) -> None:
+        """Keep more activations if the first steps have left memory for them."""
+        if self._step is None or self._planned is None or self.engine.has_stepped_back or self.engine.offload:
+            return
+        kept, spare = self.engine.num_kept, self._planned.available - torch.cuda.max_memory_reserved()
+        more = self._step.more_that_keep(kept, self._planned.pass_tokens, spare)
+        if more:
+            self.engine.keep(kept + more)
+            say("train", f"{kept + more} of {len(self.engine.blocks)} half layers keep activations: there is room")
 
     def _record(self, mode: str, totals: torch.Tensor) -> None:
         """Leave means over the trained tokens of all processes where TRL looks for them."""
