@@ -130,7 +130,8 @@ class TrainConfig(StepConfig):
         4,
         ge=1,
         le=1024,
-        description="Sequences that pass through the GPU at once.",
+        description="Sequences of max_tokens that pass through the GPU at once. The engine tune16 splits a step's "
+        "micro_batch x gradient_accumulation sequences as the memory plan finds fastest.",
         json_schema_extra={"unit": "sequences"},
     )
     num_gpus: int = Field(
@@ -175,13 +176,16 @@ class TrainConfig(StepConfig):
         "on a GPU and float32 on a CPU.",
     )
     activation_checkpointing: bool = Field(
-        True, description="Keep only layer boundaries and recompute the rest in the backward pass."
+        True,
+        description="With engine trl: keep only layer boundaries and recompute the rest in the backward pass. "
+        "The engine tune16 keeps as much as fits.",
     )
     engine: Literal["tune16", "trl"] = Field(
         "tune16",
-        description="tune16 trains with fused layers and attention per packed row; trl is the plain reference.",
+        description="tune16 trains with fused layers in all the memory there is; trl is plain TRL and PEFT, the "
+        "reference.",
     )
-    packing: bool = Field(True, description="Fill each sequence with several rows, which never see each other.")
+    packing: bool = Field(True, description="Fill each pass with rows, which never see each other.")
     num_evaluations: int = Field(
         4, ge=1, le=1000, description="Times that the held-out loss is measured.", json_schema_extra={"unit": "times"}
     )

@@ -37,10 +37,10 @@ class Gpu:
     @classmethod
     def usual(cls) -> "Gpu":
         """The one that recipes are made for, where nobody says another."""
-        return _GPUS["t4"]
+        return GPUS["t4"]
 
 
-_GPUS = {
+GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("t4", 14.2, 65, 320),
@@ -66,6 +66,6 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         Tune16Error: there is none in the table.
     """
-    if name.lower() not in _GPUS:
-        raise Tune16Error(f"There is no GPU '{name}' in the table. There are: {', '.join(_GPUS)}.")
-    return _GPUS[name.lower()]
+    if name.lower() not in GPUS:
+        raise Tune16Error(f"There is no GPU '{name}' in the table. There are: {', '.join(GPUS)}.")
+    return GPUS[name.lower()]

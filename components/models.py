@@ -9,6 +9,7 @@ import torch
 from components.errors import Tune16Error
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a full GPU has no room for fragments
 
 _FIRST_CAPABILITY_WITH_BFLOAT16 = (8, 0)
 
@@ -28,7 +29,8 @@ def choose_dtype(name: str) -> torch.dtype:
         Tune16Error: bfloat16 is asked for on a GPU without it.
     """
     on_gpu = torch.cuda.is_available()
-    has_bfloat16 = on_gpu and torch.cuda.get_device_capability() >= _FIRST_CAPABILITY_WITH_BFLOAT16
+    cards = range(torch.cuda.device_count()) if on_gpu else []
+    has_bfloat16 = on_gpu and min(map(torch.cuda.get_device_capability, cards)) >= _FIRST_CAPABILITY_WITH_BFLOAT16
     if name == "auto":
         if not on_gpu:
             return torch.float32

@@ -25,7 +25,7 @@ from components.shapes import read_shape
 from components.steps import say
 from components.train.engine.engine import unsupported
 from components.train.engine.packing import packed_dataset
-from components.train.engine.trainer import EngineTrainer
+from components.train.engine.trainer import EngineTrainer, fewest
 from components.train.progress import Progress
 from components.train.report import write_report
 
@@ -93,6 +93,9 @@ def _build(
     """Put the trainer together: model, adapter, rows, arguments."""
     base = load_base(model, dtype)
     arguments = _arguments(config, max_tokens, dtype, trackers, scratch)
+    has_bfloat16 = int(dtype == torch.bfloat16)
+    if fewest(has_bfloat16) != has_bfloat16:
+        raise Tune16Error("train.compute_dtype: the nodes' cards differ, and some have no bfloat16. Set it to float16.")
     shared: dict[str, Any] = {
         "processing_class": AutoTokenizer.from_pretrained(data / "tokenizer"),
         "peft_config": _lora(config, base),
@@ -145,7 +148,7 @@ def _engine_trainer(
     """
     tokens, planned = config.micro_batch * step.max_tokens, None
     if torch.cuda.is_available():
-        planned = step.solve(available_memory())
+        planned = step.solve(fewest(available_memory()))
         tokens, arguments.gradient_accumulation_steps = planned.pass_tokens, planned.num_passes
         for line in planned.lines():
             say("train", line)

@@ -6,11 +6,13 @@ FlashAttention's (Dao, 2023) for rows of different lengths from compute capabili
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 _FIRST_CAPABILITY_WITH_FLASH = (8, 0)
+_CAUSAL = 1  # the memory-efficient kernel's number for it
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,45 @@ def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segment
         return torch.ops.aten._flash_attention_forward(  # type: ignore[no-any-return]
             q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
         )[0]
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    causal_from_top_left = 1
-    return torch.ops.aten._efficient_attention_forward(  # type: ignore[no-any-return]
-        q[None], k[None], v[None], None, bounds, bounds, longest, longest, 0.0, causal_from_top_left, True, scale=scale
-    )[0][0]
+    return _Efficient.apply(q, k, v, segments, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Efficient(torch.autograd.Function):
+    """The memory-efficient kernel, which knows no grouped heads: k and v are repeated for it, but never kept so."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float
+    ) -> torch.Tensor:
+        bounds, longest = segments.bounds, segments.longest
+        repeated = (part[None] for part in (q, *_repeat(k, v, q.shape[1] // k.shape[1])))
+        out, *rest = torch.ops.aten._efficient_attention_forward(
+            *repeated, None, bounds, bounds, longest, longest, 0.0, _CAUSAL, True, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, *rest[:3])
+        ctx.longest, ctx.bounds, ctx.scale = longest, bounds, scale
+        output: torch.Tensor = out[0]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        q, k, v, out, log_sums, seed, offset = ctx.saved_tensors
+        groups, bounds, longest = q.shape[1] // k.shape[1], ctx.bounds, ctx.longest
+        repeated = (part[None] for part in (q, *_repeat(k, v, groups)))
+        grads = torch.ops.aten._efficient_attention_backward(
+            grad[None], *repeated, None, out, bounds, bounds, longest, longest, log_sums, 0.0, seed, offset, _CAUSAL,
+            False, scale=ctx.scale,
+        )  # fmt: skip
+        grad_q, *others = (part[0] for part in grads[:3])
+        if groups > 1:
+            others = [part.view(len(part), -1, groups, part.shape[2]).sum(2) for part in others]
+        return grad_q, *others, None, None
+
+
+def _repeat(k: torch.Tensor, v: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if groups == 1:
+        return k, v
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
 def _one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], scale: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from components.memory import MLP_TOKENS
 from components.train.engine import kernels
 from components.train.engine.attention import Attended, Segments, attend, attend_backward
-from components.train.engine.linear import Adapter, Linears
+from components.train.engine.linear import Linears
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,42 @@ class Block(ABC):
     """
 
     def __init__(self, norm: Any, into: Linears, back: Linears) -> None:
-        self._weight, self._eps = norm.weight, norm.variance_epsilon
+        self._norm_weight, self._eps = norm.weight, norm.variance_epsilon
         self._into, self._back = into, back
         self.parameters = into.parameters + back.parameters
         self.keep = False  # keep what backward needs, instead of computing it again
-        self.values: torch.Tensor  # float32 [numbers of the adapters] in the order of `parameters`; see adopt
-        self.gradients: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        """Numbers of the adapters."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def bind(self, values: torch.Tensor, gradients: torch.Tensor, work: torch.Tensor, sums: torch.Tensor) -> None:
+        """Take the adapters from `values`, and add one pass's gradients to `gradients`, in the order of `parameters`.
+
+        In between they lie in `work` and `sums`, which have the computation's format and are shared by all blocks.
+        """
+        self._values, self._gradients, self._work, self._sums = values, gradients, work, sums
+        num_into = sum(parameter.numel() for parameter in self._into.parameters)
+        self._into.bind(work[:num_into], sums[:num_into])
+        self._back.bind(work[num_into:], sums[num_into:])
 
     def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Apply the block to x [tokens, hidden]."""
         y: torch.Tensor = _Function.apply(x, self, batch)  # type: ignore[no-untyped-call]
         return y
 
-    def adapters(self, flat: torch.Tensor) -> tuple[Adapter, Adapter]:
-        """The matrices of `into` and of `back` as views of flat numbers."""
-        num_into = sum(parameter.numel() for parameter in self._into.parameters)
-        return self._into.adapter(flat[:num_into]), self._back.adapter(flat[num_into:])
+    def load(self) -> None:
+        """Bring the adapters into the computation's format."""
+        self._work.copy_(self._values)
+
+    def clear(self) -> None:
+        """Begin the sums of one pass."""
+        self._sums.zero_()
+
+    def add(self) -> None:
+        """Add the pass's gradients to those of the step."""
+        self._gradients += self._sums
 
     def seed(self, training: bool) -> int | None:
         """A new seed for the block's dropout, from torch's own generator, or None where it has none."""
@@ -69,32 +89,21 @@ class Block(ABC):
         return int(torch.randint(2**31 - 2, ())) if drops else None
 
     @abstractmethod
-    def forward(
-        self, x: torch.Tensor, adapters: tuple[Adapter, Adapter], batch: Batch, seed: int | None
-    ) -> tuple[torch.Tensor, Any]:
+    def forward(self, x: torch.Tensor, batch: Batch, seed: int | None) -> tuple[torch.Tensor, Any]:
         """The block's output, and what its backward needs."""
 
     @abstractmethod
-    def backward(
-        self,
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        kept: Any,
-        adapters: tuple[Adapter, Adapter],
-        sums: tuple[Adapter, Adapter],
-        batch: Batch,
-        seed: int | None,
-    ) -> torch.Tensor:
-        """The gradient of x from that of the output; the adapters' gradients are added to `sums`.
+    def backward(self, grad: torch.Tensor, x: torch.Tensor, kept: Any, batch: Batch, seed: int | None) -> torch.Tensor:
+        """The gradient of x from that of the output.
 
         `kept` is from the forward, and overwritten, or None: then it is computed again.
         """
 
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.rms_norm(x, self._weight, self._eps)
+        return kernels.rms_norm(x, self._norm_weight, self._eps)
 
     def _norm_backward(self, grad: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return kernels.rms_norm_backward_(grad, x, self._weight, self._eps, residual)
+        return kernels.rms_norm_backward_(grad, x, self._norm_weight, self._eps, residual)
 
 
 class _Function(torch.autograd.Function):
@@ -103,7 +112,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, block: Block, batch: Batch) -> torch.Tensor:
         seed = block.seed(batch.training)
-        y, kept = block.forward(x, block.adapters(block.values.to(x.dtype)), batch, seed)
+        block.load()
+        y, kept = block.forward(x, batch, seed)
         ctx.save_for_backward(x)
         ctx.block, ctx.batch, ctx.seed, ctx.kept = block, batch, seed, kept if block.keep else None
         return y
@@ -112,10 +122,11 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,), block = ctx.saved_tensors, ctx.block
         kept, ctx.kept = ctx.kept, None
-        adapters, flat = block.adapters(block.values.to(x.dtype)), torch.zeros_like(block.values, dtype=x.dtype)
-        grad_x = block.backward(grad, x, kept, adapters, block.adapters(flat), ctx.batch, ctx.seed)
+        block.load()
+        block.clear()
+        grad_x = block.backward(grad, x, kept, ctx.batch, ctx.seed)
         if block not in ctx.batch.done:
-            block.gradients += flat
+            block.add()
             ctx.batch.done.add(block)
         return grad_x, None, None
 
@@ -143,21 +154,17 @@ class AttentionBlock(Block):
         self._scaling: float = attention.scaling
         self._head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
 
-    def forward(
-        self, x: torch.Tensor, adapters: tuple[Adapter, Adapter], batch: Batch, seed: int | None
-    ) -> tuple[torch.Tensor, _KeptAttention]:
+    def forward(self, x: torch.Tensor, batch: Batch, seed: int | None) -> tuple[torch.Tensor, _KeptAttention]:
         """See Block."""
-        kept = self._inner(x, adapters, batch, seed)
+        kept = self._inner(x, batch, seed)
         mixed = kept.attended.out.flatten(1)
-        return self._back.forward(mixed, kept.h_back, self._back.dense(x.dtype), adapters[1], residual=x), kept
+        return self._back.forward(mixed, kept.h_back, self._back.dense(x.dtype), residual=x), kept
 
-    def _inner(
-        self, x: torch.Tensor, adapters: tuple[Adapter, Adapter], batch: Batch, seed: int | None
-    ) -> _KeptAttention:
+    def _inner(self, x: torch.Tensor, batch: Batch, seed: int | None) -> _KeptAttention:
         """Everything before the linear layer back."""
         normed = self._normed(x)
-        h = self._into.reduce(normed, adapters[0], self._into.dropout(seed))
-        qkv = self._into.forward(normed, h, self._into.dense(x.dtype), adapters[0])
+        h = self._into.reduce(normed, self._into.dropout(seed))
+        qkv = self._into.forward(normed, h, self._into.dense(x.dtype))
         del normed
         unnormed = None
         if self._head_norms:
@@ -167,7 +174,7 @@ class AttentionBlock(Block):
         kernels.rotate_(qkv, self._num_rotated, batch.cos, batch.sin)
         q, k, v = self._split(qkv)
         attended = attend(q, k, v, batch.segments, self._scaling)
-        h_back = self._back.reduce(attended.out.flatten(1), adapters[1], self._back.dropout(_next(seed)))
+        h_back = self._back.reduce(attended.out.flatten(1), self._back.dropout(_next(seed)))
         return _KeptAttention(h, unnormed, attended, h_back)
 
     def backward(
@@ -175,16 +182,14 @@ class AttentionBlock(Block):
         grad: torch.Tensor,
         x: torch.Tensor,
         kept: _KeptAttention | None,
-        adapters: tuple[Adapter, Adapter],
-        sums: tuple[Adapter, Adapter],
         batch: Batch,
         seed: int | None,
     ) -> torch.Tensor:
         """See Block."""
-        kept = kept or self._inner(x, adapters, batch, seed)
+        kept = kept or self._inner(x, batch, seed)
         mixed, dropout = kept.attended.out.flatten(1), self._back.dropout(_next(seed))
         dense = self._back.dense(x.dtype)
-        grad_mixed = self._back.backward(grad, mixed, kept.h_back, dense, adapters[1], dropout, sums[1])
+        grad_mixed = self._back.backward(grad, mixed, kept.h_back, dense, dropout)
         grads = attend_backward(kept.attended, grad_mixed.view_as(kept.attended.out))
         del dense, mixed, grad_mixed
         qkv = torch.cat([part.flatten(1) for part in grads], 1)
@@ -198,7 +203,7 @@ class AttentionBlock(Block):
                     )
                 )
         dense, dropout = self._into.dense(x.dtype), self._into.dropout(seed)
-        inner = self._into.backward(qkv, self._normed(x), kept.h, dense, adapters[0], dropout, sums[0])
+        inner = self._into.backward(qkv, self._normed(x), kept.h, dense, dropout)
         return self._norm_backward(inner, x, residual=grad)
 
     def _split(self, qkv: torch.Tensor) -> list[torch.Tensor]:
@@ -225,36 +230,30 @@ class MlpBlock(Block):
             layer.post_attention_layernorm, Linears([getattr(mlp, name) for name in names]), Linears([mlp.down_proj])
         )
 
-    def forward(
-        self, x: torch.Tensor, adapters: tuple[Adapter, Adapter], batch: Batch, seed: int | None
-    ) -> tuple[torch.Tensor, list[_KeptMlp]]:
+    def forward(self, x: torch.Tensor, batch: Batch, seed: int | None) -> tuple[torch.Tensor, list[_KeptMlp]]:
         """See Block."""
         into, back = self._into.dense(x.dtype), self._back.dense(x.dtype)
         outputs, kept = [], []
         for part, part_seed in _parts(x, seed):
-            one, act = self._inner(part, into, adapters, part_seed)
-            outputs.append(self._back.forward(act, one.h_back, back, adapters[1], residual=part))
+            one, act = self._inner(part, into, part_seed)
+            outputs.append(self._back.forward(act, one.h_back, back, residual=part))
             kept += [one] if self.keep else []
             del one, act
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs), kept
 
-    def _inner(
-        self, x: torch.Tensor, dense: torch.Tensor, adapters: tuple[Adapter, Adapter], seed: int | None
-    ) -> tuple[_KeptMlp, torch.Tensor]:
+    def _inner(self, x: torch.Tensor, dense: torch.Tensor, seed: int | None) -> tuple[_KeptMlp, torch.Tensor]:
         """Everything before the linear layer back, and that one's input."""
         normed = self._normed(x)
-        h = self._into.reduce(normed, adapters[0], self._into.dropout(seed))
-        gate_up = self._into.forward(normed, h, dense, adapters[0])
+        h = self._into.reduce(normed, self._into.dropout(seed))
+        gate_up = self._into.forward(normed, h, dense)
         act = kernels.swiglu(gate_up)
-        return _KeptMlp(h, gate_up, self._back.reduce(act, adapters[1], self._back.dropout(_next(seed)))), act
+        return _KeptMlp(h, gate_up, self._back.reduce(act, self._back.dropout(_next(seed)))), act
 
     def backward(
         self,
         grad: torch.Tensor,
         x: torch.Tensor,
         kept: list[_KeptMlp] | None,
-        adapters: tuple[Adapter, Adapter],
-        sums: tuple[Adapter, Adapter],
         batch: Batch,
         seed: int | None,
     ) -> torch.Tensor:
@@ -266,14 +265,14 @@ class MlpBlock(Block):
                 one = kept[index]
                 act = kernels.swiglu(one.gate_up)
             else:
-                one, act = self._inner(part, into, adapters, part_seed)
+                one, act = self._inner(part, into, part_seed)
             dropout = self._back.dropout(_next(part_seed))
-            grad_act = self._back.backward(g, act, one.h_back, back, adapters[1], dropout, sums[1])
+            grad_act = self._back.backward(g, act, one.h_back, back, dropout)
             del act
             kernels.swiglu_backward_(grad_act, one.gate_up)
             del grad_act
             dropout = self._into.dropout(part_seed)
-            inner = self._into.backward(one.gate_up, self._normed(part), one.h, into, adapters[0], dropout, sums[0])
+            inner = self._into.backward(one.gate_up, self._normed(part), one.h, into, dropout)
             outputs.append(self._norm_backward(inner, part, residual=g))
             del one, inner
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

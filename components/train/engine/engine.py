@@ -189,10 +189,12 @@ class Engine:
     def _adopt(self) -> None:
         """Make the model's adapter, and each block's part of it, views of the flat buffers."""
         self.values.grad = self.gradients
+        largest = max(block.size for block in self.blocks)
+        work, sums = torch.empty(2, largest, dtype=self._head.dtype, device=self._head.device)
         start = 0
         for block in self.blocks:
-            part = slice(start, start + sum(parameter.numel() for parameter in block.parameters))
-            block.values, block.gradients = self.values.data[part], self.gradients[part]
+            part = slice(start, start + block.size)
+            block.bind(self.values.data[part], self.gradients[part], work[: block.size], sums[: block.size])
             for parameter in block.parameters:
                 view = slice(start, start + parameter.numel())
                 parameter.data = self.values.data[view].view_as(parameter)

@@ -8,17 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from components.train.engine import kernels
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA matrices in the computation's format: A [sum of ranks, columns], and B [rows, rank] of each layer."""
-
-    a: torch.Tensor
-    b: list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,7 @@ class Linears:
         self._bases = [_base(layer) for layer in layers]
         self._rows = [base.out_features for base in self._bases]
         self._columns: int = self._bases[0].in_features
+        self._biases = [index for index, base in enumerate(self._bases) if base.bias is not None]
         self._adapted = [index for index, layer in enumerate(layers) if _is_adapted(layer)]
         adapted = [layers[index] for index in self._adapted]
         self._ranks = [layer.r["default"] for layer in adapted]
@@ -49,6 +41,23 @@ class Linears:
         self._share = getattr(adapted[0].lora_dropout["default"], "p", 0.0) if adapted else 0.0
         self.parameters = [layer.lora_A["default"].weight for layer in adapted]
         self.parameters += [layer.lora_B["default"].weight for layer in adapted]
+
+    def bind(self, values: torch.Tensor, sums: torch.Tensor) -> None:
+        """Take the adapters from `values`, and add their gradients to `sums`; both in the order of `parameters`.
+
+        A are [sum of ranks, columns] together, and each B is [rows, rank].
+        """
+        self._a, self._b = self._matrices(values)
+        self._a_t, self._b_t = self._a.t(), [b.t() for b in self._b]
+        self._sum_a, self._sum_b = self._matrices(sums)
+
+    def _matrices(self, flat: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        num_a = sum(self._ranks) * self._columns
+        shapes = [(self._rows[index], rank) for index, rank in zip(self._adapted, self._ranks, strict=True)]
+        parts = torch.split(flat[num_a:], [rows * rank for rows, rank in shapes])
+        return flat[:num_a].view(-1, self._columns), [
+            part.view(shape) for part, shape in zip(parts, shapes, strict=True)
+        ]
 
     @property
     def drops(self) -> bool:
@@ -59,77 +68,64 @@ class Linears:
         """The dropout with this seed; none for None, which is how it is outside training."""
         return Dropout(self._share, seed) if self.drops and seed is not None else None
 
-    def adapter(self, flat: torch.Tensor) -> Adapter:
-        """The matrices as views of their numbers, which lie in the order of `parameters`."""
-        num_a = sum(self._ranks) * self._columns
-        shapes = [(self._rows[index], rank) for index, rank in zip(self._adapted, self._ranks, strict=True)]
-        parts = torch.split(flat[num_a:], [rows * rank for rows, rank in shapes])
-        b = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return Adapter(flat[:num_a].view(-1, self._columns), b)
-
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The frozen weights, [sum of rows, columns]."""
         if len(self._bases) == 1 and _is_plain(self._bases[0]):
             weight: torch.Tensor = self._bases[0].weight.to(dtype)
             return weight
         out = torch.empty(sum(self._rows), self._columns, dtype=dtype, device=self._bases[0].weight.device)
-        for base, part in zip(self._bases, torch.split(out, self._rows), strict=True):
+        for base, part in zip(self._bases, _split(out, self._rows, 0), strict=True):
             _dequantize_(base, part)
         return out
 
-    def reduce(self, x: torch.Tensor, adapter: Adapter, dropout: Dropout | None) -> torch.Tensor | None:
+    def reduce(self, x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor | None:
         """The product h = dropout(x) A^T, [tokens, sum of ranks]; None where no layer has an adapter."""
         if not self._adapted:
             return None
-        return (kernels.dropout(x, dropout.share, dropout.seed) if dropout else x) @ adapter.a.T
+        return torch.mm(kernels.dropout(x, dropout.share, dropout.seed) if dropout else x, self._a_t)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        h: torch.Tensor | None,
-        dense: torch.Tensor,
-        adapter: Adapter,
-        residual: torch.Tensor | None = None,
+        self, x: torch.Tensor, h: torch.Tensor | None, dense: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The output [tokens, sum of rows], from x [tokens, columns] and its h; `residual` [tokens, rows] is added."""
-        y = functional.linear(x, dense) if residual is None else torch.addmm(residual, x, dense.T)
-        outputs = torch.split(y, self._rows, 1)
-        for base, part in zip(self._bases, outputs, strict=True):
-            if base.bias is not None:
-                part.add_(base.bias)
+        y = torch.mm(x, dense.t()) if residual is None else torch.addmm(residual, x, dense.t())
+        outputs = _split(y, self._rows, 1)
+        for index in self._biases:
+            outputs[index].add_(self._bases[index].bias)
         if h is not None:
-            for index, part, b, scale in zip(self._adapted, self._by_rank(h), adapter.b, self._scales, strict=True):
-                outputs[index].addmm_(part, b.T, alpha=scale)
+            reduced = _split(h, self._ranks, 1)
+            for index, part, b_t, scale in zip(self._adapted, reduced, self._b_t, self._scales, strict=True):
+                outputs[index].addmm_(part, b_t, alpha=scale)
         return y
 
     def backward(
-        self,
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        h: torch.Tensor | None,
-        dense: torch.Tensor,
-        adapter: Adapter,
-        dropout: Dropout | None,
-        sums: Adapter,
+        self, grad: torch.Tensor, x: torch.Tensor, h: torch.Tensor | None, dense: torch.Tensor, dropout: Dropout | None
     ) -> torch.Tensor:
-        """The gradient of x [tokens, columns] from that of y; the adapter's gradients are added to `sums`."""
-        grad_x = grad @ dense
+        """The gradient of x [tokens, columns] from that of y; the adapters' gradients are added up."""
+        grad_x = torch.mm(grad, dense)
         if h is None:
             return grad_x
-        grads, grad_h = torch.split(grad, self._rows, 1), torch.empty_like(h)
+        grads, grad_h = _split(grad, self._rows, 1), torch.empty_like(h)
         for index, part, reduced, b, total, scale in zip(
-            self._adapted, self._by_rank(grad_h), self._by_rank(h), adapter.b, sums.b, self._scales, strict=True
+            self._adapted,
+            _split(grad_h, self._ranks, 1),
+            _split(h, self._ranks, 1),
+            self._b,
+            self._sum_b,
+            self._scales,
+            strict=True,
         ):
             part.addmm_(grads[index], b, beta=0, alpha=scale)
-            total.addmm_(grads[index].T, reduced, alpha=scale)
+            total.addmm_(grads[index].t(), reduced, alpha=scale)
         if dropout is None:
-            sums.a.addmm_(grad_h.T, x)
-            return grad_x.addmm_(grad_h, adapter.a)
-        sums.a.addmm_(grad_h.T, kernels.dropout(x, dropout.share, dropout.seed))
-        return kernels.add_dropped_(grad_x, grad_h @ adapter.a, dropout.share, dropout.seed)
+            self._sum_a.addmm_(grad_h.t(), x)
+            return grad_x.addmm_(grad_h, self._a)
+        self._sum_a.addmm_(grad_h.t(), kernels.dropout(x, dropout.share, dropout.seed))
+        return kernels.add_dropped_(grad_x, torch.mm(grad_h, self._a), dropout.share, dropout.seed)
 
-    def _by_rank(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.split(h, self._ranks, 1)
+
+def _split(whole: torch.Tensor, sizes: list[int], dim: int) -> tuple[torch.Tensor, ...]:
+    return (whole,) if len(sizes) == 1 else torch.split(whole, sizes, dim)
 
 
 def is_supported(layer: Any) -> bool:

@@ -7,6 +7,7 @@ from torch import distributed
 from trl import SFTTrainer
 
 from components.memory import MemoryPlan, Step
+from components.models import device
 from components.steps import say
 from components.train.engine.engine import Engine, Pass
 
@@ -114,6 +115,15 @@ class EngineTrainer(SFTTrainer):
     def _pass(self, inputs: dict[str, Any]) -> Pass:
         tokens, labels, positions = (inputs[name] for name in _COLUMNS)
         return Pass.of(tokens, labels, positions, inputs["lengths"], self.args.device)
+
+
+def fewest(number: int) -> int:
+    """The smallest of this number in all processes: their cards may differ, their steps must not."""
+    if not distributed.is_initialized():
+        return number
+    smallest = torch.tensor(number, device=device())
+    distributed.all_reduce(smallest, distributed.ReduceOp.MIN)
+    return int(smallest)
 
 
 def _with_counts(sums: torch.Tensor, batch: Pass, num_tokens: int) -> torch.Tensor:
