@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from components.errors import Tune16Error
 
-_SHARE_OF_PEAK = 0.7  # of the datasheet's rate that large matrix products reach; measured on an H200, assumed elsewhere
-_SHARE_OF_BANDWIDTH = 0.75  # the same for passes over memory
+_SHARE_OF_PEAK = 0.6  # of the datasheet's rate that large matrix products reach; measured on an H200, assumed elsewhere
+_SHARE_OF_BANDWIDTH = 0.65  # the same for passes over memory
 
 
 @dataclass(frozen=True)

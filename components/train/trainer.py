@@ -199,6 +199,7 @@ def _arguments(
         dataloader_pin_memory=on_gpu,
         eval_strategy="steps",
         save_strategy="no",
+        logging_nan_inf_filter=False,  # it waits for the GPU in every pass; _metrics refuses such losses
         report_to=trackers,
         disable_tqdm=True,
         seed=config.seed,

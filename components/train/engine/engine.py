@@ -85,7 +85,7 @@ class Engine:
         self.offload = False  # let the blocks' inputs wait in the host's memory
         self.has_stepped_back = False
         self._most_tokens: int | None = None  # of a pass, once a larger one has run out of memory
-        self._adopt()
+        self._views = self._adopt()
 
     def keep(self, count: int) -> None:
         """Let `count` blocks keep what their backward needs."""
@@ -99,9 +99,10 @@ class Engine:
 
     def begin(self) -> None:
         """Begin a new step if the last one's gradients have been dropped, as the Trainer does: with zeros."""
-        if any(parameter.grad is None for block in self.blocks for parameter in block.parameters):
+        if self._views[0][0].grad is None:
             self.gradients.zero_()
-            self._adopt()
+            for parameter, gradient in self._views:
+                parameter.grad = gradient
 
     def accumulate(
         self, batch: Pass, weight: float | torch.Tensor, backward: Callable[[torch.Tensor], None]
@@ -186,12 +187,12 @@ class Engine:
                 x = block(x, shared)
         return x
 
-    def _adopt(self) -> None:
-        """Make the model's adapter, and each block's part of it, views of the flat buffers."""
+    def _adopt(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Make the model's adapter, and each block's part of it, views of the flat buffers; returns the gradients'."""
         self.values.grad = self.gradients
         largest = max(block.size for block in self.blocks)
         work, sums = torch.empty(2, largest, dtype=self._head.dtype, device=self._head.device)
-        start = 0
+        start, views = 0, []
         for block in self.blocks:
             part = slice(start, start + block.size)
             block.bind(self.values.data[part], self.gradients[part], work[: block.size], sums[: block.size])
@@ -199,7 +200,9 @@ class Engine:
                 view = slice(start, start + parameter.numel())
                 parameter.data = self.values.data[view].view_as(parameter)
                 parameter.grad = self.gradients[view].view_as(parameter)
+                views.append((parameter, parameter.grad))
                 start = view.stop
+        return views
 
 
 def unsupported(base: Any, max_tokens: int) -> str:

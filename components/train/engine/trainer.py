@@ -49,7 +49,8 @@ class EngineTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward of one pass; returns its share of the step's loss."""
-        self.model.train()
+        if not self.model.training:  # after an evaluation; thousands of modules are not told for nothing
+            self.model.train()
         self.engine.begin()
         weight = 1 / torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=self.args.device).clamp(min=1)
         batch = self._pass(inputs)
@@ -62,6 +63,15 @@ class EngineTrainer(SFTTrainer):
                 self._settle()
         loss: torch.Tensor = sums[0] * weight * self.args.world_size  # the Trainer takes the processes' mean
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None: the Trainer's own count looks at every parameter in every pass."""
+        return 0
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        """Scale the gradients down, which are one tensor here, to the largest norm; returns the norm before."""
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_([self.engine.values], self.args.max_grad_norm)
+        return norm
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
