@@ -5,7 +5,8 @@ exists at each moment, and solves for the split of a step into passes and the nu
 activations with which a step is shortest.
 """
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import ceil
 
@@ -22,6 +23,7 @@ MLP_TOKENS = 8192  # the MLP takes this many tokens at once, so that its memory 
 _SPARE = 0.03  # share of the memory that fragments take; measured: up to 0.5 GiB of 14.2
 _LIBRARIES = 72 * 2**20  # workspaces of the matrix products
 _ROUND_TOKENS = 64
+_MOST_PASS_TOKENS = 65536
 _LOGITS_AT_ONCE, _FEWEST_LOSS_TOKENS = 2**25, 256
 _PLAIN_LOSS_CHUNK_TOKENS = 256
 
@@ -145,13 +147,21 @@ class Step:
         """The fastest plan that fits; if none does, the smallest."""
         tokens = self.train.micro_batch * self.train.gradient_accumulation * self.max_tokens
         plans = []
-        for num_passes in range(1, max(1, tokens // self.max_tokens) + 1):
+        for num_passes in self._splits(tokens):
             pass_tokens = max(self.max_tokens, _round_up(ceil(tokens / num_passes)))
             plans.append(self.fullest(pass_tokens, num_passes, available))
         fitting = [one for one in plans if one.fits]
         if fitting:
             return max(fitting, key=lambda one: one.tokens_per_second or 0)
         return min((self.plan(one.pass_tokens, one.num_passes, 0, available, True) for one in plans), key=_total)
+
+    def _splits(self, tokens: int) -> list[int]:
+        """Numbers of passes worth a look: from all tokens in one to the longest row in each, about 5 % apart."""
+        numbers, size = {1}, float(self.max_tokens)
+        while size < min(tokens, _MOST_PASS_TOKENS):
+            numbers.add(ceil(tokens / size))
+            size *= 1.05
+        return sorted(numbers)
 
     def fullest(self, pass_tokens: int, num_passes: int, available: int) -> MemoryPlan:
         """The plan with as many blocks that keep their activations as fit; if none does, with the host's help."""
@@ -170,13 +180,12 @@ class Step:
         """The plan with this many blocks that keep their activations, or with boundaries in the host's memory."""
         shape, number = self.shape, self.bytes_per_number
         num_adapter = sum(self._adapter_numbers(kind) for kind in (_ATTENTION, _MLP)) * shape.num_layers
-        distributed = self.train.num_gpus * self.train.num_nodes > 1
         boundary, kept, working = max(self._moments(pass_tokens, num_kept, offload), key=sum)
         parts = {
             "frozen linears": shape.num_linear_weights * _BYTES_PER_WEIGHT[self.quantize.bits],
             "embedding and head": number * shape.num_embedding_weights,
             "adapter": 4 * num_adapter,
-            "adapter gradients": 4 * num_adapter * (2 if distributed else 1),  # DDP keeps a copy
+            "adapter gradients": 4 * num_adapter,
             "optimiser state": (8 if self.train.optimizer == "adamw" else 2) * num_adapter,
             "layer boundaries": boundary,
             "kept activations": kept,
@@ -209,12 +218,13 @@ class Step:
         keeping = set(keep_order(self.num_blocks)[:num_kept])
         boundary = tokens * self.shape.hidden * self.bytes_per_number
         boundaries = [boundary * (2 if offload else index + 1) for index in range(self.num_blocks)]
-        kept = sum(self._kept(index % 2, tokens) for index in keeping)
+        of_block = [self._kept(kind, tokens) for kind in (_ATTENTION, _MLP)]
+        working = {(kind, kept): self._working(kind, tokens, kept) for kind in (_ATTENTION, _MLP) for kept in (0, 1)}
+        kept = sum(of_block[index % 2] for index in keeping)
         yield boundaries[-1] + boundary, kept, self._loss_working(tokens)
         for index in reversed(range(self.num_blocks)):
-            working = self._working(index % 2, tokens, index in keeping)
-            yield boundaries[index], kept, working
-            kept -= self._kept(index % 2, tokens) if index in keeping else 0
+            yield boundaries[index], kept, working[index % 2, index in keeping]
+            kept -= of_block[index % 2] if index in keeping else 0
 
     def _linears(self, kind: int) -> dict[str, tuple[int, int]]:
         is_mlp = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -238,7 +248,7 @@ class Step:
             attention += shape.query + shape.key  # before their norms
         return tokens * (number * attention + 4 * shape.num_heads)
 
-    def _working(self, kind: int, tokens: int, is_kept: bool) -> int:
+    def _working(self, kind: int, tokens: int, is_kept: int) -> int:
         """Most bytes that the backward of a block needs for the time being."""
         shape, number = self.shape, self.bytes_per_number
         again = 0 if is_kept else self._kept(kind, min(tokens, MLP_TOKENS) if kind == _MLP else tokens)
@@ -285,18 +295,16 @@ class Step:
 
 def nearest(shape: ModelShape, recipe: Recipe) -> list[str]:
     """Single changes, each of which makes a recipe fit, as ``field value``; of each the one that changes least."""
-    candidates: list[tuple[str, str, Iterable[int]]] = [
-        ("prepare", "max_tokens", range(recipe.prepare.max_tokens // 64 * 64, 0, -64)),
-        ("train", "rank", range(recipe.train.rank // 4 * 4, 0, -4)),
-        ("train", "micro_batch", range(recipe.train.micro_batch, 0, -1)),
-        ("quantize", "bits", [8, 4]),
+    candidates: list[tuple[str, str, list[int]]] = [
+        ("prepare", "max_tokens", list(range(64, recipe.prepare.max_tokens, 64))),
+        ("train", "rank", list(range(4, recipe.train.rank, 4))),
+        ("train", "micro_batch", list(range(1, recipe.train.micro_batch))),
+        ("quantize", "bits", [bits for bits in (4, 8) if bits < recipe.quantize.bits]),
     ]
     found = []
     for step, name, values in candidates:
-        now = getattr(getattr(recipe, step), name)
-        smaller = (value for value in values if value < now)
-        value = next((value for value in smaller if plan(shape, _with(recipe, step, name, value)).fits), 0)
-        found += [f"{step}_{name} {value:,}"] if value else []
+        unfit = bisect_left(values, True, key=lambda value: not plan(shape, _with(recipe, step, name, value)).fits)
+        found += [f"{step}_{name} {values[unfit - 1]:,}"] if unfit else []
     return found
 
 

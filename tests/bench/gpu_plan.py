@@ -28,9 +28,10 @@ from components.gpus import GPUS, Gpu
 from components.memory import GIBIBYTE, MemoryPlan, Step
 from components.train.engine import attention
 from components.train.engine.engine import Engine, Pass
-from tests.bench.gpu_models import MAX_TOKENS, draw_length, make_model, shape_of
+from tests.bench.random_models import MAX_TOKENS, draw_length, make_model, shape_of
 
 BUDGET = 14.2
+LONGEST = (32768, 49152, 65536, 81920)
 
 
 def main() -> None:
@@ -188,7 +189,7 @@ def find_longest() -> list[dict[str, Any]]:
     shape, results = shape_of("llama2-7b"), []
     run = Run(make_model(shape, torch.bfloat16))
     step = Step(shape, QuantizeConfig(), TrainConfig(dropout=0), MAX_TOKENS, _gpu())
-    for tokens in (32768, 49152, 65536, 81920):
+    for tokens in LONGEST:
         clean()
         plan = step.fullest(tokens, 1, round(BUDGET * GIBIBYTE))
         run.engine.keep(plan.num_kept)

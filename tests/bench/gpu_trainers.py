@@ -127,7 +127,7 @@ def _inputs(model_name: str, scratch: Path) -> tuple[Path, Path]:
     """Checkpoint and rows, made once for all settings of a model."""
     import torch
 
-    from tests.bench.gpu_models import shape_of, write_checkpoint, write_rows
+    from tests.bench.random_models import shape_of, write_checkpoint, write_rows
 
     model, rows = scratch / model_name, scratch / f"{model_name}-rows"
     if not rows.exists():
@@ -266,17 +266,18 @@ def write_results(results: list[dict[str, Any]], folder: Path) -> None:
 def _draw(measured: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
-    for one in measured:
-        color = {"tune16": "C2", "trl": "C0"}.get(one["setting"].split(",")[0].split()[0], "C1")
-        axes.plot(one["peak_gib"], one["tokens_per_second"], "o", color=color)
+    for number, one in enumerate(sorted(measured, key=lambda one: -one["tokens_per_second"]), 1):
+        color = {"tune16": "C2", "trl": "C0"}.get(one["setting"].replace(",", " ").split()[0], "C1")
         place = (one["peak_gib"], one["tokens_per_second"])
-        axes.annotate(one["setting"], place, xytext=(6, 3), textcoords="offset points", fontsize=8)
-    axes.axvline(BUDGET, color="black", linestyle="--")
-    axes.set(xlim=(0, BUDGET * 1.25), ylim=(0, None), xlabel="peak of torch's allocator, GiB", ylabel="real tokens/s")
-    axes.set_title(f"QLoRA in {BUDGET} GiB on one {measured[0]['card']}")
-    figure.savefig(path, dpi=150)
+        axes.plot(*place, "o", color=color, label=f"{number:>2}  {one['setting']}  {one['tokens_per_second']:,}")
+        axes.annotate(str(number), place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.axvline(BUDGET, color="black", linestyle="--", label=f"the limit, {BUDGET} GiB")
+    axes.set(xlim=(0, BUDGET * 1.05), ylim=(0, None), xlabel="peak of torch's allocator, GiB", ylabel="real tokens/s")
+    axes.set_title(f"QLoRA, rank 64, on one {measured[0]['card']}")
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bitsandbytes.nn import Linear8bitLt
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
@@ -249,6 +249,7 @@ def test_what_the_engine_cannot_train(make_model: Callable[..., Path], quantized
     assert "rotates only a part of each head" in unsupported(turned, 64)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 100), max_size=300), st.integers(100, 400), st.integers(0, 5))
 def test_packing_keeps_every_row_once_and_within_the_capacity(lengths: list[int], capacity: int, seed: int) -> None:
     groups = pack(lengths, capacity, seed)

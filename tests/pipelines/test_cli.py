@@ -28,7 +28,17 @@ def test_plan_prints_a_table_or_json() -> None:
     table = call(BIN / "tune16", "plan", "llama2-7b-16gb")
     assert table.returncode == 0 and "frozen linears" in table.stdout and "together, of 14.20" in table.stdout
     plan = json.loads(call(BIN / "tune16", "plan", "mistral-7b-16gb", "--json").stdout)
-    assert plan["fits"] and plan["total"] == sum(plan["parts"].values())
+    assert plan["fits"] and plan["total"] == sum(plan["parts"].values()) and plan["hours"] is None
+
+
+def test_plan_for_another_model_and_gpu_with_time_cost_and_picture(tmp_path: Path) -> None:
+    options = ("--model", "Qwen/Qwen2.5-7B-Instruct", "--gpu", "l4", "--price", "0.8", "--tokens", "20")
+    table = call(BIN / "tune16", "plan", *options, "--picture", tmp_path / "plan.png")
+    assert "of 21.80" in table.stdout and "█" in table.stdout and "tokens/s on each GPU, estimated" in table.stdout
+    assert re.search(r"20 million tokens take about [\d,]+ minutes, \d+\.\d\d at that price", table.stdout)
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    plan = json.loads(call(BIN / "tune16", "plan", *options, "--json").stdout)
+    assert plan["cost"] == pytest.approx(0.8 * plan["hours"])
 
 
 @pytest.mark.parametrize(
@@ -36,7 +46,9 @@ def test_plan_prints_a_table_or_json() -> None:
     [
         (["plan", "nothing"], "There is no recipe 'nothing'"),
         (["plan", "--set", "train.rnk=3"], "unknown key 'train.rnk'. Did you mean 'rank'?"),
-        (["plan", "--set", "train.micro_batch=512"], "This run does not fit the GPU: it needs"),
+        (["plan", "--set", "prepare.max_tokens=131072"], "Any of these alone fits: prepare_max_tokens "),
+        (["plan", "--gpu", "gtx"], "There is no GPU 'gtx' in the table. There are: t4, v100-16"),
+        (["plan", "--picture", "plan.txt"], "plan.txt: the picture cannot be written"),
         (["run", "demo", "--set", "train.epochs=-1"], "'train.epochs' is -1"),
     ],
 )

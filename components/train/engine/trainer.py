@@ -33,6 +33,9 @@ class EngineTrainer(SFTTrainer):
         self.engine.keep(planned.num_kept if planned else len(self.engine.blocks))
         self.engine.offload = bool(planned and planned.host)
         self._step, self._planned = step, planned
+        self.accelerator.prepare_model = lambda model, **_: model  # no DDP: training_step adds up one flat tensor
+        if self.args.world_size > 1:
+            distributed.broadcast(self.engine.values.data, 0)
         self.model_accepts_loss_kwargs = True  # so that a step's trained tokens are counted
         self._totals = self._no_totals()
 
