@@ -108,7 +108,7 @@ def plan(shape: ModelShape, recipe: Recipe, gpu: Gpu | None = None) -> MemoryPla
         Tune16Error: a target of the adapter is none of the model's layers.
     """
     available = round(recipe.preflight.gpu_memory * GIBIBYTE)
-    if recipe.train.engine == "trl":
+    if recipe.train.engine == "trl" or (shape.window and shape.window < recipe.prepare.max_tokens):
         return _plan_plain(shape, recipe, available)
     step = Step(shape, recipe.quantize, recipe.train, recipe.prepare.max_tokens, gpu or Gpu.usual())
     best = step.solve(available)
@@ -144,8 +144,11 @@ class Step:
         return 2 * self.shape.num_layers
 
     def solve(self, available: int) -> MemoryPlan:
-        """The fastest plan that fits; if none does, the smallest."""
+        """The fastest plan that fits; if none does, the smallest. Without packing, passes are the micro-batches."""
         tokens = self.train.micro_batch * self.train.gradient_accumulation * self.max_tokens
+        if not self.train.packing:
+            pass_tokens = self.train.micro_batch * self.max_tokens
+            return self.fullest(pass_tokens, self.train.gradient_accumulation, available)
         plans = []
         for num_passes in self._splits(tokens):
             pass_tokens = max(self.max_tokens, _round_up(ceil(tokens / num_passes)))

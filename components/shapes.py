@@ -41,6 +41,7 @@ class ModelShape:
     vocabulary: int
     head_dim: int
     tied_embeddings: bool = False
+    window: int | None = None  # tokens that attention looks back, where it does not see all
 
     @property
     def query(self) -> int:
@@ -110,6 +111,7 @@ def read_shape(config: dict[str, Any], where: str) -> ModelShape:
             vocabulary=config["vocab_size"],
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
         )
     except KeyError as error:
         raise Tune16Error(f"{where}: its config.json has no {error}.") from None

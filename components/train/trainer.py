@@ -149,6 +149,12 @@ def _engine_trainer(
     tokens, planned = config.micro_batch * step.max_tokens, None
     if torch.cuda.is_available():
         planned = step.solve(fewest(available_memory()))
+        if not planned.fits:
+            raise Tune16Error(
+                f"train: this GPU has {planned.available / 2**30:.1f} GiB for tensors, and {planned.total / 2**30:.1f} "
+                f"are needed for rows of {step.max_tokens:,} tokens. Lower prepare_max_tokens or train_rank; "
+                "`tune16 plan` says by how much."
+            )
         tokens, arguments.gradient_accumulation_steps = planned.pass_tokens, planned.num_passes
         for line in planned.lines():
             say("train", line)

@@ -1,5 +1,6 @@
 """The memory plan: against what was measured on a GPU, and what it promises of itself."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,14 @@ def test_what_never_fits_gets_the_nearest_that_does() -> None:
 
 
 def test_the_plain_road_has_a_plan_of_its_own() -> None:
-    found = plan(LLAMA, recipe(engine="trl", packing=True))
-    assert "attention mask" in found.parts and found.num_blocks == 0 and found.pass_tokens == 4096
+    windowed = dataclasses.replace(LLAMA, window=512)  # which the engine leaves to it
+    for found in (plan(LLAMA, recipe(engine="trl")), plan(windowed, recipe())):
+        assert "attention mask" in found.parts and found.num_blocks == 0 and found.pass_tokens == 4096
+
+
+def test_without_packing_a_pass_is_a_micro_batch() -> None:
+    found = plan(LLAMA, recipe(packing=False, micro_batch=2, gradient_accumulation=8))
+    assert (found.pass_tokens, found.num_passes) == (2048, 8)
 
 
 def test_gpus_by_name() -> None:
