@@ -243,7 +243,7 @@ def test_the_server_is_found_by_its_route(
     [
         (["submit", "nothing"], "There is no recipe 'nothing'"),
         (["submit", RECIPE, "--set", "train.rnk=3"], "Did you mean 'rank'?"),
-        (["submit", RECIPE, "--set", "train.micro_batch=512"], "does not fit the GPU"),
+        (["submit", RECIPE, "--set", "prepare.max_tokens=131072"], "does not fit the GPU"),
         (["submit", "demo"], "export the connection's variables first"),
         (["schedule", RECIPE], "Say when: --cron"),
         (["schedule", RECIPE, "--cron", "0 25 * * *"], "the hour '25' is wrong. It takes 0 to 23"),
