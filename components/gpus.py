@@ -60,6 +60,13 @@ GPUS = {
 }
 
 
+def known_gpu(device_name: str) -> Gpu | None:
+    """The GPU that reports itself by this name ("Tesla T4", "NVIDIA A100-SXM4-80GB"), or None."""
+    name = "".join(letter for letter in device_name.lower() if letter.isalnum())
+    found = [gpu for key, gpu in GPUS.items() if all(part in name for part in key.split("-"))]
+    return max(found, key=lambda gpu: len(gpu.name), default=None)
+
+
 def find_gpu(name: str) -> Gpu:
     """The GPU of this name.
 

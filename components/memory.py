@@ -8,7 +8,7 @@ activations with which a step is shortest.
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, log2
 
 from components.config import QuantizeConfig, Recipe, TrainConfig
 from components.gpus import Gpu
@@ -20,7 +20,9 @@ GIBIBYTE = 2**30
 # has one byte and a 32-bit scale per row, which does not count.
 _BYTES_PER_WEIGHT = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0, 16: 2.0}
 MLP_TOKENS = 8192  # the MLP takes this many tokens at once, so that its memory does not grow with long rows
-_SPARE = 0.03  # share of the memory that fragments take; measured: up to 0.5 GiB of 14.2
+_SPARE = 0.03  # share of the memory that is left for fragments; torch gives back what it caches before it gives up
+_HOST_SECONDS_PER_BLOCK = 1.6e-3  # that Python needs to launch a pass, forward and backward; measured on an H200's host
+HOST_MEMORY = 16 * GIBIBYTE  # for boundary activations: what the step train's pod has besides its own 8 GiB
 _LIBRARIES = 72 * 2**20  # workspaces of the matrix products
 _ROUND_TOKENS = 64
 _MOST_PASS_TOKENS = 65536
@@ -41,7 +43,8 @@ class MemoryPlan:
         num_passes: passes of a step on each GPU.
         num_kept: blocks, of two per decoder layer, that keep their activations; the others compute them again.
         num_blocks: all blocks.
-        host: bytes of the host's memory that boundary activations wait in; 0 keeps them on the GPU.
+        host: bytes of the host's memory that boundary activations wait in; 0 keeps them on the GPU. At most
+            :data:`HOST_MEMORY` fit.
         step_seconds: estimated time of a step; None where the GPU is not known.
     """
 
@@ -61,8 +64,8 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within what is available."""
-        return self.total <= self.available
+        """Whether the peak is within what is available, on the GPU and on the host."""
+        return self.total <= self.available and self.host <= HOST_MEMORY
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -108,9 +111,10 @@ def plan(shape: ModelShape, recipe: Recipe, gpu: Gpu | None = None) -> MemoryPla
         Tune16Error: a target of the adapter is none of the model's layers.
     """
     available = round(recipe.preflight.gpu_memory * GIBIBYTE)
-    if recipe.train.engine == "trl" or (shape.window and shape.window < recipe.prepare.max_tokens):
+    if recipe.train.engine == "trl" or shape.plain_road(recipe.prepare.max_tokens):
         return _plan_plain(shape, recipe, available)
-    step = Step(shape, recipe.quantize, recipe.train, recipe.prepare.max_tokens, gpu or Gpu.usual())
+    number = 4 if recipe.train.compute_dtype == "float32" else 2
+    step = Step(shape, recipe.quantize, recipe.train, recipe.prepare.max_tokens, gpu or Gpu.usual(), number)
     best = step.solve(available)
     return best if gpu else replace(best, step_seconds=None)
 
@@ -139,6 +143,10 @@ class Step:
         object.__setattr__(self, "_adapted", adapted_linears(self.shape, self.train.target_modules))
 
     @property
+    def _bytes_per_weight(self) -> float:
+        return self.bytes_per_number if self.quantize.bits == 16 else _BYTES_PER_WEIGHT[self.quantize.bits]
+
+    @property
     def num_blocks(self) -> int:
         """Two per decoder layer."""
         return 2 * self.shape.num_layers
@@ -153,14 +161,16 @@ class Step:
         for num_passes in self._splits(tokens):
             pass_tokens = max(self.max_tokens, _round_up(ceil(tokens / num_passes)))
             plans.append(self.fullest(pass_tokens, num_passes, available))
-        fitting = [one for one in plans if one.fits]
+        fitting = [one for one in plans if one.fits and not one.host]
         if fitting:
             return max(fitting, key=lambda one: one.tokens_per_second or 0)
-        return min((self.plan(one.pass_tokens, one.num_passes, 0, available, True) for one in plans), key=_total)
+        return min(
+            (self.plan(one.pass_tokens, one.num_passes, 0, available, True) for one in plans), key=lambda one: one.total
+        )
 
     def _splits(self, tokens: int) -> list[int]:
         """Numbers of passes worth a look: from all tokens in one to the longest row in each, about 5 % apart."""
-        numbers, size = {1}, float(self.max_tokens)
+        numbers, size = {1, max(1, tokens // self.max_tokens)}, float(self.max_tokens)
         while size < min(tokens, _MOST_PASS_TOKENS):
             numbers.add(ceil(tokens / size))
             size *= 1.05
@@ -185,7 +195,7 @@ class Step:
         num_adapter = sum(self._adapter_numbers(kind) for kind in (_ATTENTION, _MLP)) * shape.num_layers
         boundary, kept, working = max(self._moments(pass_tokens, num_kept, offload), key=sum)
         parts = {
-            "frozen linears": shape.num_linear_weights * _BYTES_PER_WEIGHT[self.quantize.bits],
+            "frozen linears": shape.num_linear_weights * self._bytes_per_weight,
             "embedding and head": number * shape.num_embedding_weights,
             "adapter": 4 * num_adapter,
             "adapter gradients": 4 * num_adapter,
@@ -202,7 +212,7 @@ class Step:
             num_passes,
             num_kept,
             self.num_blocks,
-            host=self.num_blocks * pass_tokens * shape.hidden * number if offload else 0,
+            host=self.num_blocks * _pinned(pass_tokens * shape.hidden * number) if offload else 0,
             step_seconds=self._seconds(pass_tokens, num_passes, num_kept, num_adapter),
         )
 
@@ -291,8 +301,9 @@ class Step:
             flops += 2 * sum(rows * columns for rows, columns in into)
             flops += 0 if index % 2 else 2 * shape.query * self.max_tokens / 4 * 2
         traffic = self.bytes_per_number * (80 * shape.hidden + 20 * shape.intermediate) * shape.num_layers
-        weights = 2 * shape.num_linear_weights * (_BYTES_PER_WEIGHT[self.quantize.bits] + self.bytes_per_number)
+        weights = 2 * shape.num_linear_weights * (self._bytes_per_weight + self.bytes_per_number)
         one_pass = tokens * (flops / gpu.flops + traffic / gpu.bandwidth) + weights / gpu.bandwidth
+        one_pass = max(one_pass, self.num_blocks * _HOST_SECONDS_PER_BLOCK)
         return num_passes * one_pass + 18 * num_adapter / gpu.bandwidth
 
 
@@ -348,5 +359,6 @@ def _round_up(tokens: int) -> int:
     return ceil(tokens / _ROUND_TOKENS) * _ROUND_TOKENS
 
 
-def _total(one: MemoryPlan) -> int:
-    return one.total
+def _pinned(size: int) -> int:
+    """Bytes that torch's allocator of pinned memory takes for a tensor: a power of two."""
+    return int(2 ** ceil(log2(size)))

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from components.config import override
-from components.errors import user_errors
+from components.errors import Tune16Error, user_errors
 from pipelines import cli_cluster
 from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shape
 
@@ -62,7 +62,7 @@ def plan_(
     model: Annotated[str, typer.Option(help="Model to plan for, instead of the recipe's.")] = "",
     gpu: Annotated[str, typer.Option(help="GPU to plan for: t4, v100-16, a10, l4, a100-40, h100, ...")] = "",
     price: Annotated[float, typer.Option(help="What an hour of this GPU costs, in any currency.", min=0)] = 0,
-    tokens: Annotated[float, typer.Option(help="Millions of tokens to train on.", min=0)] = 1,
+    tokens: Annotated[float, typer.Option(help="Millions of tokens to train on.", min=0.001)] = 1,
     picture: Annotated[Path | None, typer.Option(help="Draw the plan to this file: .png or .svg.")] = None,
     set_: Settings = [],  # noqa: B006
     as_json: AsJson = False,
@@ -77,8 +77,11 @@ def plan_(
     settings = override(find_recipe(recipe), [*places, *([f"preflight.model={model}"] if model else []), *set_])
     shape = find_shape(settings)
     planned = plan(shape, settings, card)
-    hours = tokens * 1e6 / planned.tokens_per_second / 3600 if planned.tokens_per_second else None
-    cost = hours * price if hours and price else None
+    if price and not planned.tokens_per_second:
+        raise Tune16Error("--price: needs a --gpu, and the engine tune16, whose speed is known.")
+    num_gpus = settings.train.num_gpus * settings.train.num_nodes
+    hours = tokens * 1e6 / planned.tokens_per_second / num_gpus / 3600 if planned.tokens_per_second else None
+    cost = hours * num_gpus * price if hours and price else None
     if as_json:
         fields = {**asdict(planned), "total": planned.total, "fits": planned.fits, "hours": hours, "cost": cost}
         print(json.dumps(fields, indent=2))

@@ -87,12 +87,12 @@ def refuse_unfit(memory: MemoryPlan, recipe: Recipe, shape: ModelShape) -> None:
         return
     over = (memory.total - memory.available) / 2**30
     largest = max(memory.parts, key=lambda name: memory.parts[name])
+    reason = f"it needs {over:.1f} GiB more than preflight_gpu_memory; the largest part is '{largest}'"
+    if over <= 0:
+        reason = f"its rows are so long that {memory.host / 2**30:.0f} GiB would have to wait in the host's memory"
     changes = nearest(shape, recipe)
     remedy = f"Any of these alone fits: {'; '.join(changes)}." if changes else "Take a smaller model or a larger GPU."
-    raise Tune16Error(
-        f"This run does not fit the GPU: it needs {over:.1f} GiB more than preflight_gpu_memory; the largest part "
-        f"is '{largest}'. {remedy}"
-    )
+    raise Tune16Error(f"This run does not fit the GPU: {reason}. {remedy}")
 
 
 def as_markdown(memory: MemoryPlan) -> str:

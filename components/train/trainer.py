@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 
 from components.config import QuantizeConfig, TrainConfig
 from components.errors import Tune16Error
-from components.gpus import Gpu
-from components.memory import Step
+from components.gpus import Gpu, known_gpu
+from components.memory import HOST_MEMORY, Step
 from components.models import available_memory, choose_dtype, load_base
 from components.outputs import new_folder, read_record, write_record
 from components.references import parse
@@ -93,6 +94,7 @@ def _build(
     """Put the trainer together: model, adapter, rows, arguments."""
     base = load_base(model, dtype)
     arguments = _arguments(config, max_tokens, dtype, trackers, scratch)
+    arguments._n_gpu = 1  # a process trains on its own card, however many it sees
     has_bfloat16 = int(dtype == torch.bfloat16)
     if fewest(has_bfloat16) != has_bfloat16:
         raise Tune16Error("train.compute_dtype: the nodes' cards differ, and some have no bfloat16. Set it to float16.")
@@ -101,19 +103,19 @@ def _build(
         "peft_config": _lora(config, base),
         "callbacks": [Progress()],
     }
-    reason = unsupported(base, max_tokens) if config.engine == "tune16" else "engine is trl"
+    step = _step(model, max_tokens, dtype, config)
+    reason = unsupported(base, step.shape, max_tokens) if config.engine == "tune16" else "engine is trl"
     if reason:
         say("train", f"plain TRL and PEFT, as {reason}")
         trainer = _plain_trainer(base, data, arguments, scratch, config, shared)
     else:
-        step = _step(model, max_tokens, dtype, config)
         trainer = _engine_trainer(base, data, arguments, step, config, shared)
     trainer.remove_callback(PrinterCallback)  # Progress says it in a line
     steps = math.ceil(len(trainer.train_dataset) / _sequences_per_step(trainer.args))
     steps = max(1, math.ceil(steps * config.epochs))
     trainer.args.eval_steps = max(1, steps // config.num_evaluations)
     trainer.args.logging_steps = max(1, steps // 50)
-    say("train", f"{len(trainer.train_dataset):,} sequences, {steps:,} steps, {dtype}")
+    say("train", f"{steps:,} steps, {dtype}")
     return trainer
 
 
@@ -151,12 +153,13 @@ def _engine_trainer(
         planned = step.solve(fewest(available_memory()))
         if not planned.fits:
             raise Tune16Error(
-                f"train: this GPU has {planned.available / 2**30:.1f} GiB for tensors, and {planned.total / 2**30:.1f} "
-                f"are needed for rows of {step.max_tokens:,} tokens. Lower prepare_max_tokens or train_rank; "
-                "`tune16 plan` says by how much."
+                f"train: rows of {step.max_tokens:,} tokens need {planned.total / 2**30:.1f} GiB of this GPU's "
+                f"{planned.available / 2**30:.1f}, and {planned.host / 2**30:.0f} of the {HOST_MEMORY // 2**30} GiB that "
+                "may wait in the host's memory. Lower prepare_max_tokens or train_rank; `tune16 plan` says how far."
             )
         tokens, arguments.gradient_accumulation_steps = planned.pass_tokens, planned.num_passes
-        for line in planned.lines():
+        known = known_gpu(torch.cuda.get_device_name())
+        for line in (planned if known else replace(planned, step_seconds=None)).lines():
             say("train", line)
     rows_per_pass = None if config.packing else config.micro_batch
     rows, share = packed_dataset(data / "train.parquet", tokens, config.seed, rows_per_pass=rows_per_pass)
@@ -172,8 +175,9 @@ def _step(model: Path, max_tokens: int, dtype: torch.dtype, config: TrainConfig)
     """A training step on this quantised model, as the memory plan sees it."""
     content = json.loads((model / "config.json").read_text())
     content.pop("quantization_config", None)
+    gpu = (known_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None) or Gpu.usual()
     bits = QuantizeConfig(bits=read_record(model, "quantize")["config"]["bits"])
-    return Step(read_shape(content, str(model)), bits, config, max_tokens, Gpu.usual(), dtype.itemsize)
+    return Step(read_shape(content, str(model)), bits, config, max_tokens, gpu, dtype.itemsize)
 
 
 def _arguments(

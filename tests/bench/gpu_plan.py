@@ -24,7 +24,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from components.config import QuantizeConfig, TrainConfig
-from components.gpus import GPUS, Gpu
+from components.gpus import Gpu, known_gpu
 from components.memory import GIBIBYTE, MemoryPlan, Step
 from components.train.engine import attention
 from components.train.engine.engine import Engine, Pass
@@ -175,8 +175,7 @@ def _measure_plan(run: Run, step: Step, tokens: int, kept: int) -> dict[str, Any
 
 def _gpu() -> Gpu:
     """This card in the table, or the usual one."""
-    name = torch.cuda.get_device_name().lower().replace(" ", "")
-    return next((gpu for key, gpu in GPUS.items() if key.split("-")[0] in name), Gpu.usual())
+    return known_gpu(torch.cuda.get_device_name()) or Gpu.usual()
 
 
 def planned_peak(plan: MemoryPlan) -> float:

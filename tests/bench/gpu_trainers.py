@@ -258,7 +258,11 @@ def write_results(results: list[dict[str, Any]], folder: Path) -> None:
     """Write ``trainers.json`` and ``trainers.png``."""
     measured = [one for one in results if "tokens_per_second" in one]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trainers.json").write_text(json.dumps({"budget_gib": BUDGET, "results": results}, indent=1) + "\n")
+    path = folder / "trainers.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    names = {one["setting"] for one in results}
+    others = [one for one in before.get("results", []) if one["setting"] not in names]
+    path.write_text(json.dumps(before | {"budget_gib": BUDGET, "results": results + others}, indent=1) + "\n")
     if measured:
         _draw(measured, folder / "trainers.png")
 

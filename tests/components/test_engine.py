@@ -20,6 +20,7 @@ from components.errors import Tune16Error
 from components.models import load_base
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
+from components.shapes import read_shape
 from components.train.engine import blocks, kernels, loss
 from components.train.engine.attention import Segments
 from components.train.engine.engine import Engine, Pass, unsupported
@@ -240,13 +241,19 @@ def test_inputs_that_wait_in_the_hosts_memory_change_nothing(quantized: Callable
 
 
 def test_what_the_engine_cannot_train(make_model: Callable[..., Path], quantized: Callable[..., Path]) -> None:
+    def reason(base: Any, max_tokens: int = 64) -> str:
+        content = base.config.to_dict() | {"architectures": [type(base).__name__]}
+        content.pop("quantization_config", None)
+        return unsupported(base, read_shape(content, "model"), max_tokens)
+
     mistral = load_base(make_model("mistral", sliding_window=64), torch.float32)
-    assert unsupported(mistral, 64) == ""
-    assert "looks back 64 tokens only, and rows have up to 65" in unsupported(mistral, 65)
-    dora = adapted(quantized("llama"), ["q_proj"], use_dora=True)
-    assert "not plain LoRA" in unsupported(dora.get_base_model(), 64)
+    assert reason(mistral) == ""
+    assert "looks back 64 tokens only, and rows have up to 65" in reason(mistral, 65)
+    assert "not plain LoRA" in reason(adapted(quantized("llama"), ["q_proj"], use_dora=True).get_base_model())
     turned = load_base(make_model("phi3", partial_rotary_factor=0.5), torch.float32)
-    assert "rotates only a part of each head" in unsupported(turned, 64)
+    assert "rotates only a part of each head" in reason(turned)
+    dropping = load_base(make_model("qwen2", attention_dropout=0.1), torch.float32)
+    assert "dropout of its own" in reason(dropping)
 
 
 @settings(deadline=None)
@@ -264,6 +271,11 @@ def test_packing_fills_98_percent_on_lengths_of_chats(capacity: int) -> None:
     lengths = np.clip(draw.lognormal(5.75, 0.75, 5000).round(), 16, 1024).astype(int).tolist()
     groups = pack(lengths, capacity, 42)
     assert sum(lengths) / (len(groups) * capacity) >= 0.98
+
+
+def test_packing_ends_on_lengths_that_do_not_fill() -> None:
+    groups = pack([600] * 20_000, 1024, 0)  # two never fit: every group stays open
+    assert len(groups) == 20_000
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from components.config import PreflightConfig, PrepareConfig, QuantizeConfig, Recipe, TrainConfig
 from components.errors import Tune16Error
-from components.gpus import GPUS, find_gpu
-from components.memory import GIBIBYTE, Step, keep_order, nearest, plan
+from components.gpus import GPUS, find_gpu, known_gpu
+from components.memory import GIBIBYTE, HOST_MEMORY, Step, keep_order, nearest, plan
 from components.shapes import known_shape
 from tests.bench.random_models import SHAPES
 
@@ -59,7 +59,7 @@ def test_a_plan_that_fits_keeps_its_promises(
     assert shape
     wanted = recipe(memory, max_tokens=max_tokens, micro_batch=rows, gradient_accumulation=passes, rank=rank, bits=bits)
     found = plan(shape, wanted, GPUS["t4"])
-    assert found.fits == (found.total <= memory * GIBIBYTE)
+    assert found.fits == (found.total <= memory * GIBIBYTE and found.host <= HOST_MEMORY)
     assert found.pass_tokens >= max_tokens and found.pass_tokens * found.num_passes >= rows * passes * max_tokens
     assert 0 <= found.num_kept <= found.num_blocks and (found.tokens_per_second or 0) > 0
     more = plan(shape, recipe(memory + 8, **{**wanted.train.model_dump(), "max_tokens": max_tokens, "bits": bits}))
@@ -85,6 +85,10 @@ def test_late_mlps_keep_first() -> None:
 def test_rows_that_are_long_wait_in_the_hosts_memory() -> None:
     found = plan(LLAMA, recipe(max_tokens=32768, micro_batch=1))
     assert found.fits and found.host == 64 * 32768 * 4096 * 2
+    more = plan(LLAMA, recipe(max_tokens=33024, micro_batch=1))
+    assert (
+        more.total < more.available and more.host == 2 * found.host and not more.fits
+    )  # pinned memory comes in powers of two
     assert any("wait in the host's memory" in line for line in found.lines())
 
 
@@ -115,3 +119,25 @@ def test_gpus_by_name() -> None:
     assert find_gpu("T4").memory == 14.2
     with pytest.raises(Tune16Error, match="There is no GPU 'gtx' in the table. There are: t4, v100-16"):
         find_gpu("gtx")
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("Tesla T4", "t4"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA L40S", "l40s"),
+        ("Tesla V100-SXM2-32GB", "v100-32"),
+    ],
+)
+def test_gpus_by_the_name_they_report(reported: str, name: str) -> None:
+    assert known_gpu(reported) is GPUS[name]
+
+
+def test_long_rows_and_float32_and_no_host_where_the_gpu_has_room() -> None:
+    assert known_gpu("some card") is None
+    assert plan(LLAMA, recipe(max_tokens=65536)).pass_tokens == 65536
+    half, full = (plan(LLAMA, recipe(24, compute_dtype=name, bits=16)) for name in ("float16", "float32"))
+    assert full.parts["frozen linears"] == 2 * half.parts["frozen linears"]
+    assert not plan(LLAMA, recipe(9, max_tokens=4096), GPUS["t4"]).host

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 _FIRST_CAPABILITY_WITH_FLASH = (8, 0)
@@ -17,16 +18,21 @@ _CAUSAL = 1  # the memory-efficient kernel's number for it
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the rows of a packed batch lie: their bounds [rows + 1] in tokens, as int32, and the longest one."""
+    """Where the rows of a packed batch lie: their bounds [rows + 1], as int32, and on the host their lengths."""
 
     bounds: torch.Tensor
-    longest: int
+    lengths: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
 
     @classmethod
     def of_lengths(cls, lengths: list[int], device: torch.device | str = "cpu") -> "Segments":
         """Rows of these lengths, one after the other; found on the host, so that nobody waits for the GPU."""
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(bounds.to(device, non_blocking=True), max(lengths))
+        return cls(bounds.to(device, non_blocking=True), lengths)
 
 
 @dataclass
@@ -41,7 +47,8 @@ class Attended:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> Attended:
     """Attention over q [tokens, heads, size]; k and v may have fewer heads, of which each serves several of q's."""
     q, k, v = (part.detach().requires_grad_() for part in (q, k, v))
-    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+    in_place = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # whatever hooks are there outside
+    with in_place, torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         end = _varlen(q, k, v, segments, scale)
     return Attended(end.detach(), (q, k, v), end)
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,15 +10,12 @@ from torch.autograd.graph import save_on_cpu
 
 from components.errors import Tune16Error
 from components.memory import keep_order
+from components.shapes import ModelShape
 from components.steps import say
 from components.train.engine.attention import Segments
 from components.train.engine.blocks import AttentionBlock, Batch, Block, MlpBlock
 from components.train.engine.linear import is_supported
 from components.train.engine.loss import HeadLoss
-
-_ARCHITECTURES = {
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,20 +44,20 @@ class Pass:
         device: torch.device,
     ) -> "Pass":
         """Rows of these lengths, brought to the device."""
-        tokens, labels, positions = (part.to(device, non_blocking=True) for part in (tokens, labels, positions))
+        tokens, labels, positions = (part.to(device, non_blocking=True).long() for part in (tokens, labels, positions))
         return cls(tokens, labels, positions, Segments.of_lengths(lengths, device))
 
     def halves(self) -> "list[Pass]":
         """The rows in two passes of about as many tokens; one pass if there is only one row."""
-        bounds = self.segments.bounds.tolist()
-        if len(bounds) == 2:
+        lengths = self.segments.lengths
+        if len(lengths) == 1:
             return [self]
-        middle = min(range(1, len(bounds) - 1), key=lambda index: abs(2 * bounds[index] - bounds[-1]))
-        return [self._rows(bounds[: middle + 1]), self._rows(bounds[middle:])]
+        middle = min(range(1, len(lengths)), key=lambda index: abs(2 * sum(lengths[:index]) - sum(lengths)))
+        start = sum(lengths[:middle])
+        return [self._part(0, start, lengths[:middle]), self._part(start, sum(lengths), lengths[middle:])]
 
-    def _rows(self, bounds: list[int]) -> "Pass":
-        part = slice(bounds[0], bounds[-1])
-        lengths = [end - start for start, end in pairwise(bounds)]
+    def _part(self, start: int, end: int, lengths: list[int]) -> "Pass":
+        part = slice(start, end)
         return Pass.of(self.tokens[part], self.labels[part], self.positions[part], lengths, self.tokens.device)
 
 
@@ -126,9 +122,8 @@ class Engine:
         self, batch: Pass, weight: float | torch.Tensor, backward: Callable[[torch.Tensor], None], done: set[Block]
     ) -> torch.Tensor:
         """As accumulate; the gradients of the blocks that are done are in already."""
-        halves = batch.halves()
-        if len(halves) > 1 and self._most_tokens is not None and len(batch.tokens) > self._most_tokens:
-            return torch.stack([self._accumulate(half, weight, backward, set(done)) for half in halves]).sum(0)
+        if len(batch.segments.lengths) > 1 and self._most_tokens and len(batch.tokens) > self._most_tokens:
+            return torch.stack([self._accumulate(half, weight, backward, set(done)) for half in batch.halves()]).sum(0)
         state = torch.get_rng_state()
         try:
             sums = self.sums(batch, done)
@@ -155,8 +150,8 @@ class Engine:
                 "train",
                 f"out of memory: {self.num_kept} of {len(self.blocks)} blocks keep their activations from now on",
             )
-        elif len(batch.segments.bounds) > 2:
-            self._most_tokens = tokens // 2
+        elif len(batch.segments.lengths) > 1:
+            self._most_tokens = max(len(half.tokens) for half in batch.halves())
             say("train", f"out of memory: at most {self._most_tokens:,} tokens pass at once from now on")
         elif not self.offload:
             self.offload = True
@@ -205,24 +200,9 @@ class Engine:
         return views
 
 
-def unsupported(base: Any, max_tokens: int) -> str:
-    """Why the engine cannot train a model on rows of so many tokens; empty if it can.
-
-    Args:
-        base: the model without its adapter, or with plain LoRA on linear layers in place.
-        max_tokens: of the longest row.
-    """
-    config, architecture = base.config, type(base).__name__
-    if architecture not in _ARCHITECTURES:
-        return f"{architecture} is not among {', '.join(sorted(_ARCHITECTURES))}"
-    if config.hidden_act != "silu" or getattr(config, "attention_dropout", 0) or getattr(config, "resid_pdrop", 0):
-        return "the model's activation is not SiLU, or it has dropout of its own"
-    window = getattr(config, "sliding_window", None)
-    if window and window < max_tokens:
-        return f"the model looks back {window:,} tokens only, and rows have up to {max_tokens:,}"
-    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        return "the model rotates only a part of each head"
+def unsupported(base: Any, shape: ModelShape, max_tokens: int) -> str:
+    """Why the engine cannot train a model of this shape on rows of so many tokens; empty if it can."""
     layers = [layer for layer in base.modules() if hasattr(layer, "lora_A") or isinstance(layer, torch.nn.Linear)]
     if not all(is_supported(layer) for layer in layers):
         return "there are layers or adapters that are not plain LoRA on 4-bit, 8-bit or 16-bit linear layers"
-    return ""
+    return shape.plain_road(max_tokens)

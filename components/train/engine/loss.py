@@ -30,8 +30,9 @@ class HeadLoss(torch.autograd.Function):
         for part, target, grad in zip(*(torch.split(whole, size) for whole in (x, labels, grads)), strict=True):
             logits = kernels.rms_norm(part, weight, eps) @ head.T
             sums += kernels.cross_entropy_(logits, target).sum(1)
-            torch.mm(logits, head, out=grad)
-            kernels.rms_norm_backward_(grad, part, weight, eps)
+            if ctx.needs_input_grad[0]:
+                torch.mm(logits, head, out=grad)
+                kernels.rms_norm_backward_(grad, part, weight, eps)
         ctx.save_for_backward(grads)
         return sums
 

@@ -37,9 +37,11 @@ def pack(lengths: list[int], capacity: int, seed: int) -> list[list[int]]:
         tokens += lengths[row]
         if tokens >= _WINDOW * capacity:
             packed = _best_fit(pending, lengths, capacity)
-            full = [sum(lengths[row] for row in group) >= _FULL * capacity for group in packed]
-            groups += [group for group, is_full in zip(packed, full, strict=True) if is_full]
-            pending = [row for group, is_full in zip(packed, full, strict=True) if not is_full for row in group]
+            open_groups = [group for group in packed if sum(lengths[row] for row in group) < _FULL * capacity]
+            if len(open_groups) > len(packed) // 2:
+                open_groups = []  # rows of such lengths fill no better with more of their kind
+            groups += [group for group in packed if group not in open_groups]
+            pending = [row for group in open_groups for row in group]
             tokens = sum(lengths[row] for row in pending)
     return groups + _best_fit(pending, lengths, capacity)
 
@@ -65,7 +67,7 @@ def read_rows(path: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
     for name in ("input_ids", "labels"):
         column = table[name].combine_chunks()
         values, bounds = column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
-        columns.append(np.split(values.astype(np.int64), bounds[1:-1]))
+        columns.append(np.split(values.astype(np.int32), bounds[1:-1]))
     return columns[0], columns[1]
 
 
@@ -79,7 +81,7 @@ def packed_dataset(
         capacity: tokens of a pass.
         seed: of the packing.
         max_rows: the first rows only.
-        rows_per_pass: do not pack, but take so many rows, as they come.
+        rows_per_pass: do not pack, but take so many rows, shuffled.
 
     Returns:
         A data set with a row per pass: ``input_ids``, ``shift_labels`` (what each token has to predict, :data:`IGNORED`
@@ -88,8 +90,8 @@ def packed_dataset(
     """
     ids, labels = (column[:max_rows] for column in read_rows(path))
     if rows_per_pass:
-        starts = range(0, len(ids), rows_per_pass)
-        groups = [list(range(start, min(start + rows_per_pass, len(ids)))) for start in starts]
+        order = np.random.default_rng(seed).permutation(len(ids)).tolist()
+        groups = [order[start : start + rows_per_pass] for start in range(0, len(ids), rows_per_pass)]
     else:
         groups = pack([len(row) for row in ids], capacity, seed)
     passes = [_join([ids[row] for row in group], [labels[row] for row in group], capacity) for group in groups]
@@ -106,7 +108,7 @@ def _join(ids: list[np.ndarray], labels: list[np.ndarray], capacity: int) -> tup
     padding = min(capacity, -(-sum(lengths) // _ROUND) * _ROUND) - sum(lengths)
     if padding:
         lengths.append(padding)
-        ids, labels = [*ids, np.zeros(padding, np.int64)], [*labels, np.full(padding, IGNORED)]
-    shifted = [np.append(row[1:], IGNORED) for row in labels]
-    positions = [np.arange(length) for length in lengths]
+        ids, labels = [*ids, np.zeros(padding, np.int32)], [*labels, np.full(padding, IGNORED, np.int32)]
+    shifted = [np.append(row[1:], np.int32(IGNORED)) for row in labels]
+    positions = [np.arange(length, dtype=np.int32) for length in lengths]
     return np.concatenate(ids), np.concatenate(shifted), np.concatenate(positions), np.array(lengths)

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with the engine's passes: callbacks, logging, schedules and checkpoints are TRL's."""
+"""TRL's SFTTrainer with the engine's passes: callbacks, logging and schedules are TRL's."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ class EngineTrainer(SFTTrainer):
         if self.accelerator.sync_gradients:
             if self.args.world_size > 1:
                 distributed.all_reduce(self.engine.gradients)
-            if self.state.global_step < _STEPS_TO_SETTLE:
+            if 0 < self.state.global_step < _STEPS_TO_SETTLE:  # the optimiser's state is there
                 self._settle()
         loss: torch.Tensor = sums[0] * weight * self.args.world_size  # the Trainer takes the processes' mean
         return loss
@@ -80,11 +80,12 @@ class EngineTrainer(SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The mean loss over all trained tokens of the held-out rows."""
+        self._record_training()
         self.model.eval()
-        totals = self._no_totals()
+        totals, passes = self._no_totals(), eval_dataset or self.eval_dataset
         with torch.no_grad():
-            for inputs in self.get_eval_dataloader(eval_dataset):
-                batch = self._pass(inputs)
+            for index in range(self.args.process_index, len(passes), self.args.world_size):
+                batch = self._pass(_only([passes[index]]))
                 totals += _with_counts(self.engine.sums(batch), batch, 0)
         self._record("eval", totals)
         metrics = {f"{metric_key_prefix}_loss": self._metrics["eval"].pop("loss")[0]}
@@ -95,16 +96,23 @@ class EngineTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL does, with the entropy and accuracy since the last time."""
         if self.model.training:
-            self._record("train", self._totals)
-            self._metrics["train"].pop("loss", None)  # the Trainer has its own
-            self._totals = self._no_totals()
+            self._record_training()
         super().log(logs, start_time)
+
+    def _record_training(self) -> None:
+        self._record("train", self._totals)
+        self._metrics["train"].pop("loss", None)  # the Trainer has its own
+        self._totals = self._no_totals()
 
     def _settle(self) -> None:
         """Keep more activations if the first steps have left memory for them."""
         if self._step is None or self._planned is None or self.engine.has_stepped_back or self.engine.offload:
             return
-        kept, spare = self.engine.num_kept, self._planned.available - torch.cuda.max_memory_reserved()
+        parts = self._planned.parts  # of which the paged optimiser's state is not in torch's count
+        spare = (
+            self._planned.available - torch.cuda.max_memory_reserved() - parts["fragments"] - parts["optimiser state"]
+        )
+        kept = self.engine.num_kept
         more = self._step.more_that_keep(kept, self._planned.pass_tokens, spare)
         if more:
             self.engine.keep(kept + more)
