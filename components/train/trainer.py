@@ -155,7 +155,7 @@ def _engine_trainer(
             raise Tune16Error(
                 f"train: rows of {step.max_tokens:,} tokens need {planned.total / 2**30:.1f} GiB of this GPU's "
                 f"{planned.available / 2**30:.1f}, and {planned.host / 2**30:.0f} of the {HOST_MEMORY // 2**30} GiB "
-                "that may wait in the host's memory. Lower prepare_max_tokens or train_rank; `tune16 plan` says how far."
+                "that may wait in the host's memory. Lower prepare_max_tokens or train_rank; see `tune16 plan`."
             )
         tokens, arguments.gradient_accumulation_steps = planned.pass_tokens, planned.num_passes
         known = known_gpu(torch.cuda.get_device_name())
