@@ -21,7 +21,7 @@ from components.models import load_base
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.shapes import read_shape
-from components.train.engine import blocks, kernels, loss
+from components.train.engine import attention, blocks, kernels, loss
 from components.train.engine.attention import Segments
 from components.train.engine.engine import Engine, Pass, unsupported
 from components.train.engine.packing import pack, packed_dataset
@@ -158,6 +158,14 @@ def test_a_row_never_sees_another(quantized: Callable[..., Path]) -> None:
         alone = engine.hidden(half)
         assert torch.allclose(together[start : start + len(alone)], alone, atol=1e-5)
         start += len(alone)
+
+
+def test_attention_that_is_dropped_keeps_nothing_alive() -> None:
+    inputs = [torch.randn(6, 2, 8) for _ in range(3)]
+    storage = inputs[0].untyped_storage()
+    uses = torch._C._storage_Use_Count(storage._cdata)
+    attention.attend(*inputs, Segments.of_lengths([4, 2]), 0.3)  # without a backward, as after an evaluation
+    assert torch._C._storage_Use_Count(storage._cdata) == uses
 
 
 def test_dropout_is_unbiased_and_its_gradient_is_that_of_the_same_mask(quantized: Callable[..., Path]) -> None:

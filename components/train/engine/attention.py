@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 _FIRST_CAPABILITY_WITH_FLASH = (8, 0)
@@ -47,8 +46,7 @@ class Attended:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> Attended:
     """Attention over q [tokens, heads, size]; k and v may have fewer heads, of which each serves several of q's."""
     q, k, v = (part.detach().requires_grad_() for part in (q, k, v))
-    in_place = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # whatever hooks are there outside
-    with in_place, torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         end = _varlen(q, k, v, segments, scale)
     return Attended(end.detach(), (q, k, v), end)
 

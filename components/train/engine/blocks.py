@@ -26,6 +26,7 @@ class Batch:
         sin: as `cos`.
         segments: the rows' bounds.
         training: whether there is dropout.
+        offload: whether the blocks' inputs wait in the host's memory for the backward.
         done: the blocks whose gradients of this pass are in already; each adds itself.
     """
 
@@ -33,6 +34,7 @@ class Batch:
     sin: torch.Tensor
     segments: Segments
     training: bool
+    offload: bool
     done: "set[Block]"
 
 
@@ -114,13 +116,13 @@ class _Function(torch.autograd.Function):
         seed = block.seed(batch.training)
         block.load()
         y, kept = block.forward(x, batch, seed)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(_to_host(x) if batch.offload and ctx.needs_input_grad[0] else x)
         ctx.block, ctx.batch, ctx.seed, ctx.kept = block, batch, seed, kept if block.keep else None
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        (x,), block = ctx.saved_tensors, ctx.block
+        x, block = ctx.saved_tensors[0].to(grad.device, non_blocking=True), ctx.block
         kept, ctx.kept = ctx.kept, None
         block.load()
         block.clear()
@@ -129,6 +131,11 @@ class _Function(torch.autograd.Function):
             block.add()
             ctx.batch.done.add(block)
         return grad_x, None, None
+
+
+def _to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, pinned, so that it comes back without waiting."""
+    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x)
 
 
 @dataclass

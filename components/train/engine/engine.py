@@ -1,12 +1,10 @@
 """A PEFT model's training pass, and what it does when memory runs out."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.graph import save_on_cpu
 
 from components.errors import Tune16Error
 from components.memory import keep_order
@@ -176,10 +174,10 @@ class Engine:
         """The states after the last layer, before the final norm, [tokens, hidden]."""
         x: torch.Tensor = self._decoder.embed_tokens(batch.tokens).detach().requires_grad_(torch.is_grad_enabled())
         cos, sin = self._decoder.rotary_emb(x, position_ids=batch.positions[None])
-        shared = Batch(cos[0], sin[0], batch.segments, self._model.training, set() if done is None else done)
-        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
-            for block in self.blocks:
-                x = block(x, shared)
+        done = set() if done is None else done
+        shared = Batch(cos[0], sin[0], batch.segments, self._model.training, self.offload, done)
+        for block in self.blocks:
+            x = block(x, shared)
         return x
 
     def _adopt(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
