@@ -135,7 +135,7 @@ class _Function(torch.autograd.Function):
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy in the host's memory, pinned, so that it comes back without waiting."""
-    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x)
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x)
 
 
 @dataclass
