@@ -24,7 +24,7 @@ _SPARE = 0.03  # share of the memory that is left for fragments; torch gives bac
 _HOST_SECONDS_PER_BLOCK = 1.6e-3  # that Python needs to launch a pass, forward and backward; measured on an H200's host
 HOST_MEMORY = 16 * GIBIBYTE  # for boundary activations: what the step train's pod has besides its own 8 GiB
 _LIBRARIES = 72 * 2**20  # workspaces of the matrix products
-_ROUND_TOKENS = 64
+ROUND_TOKENS = 64  # passes are padded to a multiple, so that the same sizes of memory come again
 _MOST_PASS_TOKENS = 65536
 _LOGITS_AT_ONCE, _FEWEST_LOSS_TOKENS = 2**25, 256
 _PLAIN_LOSS_CHUNK_TOKENS = 256
@@ -129,6 +129,7 @@ class Step:
         train: settings of the training.
         max_tokens: of the longest row.
         gpu: whose speed decides what is worth its memory.
+        bytes_per_number: of the computation's format.
     """
 
     shape: ModelShape
@@ -159,14 +160,12 @@ class Step:
             return self.fullest(pass_tokens, self.train.gradient_accumulation, available)
         plans = []
         for num_passes in self._splits(tokens):
-            pass_tokens = max(self.max_tokens, _round_up(ceil(tokens / num_passes)))
+            pass_tokens = max(self.max_tokens, round_up(ceil(tokens / num_passes)))
             plans.append(self.fullest(pass_tokens, num_passes, available))
         fitting = [one for one in plans if one.fits and not one.host]
         if fitting:
             return max(fitting, key=lambda one: one.tokens_per_second or 0)
-        return min(
-            (self.plan(one.pass_tokens, one.num_passes, 0, available, True) for one in plans), key=lambda one: one.total
-        )
+        return min(plans, key=lambda one: one.total)
 
     def _splits(self, tokens: int) -> list[int]:
         """Numbers of passes worth a look: from all tokens in one to the longest row in each, about 5 % apart."""
@@ -310,7 +309,7 @@ class Step:
 def nearest(shape: ModelShape, recipe: Recipe) -> list[str]:
     """Single changes, each of which makes a recipe fit, as ``field value``; of each the one that changes least."""
     candidates: list[tuple[str, str, list[int]]] = [
-        ("prepare", "max_tokens", list(range(64, recipe.prepare.max_tokens, 64))),
+        ("prepare", "max_tokens", list(range(ROUND_TOKENS, recipe.prepare.max_tokens, ROUND_TOKENS))),
         ("train", "rank", list(range(4, recipe.train.rank, 4))),
         ("train", "micro_batch", list(range(1, recipe.train.micro_batch))),
         ("quantize", "bits", [bits for bits in (4, 8) if bits < recipe.quantize.bits]),
@@ -355,8 +354,9 @@ def _plan_plain(shape: ModelShape, recipe: Recipe, available: int) -> MemoryPlan
     return MemoryPlan(whole, available, num_tokens, train.gradient_accumulation)
 
 
-def _round_up(tokens: int) -> int:
-    return ceil(tokens / _ROUND_TOKENS) * _ROUND_TOKENS
+def round_up(tokens: int) -> int:
+    """The size of a pass with room for so many tokens."""
+    return ceil(tokens / ROUND_TOKENS) * ROUND_TOKENS
 
 
 def _pinned(size: int) -> int:

@@ -48,8 +48,8 @@ def available_memory() -> int:
     return min(free + torch.cuda.memory_reserved(), allowed)
 
 
-def load_base(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any:
-    """Load a quantised checkpoint (an output of the step quantize) to compute in `dtype`, with this `attention`.
+def load_base(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a quantised checkpoint (an output of the step quantize) to compute in `dtype`.
 
     Raises:
         Tune16Error: the folder holds no model that can be loaded.
@@ -62,7 +62,7 @@ def load_base(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any:
             folder,
             dtype=dtype,
             device_map={"": device()},
-            attn_implementation=attention,
+            attn_implementation="sdpa",
             trust_remote_code=False,
             use_safetensors=True,
         )

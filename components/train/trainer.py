@@ -158,8 +158,7 @@ def _engine_trainer(
                 "that may wait in the host's memory. Lower prepare_max_tokens or train_rank; see `tune16 plan`."
             )
         tokens, arguments.gradient_accumulation_steps = planned.pass_tokens, planned.num_passes
-        known = known_gpu(torch.cuda.get_device_name())
-        for line in (planned if known else replace(planned, step_seconds=None)).lines():
+        for line in (planned if _card() else replace(planned, step_seconds=None)).lines():
             say("train", line)
     rows_per_pass = None if config.packing else config.micro_batch
     rows, share = packed_dataset(data / "train.parquet", tokens, config.seed, rows_per_pass=rows_per_pass)
@@ -175,9 +174,13 @@ def _step(model: Path, max_tokens: int, dtype: torch.dtype, config: TrainConfig)
     """A training step on this quantised model, as the memory plan sees it."""
     content = json.loads((model / "config.json").read_text())
     content.pop("quantization_config", None)
-    gpu = (known_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None) or Gpu.usual()
     bits = QuantizeConfig(bits=read_record(model, "quantize")["config"]["bits"])
-    return Step(read_shape(content, str(model)), bits, config, max_tokens, gpu, dtype.itemsize)
+    return Step(read_shape(content, str(model)), bits, config, max_tokens, _card() or Gpu.usual(), dtype.itemsize)
+
+
+def _card() -> Gpu | None:
+    """The process's GPU, if it has one and its speed is known."""
+    return known_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def _arguments(

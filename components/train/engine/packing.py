@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from components.memory import round_up
+
 IGNORED = -100
 _FULL = 0.98  # a pass with this share of tokens is closed
 _WINDOW = 64  # passes that are filled together: more fill better, fewer mix rows of all lengths better
-_ROUND = 64  # a pass is padded to a multiple of this, so that the same sizes of memory come again and again
 
 
 def pack(lengths: list[int], capacity: int, seed: int) -> list[list[int]]:
@@ -105,7 +106,7 @@ def packed_dataset(
 def _join(ids: list[np.ndarray], labels: list[np.ndarray], capacity: int) -> tuple[np.ndarray, ...]:
     """One pass of these rows, padded; the padding is a row of its own that predicts nothing."""
     lengths = [len(row) for row in ids]
-    padding = min(capacity, -(-sum(lengths) // _ROUND) * _ROUND) - sum(lengths)
+    padding = min(capacity, round_up(sum(lengths))) - sum(lengths)
     if padding:
         lengths.append(padding)
         ids, labels = [*ids, np.zeros(padding, np.int32)], [*labels, np.full(padding, IGNORED, np.int32)]

@@ -27,7 +27,7 @@ class EngineTrainer(SFTTrainer):
         options: of SFTTrainer.
     """
 
-    def __init__(self, step: Step | None = None, planned: MemoryPlan | None = None, **options: Any) -> None:
+    def __init__(self, step: Step, planned: MemoryPlan | None, **options: Any) -> None:
         super().__init__(data_collator=_only, **options)
         self.engine = Engine(self.model)
         self.engine.keep(planned.num_kept if planned else len(self.engine.blocks))
@@ -106,7 +106,7 @@ class EngineTrainer(SFTTrainer):
 
     def _settle(self) -> None:
         """Keep more activations if the first steps have left memory for them."""
-        if self._step is None or self._planned is None or self.engine.has_stepped_back or self.engine.offload:
+        if self._planned is None or self.engine.has_stepped_back or self.engine.offload:
             return
         parts = self._planned.parts  # of which the paged optimiser's state is not in torch's count
         spare = (
