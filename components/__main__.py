@@ -16,6 +16,7 @@ Data = Annotated[str, typer.Option(help="Data set: Hugging Face id, s3://, https
 Rows = Annotated[Path, typer.Option(help="Output folder of prepare.")]
 Weights = Annotated[Path, typer.Option(help="Output folder of quantize.")]
 Adapter = Annotated[Path, typer.Option(help="Output folder of train.")]
+Merged = Annotated[Path, typer.Option(help="Output folder of merge.")]
 Output = Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")]
 Bucket = Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables; empty: none.")]
 
@@ -105,8 +106,18 @@ def merge(model: Model, adapter: Adapter, output: Output, set_: Set = []) -> Non
 
 
 @app.command()
+def convert(merged: Merged, rows: Rows, output: Output, set_: Set = []) -> None:  # noqa: B006
+    """Turn a merged model into quantised GGUF files for llama.cpp."""
+    from components.convert.converter import convert_model
+
+    with step("convert"):
+        convert_model(merged, rows, output, _load(settings.ConvertConfig, set_))
+
+
+@app.command()
 def upload(
-    merged: Annotated[Path, typer.Option(help="Output folder of merge.")],
+    merged: Merged,
+    gguf: Annotated[Path, typer.Option(help="Output folder of convert.")],
     evaluation: Annotated[Path, typer.Option(help="Output folder of evaluate.")],
     path: Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables.")],
 ) -> None:
@@ -114,7 +125,7 @@ def upload(
     from components.upload.publisher import publish
 
     with step("upload"):
-        publish(merged, evaluation, settings.UploadConfig.load(path=path))
+        publish(merged, gguf, evaluation, settings.UploadConfig.load(path=path))
 
 
 @app.command()

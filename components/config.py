@@ -7,12 +7,13 @@ file sets any field under its step's name; the pipeline's form shows the ones th
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from components.errors import Tune16Error
 
@@ -229,6 +230,36 @@ class MergeConfig(StepConfig):
     )
 
 
+# llama.cpp's names of what it can quantise to without an importance matrix, from the largest file to the smallest.
+QUANTIZATIONS = (
+    *("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_K_S", "Q5_0", "Q4_1", "Q4_K_M", "Q4_K_S", "Q4_0"),
+    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
+)
+
+
+class ConvertConfig(StepConfig):
+    """Which GGUF files are made."""
+
+    quantizations: str = Field(
+        "Q4_K_M,Q5_K_M",
+        description="GGUF files to make for llama.cpp, by its names with commas, such as Q4_K_M,Q5_K_M,Q8_0; empty is "
+        "none.",
+    )
+
+    @field_validator("quantizations")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        for name in _split(value):
+            if name not in QUANTIZATIONS:
+                raise ValueError(f"there is no quantisation {name!r}; there are {', '.join(QUANTIZATIONS)}")
+        return ",".join(dict.fromkeys(_split(value)))
+
+    @property
+    def names(self) -> list[str]:
+        """The quantisations one by one."""
+        return _split(self.quantizations)
+
+
 class UploadConfig(StepConfig):
     """Where the result goes."""
 
@@ -236,6 +267,27 @@ class UploadConfig(StepConfig):
         "tune16/llama-2-7b-chat-guanaco",
         pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)+$",
         description="Folder in the connection's bucket for this model's versions, as prefix/model-name.",
+    )
+
+
+class RegisterConfig(StepConfig):
+    """Where the result is registered."""
+
+    server: str = Field(
+        "",
+        pattern=r"^(https?://[^/\s]+/?)?$",
+        description="Address of the model registry's REST service, such as "
+        "https://modelregistry-rest.apps.example.com; empty registers nothing.",
+    )
+
+
+class DeployConfig(StepConfig):
+    """How the result is served."""
+
+    runtime: Literal["", "vllm", "vllm-adapter", "llama.cpp", "llama.cpp-gpu"] = Field(
+        "",
+        description="What serves the champion: vllm (merged weights, large GPUs), vllm-adapter (base model and "
+        "adapter), llama.cpp (the first GGUF file, on CPUs), llama.cpp-gpu (the same on a 16 GB GPU); empty is nothing.",
     )
 
 
@@ -260,25 +312,41 @@ class ClusterConfig(StepConfig):
     )
 
 
-class Recipe(StepConfig):
-    """One fine-tune from end to end: the settings of every step."""
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # `register` is a method of abstract classes, which a recipe never calls
 
-    description: str = Field("", description="One sentence on what the recipe does.")
-    setup: Literal["", "demo"] = Field("", description="What to put into the bucket before the run; demo: its model.")
-    preflight: PreflightConfig = PreflightConfig()
-    prepare: PrepareConfig = PrepareConfig()
-    quantize: QuantizeConfig = QuantizeConfig()
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    merge: MergeConfig = MergeConfig()
-    upload: UploadConfig = UploadConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    class Recipe(StepConfig):
+        """One fine-tune from end to end: the settings of every step."""
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _empty_section(cls, value: Any) -> Any:
-        """A section of a recipe whose lines are all commented out is an empty one."""
-        return {} if value is None else value
+        description: str = Field("", description="One sentence on what the recipe does.")
+        setup: Literal["", "demo"] = Field(
+            "", description="What to put into the bucket before the run; demo: its model."
+        )
+        preflight: PreflightConfig = PreflightConfig()
+        prepare: PrepareConfig = PrepareConfig()
+        quantize: QuantizeConfig = QuantizeConfig()
+        train: TrainConfig = TrainConfig()
+        evaluate: EvaluateConfig = EvaluateConfig()
+        merge: MergeConfig = MergeConfig()
+        convert: ConvertConfig = ConvertConfig()
+        upload: UploadConfig = UploadConfig()
+        register: RegisterConfig = RegisterConfig()
+        deploy: DeployConfig = DeployConfig()
+        cluster: ClusterConfig = ClusterConfig()
+
+        @field_validator("*", mode="before")
+        @classmethod
+        def _empty_section(cls, value: Any) -> Any:
+            """A section of a recipe whose lines are all commented out is an empty one."""
+            return {} if value is None else value
+
+        @model_validator(mode="after")
+        def _has_what_it_serves(self) -> Self:
+            if self.deploy.runtime.startswith("llama.cpp") and not self.convert.names:
+                raise ValueError(
+                    f"deploy.runtime {self.deploy.runtime} serves a GGUF file, but convert.quantizations names none"
+                )
+            return self
 
 
 def step_name(cls: type[StepConfig]) -> str:
@@ -295,7 +363,10 @@ CONFIG_OF_STEP: dict[str, type[StepConfig]] = {
         TrainConfig,
         EvaluateConfig,
         MergeConfig,
+        ConvertConfig,
         UploadConfig,
+        RegisterConfig,
+        DeployConfig,
         ClusterConfig,
     )
 }
@@ -391,6 +462,11 @@ def read_assignments(assignments: list[str]) -> dict[str, Any]:
     return values
 
 
+def _split(names: str) -> list[str]:
+    """Names with commas, one by one and in capitals."""
+    return [name.strip().upper() for name in names.split(",") if name.strip()]
+
+
 class _YamlWithFloats(yaml.SafeLoader):
     """YAML 1.1 reads 2e-4 as text, because it has no point; people mean a number."""
 
@@ -406,7 +482,8 @@ def _explain(cls: type[BaseModel], fault: Any) -> str:
     key = ".".join(location)
     if fault["type"] == "extra_forbidden":
         return f"unknown key '{key}'.{_suggest(location[-1], _fields_at(cls, location[:-1]))}"
-    return f"'{key}' is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+    message = fault["msg"].removeprefix("Value error, ")  # pydantic's own words before ours
+    return f"'{key}' is {fault['input']!r}: {message[0].lower()}{message[1:]}."
 
 
 def _fields_at(cls: type[BaseModel], location: list[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ VERSION = "0.1.0"
 
 TOOLS = f"{REGISTRY}/tools:{VERSION}"
 TRAINER = f"{REGISTRY}/trainer:{VERSION}"
+GGUF = f"{REGISTRY}/gguf:{VERSION}"
 
 IMAGE_OF_STEP = {
     "preflight": TOOLS,
@@ -20,5 +21,8 @@ IMAGE_OF_STEP = {
     "train": TRAINER,
     "evaluate": TRAINER,
     "merge": TRAINER,
+    "convert": GGUF,
     "upload": TOOLS,
+    "register": TOOLS,
+    "deploy": TOOLS,
 }

@@ -1,8 +1,23 @@
-"""One request to the Kubernetes API as plain JSON, for kinds that the client has no classes for."""
+"""The Kubernetes API in plain JSON, for kinds that the client has no classes for, and its refusals in our words."""
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from kubernetes import client
+import urllib3
+from kubernetes import client, config
+from kubernetes.client.rest import ApiException
+
+from components.errors import Tune16Error
+
+FIELD_MANAGER = "tune16"
+
+_APPLY = "application/apply-patch+yaml"  # JSON is YAML
+_PASSING_FAULTS = {429, 500, 502, 503, 504}
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 def send(
@@ -13,6 +28,7 @@ def send(
     query: dict[str, Any] | None = None,
     answer: str = "object",
     timeout: tuple[float, float] = (10, 30),
+    content_type: str = "application/json",
 ) -> Any:
     """Send one request with a JSON body, and read the answer: JSON, or text where `answer` is ``str``.
 
@@ -26,10 +42,78 @@ def send(
         path,
         method,
         query_params=list((query or {}).items()),
-        header_params={"Accept": "*/*", "Content-Type": "application/json"},
+        header_params={"Accept": "*/*", "Content-Type": content_type},
         body=body,
         auth_settings=["BearerToken"],
         response_type=answer,
         _return_http_data_only=True,
         _request_timeout=timeout,
     )
+
+
+def apply(api: client.ApiClient, path: str, body: dict[str, Any]) -> Any:
+    """Server-side apply of one object: its fields become ours, and fields that others set stay theirs.
+
+    Raises:
+        kubernetes.client.rest.ApiException: the API refuses; 409 where another manager has a field of ours.
+        urllib3.exceptions.HTTPError: it gives no answer.
+    """
+    return send(api, "PATCH", path, body, {"fieldManager": FIELD_MANAGER}, content_type=_APPLY)
+
+
+def connect(nobody: str) -> client.ApiClient:
+    """The API of the cluster that this runs in, or of KUBECONFIG.
+
+    Raises:
+        Tune16Error: this is no pod; `nobody` is the message.
+    """
+    try:
+        if "KUBECONFIG" in os.environ:
+            config.load_kube_config(os.environ["KUBECONFIG"])
+        else:
+            config.load_incluster_config()
+    except config.ConfigException:
+        raise Tune16Error(nobody) from None
+    return client.ApiClient()
+
+
+def own_pod(api: client.ApiClient) -> dict[str, Any]:
+    """The pod that this runs in.
+
+    Raises:
+        kubernetes.client.rest.ApiException: the API refuses.
+        urllib3.exceptions.HTTPError: it gives no answer.
+    """
+    name = os.environ.get("KFP_POD_NAME") or os.environ["HOSTNAME"]
+    namespace = os.environ.get("KFP_NAMESPACE") or _NAMESPACE_FILE.read_text().strip()
+    pod: dict[str, Any] = send(api, "GET", f"/api/v1/namespaces/{namespace}/pods/{name}")
+    return pod
+
+
+def passes(error: BaseException) -> bool:
+    """Whether a request that failed so may work a little later."""
+    if isinstance(error, ApiException):
+        return error.status in _PASSING_FAULTS
+    return isinstance(error, urllib3.exceptions.HTTPError)
+
+
+@contextmanager
+def explained(setting: str) -> Iterator[None]:
+    """Refusals of the cluster's API as messages; `setting` is what asked for the cluster."""
+    try:
+        yield
+    except ApiException as error:
+        said = message(error)
+        remedy = " Apply manifests/base, which brings its Role." if error.status == 403 else ""
+        raise Tune16Error(f"{setting}: the cluster refuses: {error.status} {said}{remedy}") from None
+    except urllib3.exceptions.HTTPError as error:
+        raise Tune16Error(f"{setting}: the cluster's API cannot be reached ({error}).") from None
+
+
+def message(error: ApiException) -> str:
+    """What the API says, out of the Status object that it wraps it in."""
+    try:
+        text = json.loads(error.body)["message"]
+    except (TypeError, ValueError, KeyError):
+        text = error.body or error.reason
+    return " ".join(str(text).split())[:500]

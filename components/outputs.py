@@ -75,3 +75,8 @@ def copy_report(folder: str, target: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that a step wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))

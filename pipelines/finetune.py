@@ -7,11 +7,14 @@ from typing import Any
 from kfp import dsl, kubernetes
 
 from components.config import CONNECTION_VARIABLES, PROMOTED, TOKEN_VARIABLES, Recipe, form_help
+from components.convert.component import convert
+from components.deploy.component import deploy
 from components.evaluate.component import evaluate
 from components.merge.component import merge
 from components.preflight.component import preflight
 from components.prepare.component import prepare
 from components.quantize.component import quantize
+from components.register.component import register
 from components.train.component import train
 from components.upload.component import upload
 
@@ -25,7 +28,10 @@ RESOURCES = {
     "train": ("4", "24Gi"),
     "evaluate": ("2", "16Gi"),
     "merge": ("2", "4Gi"),
+    "convert": ("4", "20Gi"),
     "upload": ("1", "2Gi"),
+    "register": ("500m", "1Gi"),
+    "deploy": ("500m", "1Gi"),
 }
 
 
@@ -40,6 +46,9 @@ def _place(task: dsl.PipelineTask, connection: Any, tokens: Any) -> None:
     """Give a task its resources, and the secrets by name."""
     cpu, memory = RESOURCES[task.name]
     task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
+    task.set_env_variable(
+        "OMP_NUM_THREADS", str(max(1, int(cpu.removesuffix("m")) // (1000 if cpu.endswith("m") else 1)))
+    )
     kubernetes.use_secret_as_env(task, connection, {name: name for name in CONNECTION_VARIABLES})
     kubernetes.use_secret_as_env(task, tokens, {name: name for name in TOKEN_VARIABLES}, optional=True)
 
@@ -60,13 +69,13 @@ def finetune(
     train_epochs: float = _DEFAULT.train.epochs,
     train_learning_rate: float = _DEFAULT.train.learning_rate,
     train_rank: int = _DEFAULT.train.rank,
-    train_micro_batch: int = _DEFAULT.train.micro_batch,
-    train_num_gpus: int = _DEFAULT.train.num_gpus,
-    train_num_nodes: int = _DEFAULT.train.num_nodes,
     train_options: dict[str, Any] = {},  # noqa: B006
     evaluate_options: dict[str, Any] = {},  # noqa: B006
     merge_dtype: str = _DEFAULT.merge.dtype,
+    convert_quantizations: str = _DEFAULT.convert.quantizations,
     upload_path: str = _DEFAULT.upload.path,
+    register_server: str = _DEFAULT.register.server,
+    deploy_runtime: str = _DEFAULT.deploy.runtime,
     cluster_connection: str = _DEFAULT.cluster.connection,
     cluster_tokens: str = _DEFAULT.cluster.tokens,
     cluster_node_selector: dict[str, str] = _DEFAULT.cluster.node_selector,
@@ -83,13 +92,13 @@ def finetune(
         epochs=train_epochs,
         learning_rate=train_learning_rate,
         rank=train_rank,
-        micro_batch=train_micro_batch,
-        num_gpus=train_num_gpus,
-        num_nodes=train_num_nodes,
         train_options=train_options,
         evaluate_options=evaluate_options,
         merge_dtype=merge_dtype,
+        quantizations=convert_quantizations,
         path=upload_path,
+        server=register_server,
+        runtime=deploy_runtime,
     )
     fixed.set_caching_options(False)  # names may point to something else today
     model, data = fixed.outputs["model"], fixed.outputs["data"]
@@ -101,9 +110,6 @@ def finetune(
         epochs=train_epochs,
         learning_rate=train_learning_rate,
         rank=train_rank,
-        micro_batch=train_micro_batch,
-        num_gpus=train_num_gpus,
-        num_nodes=train_num_nodes,
         node_selector=cluster_node_selector,
         tolerations=cluster_tolerations,
         options=train_options,
@@ -118,10 +124,37 @@ def finetune(
     )
     with dsl.If(evaluated.outputs["Output"] == PROMOTED, name="better-than-the-champion"):
         merged = merge(model=model, adapter=trained.outputs["adapter"], dtype=merge_dtype)
-        uploaded = upload(merged=merged.outputs["merged"], evaluation=evaluated.outputs["evaluation"], path=upload_path)
-        uploaded.set_caching_options(False)  # what was published may have been removed since
+        converted = convert(
+            merged=merged.outputs["merged"], rows=prepared.outputs["rows"], quantizations=convert_quantizations
+        )
+        uploaded = upload(
+            merged=merged.outputs["merged"],
+            gguf=converted.outputs["gguf"],
+            evaluation=evaluated.outputs["evaluation"],
+            path=upload_path,
+        )
+        registered = register(
+            manifest=uploaded.outputs["manifest"],
+            path=upload_path,
+            server=register_server,
+            connection=cluster_connection,
+            run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+            run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+        )
+        deployed = deploy(
+            manifest=uploaded.outputs["manifest"],
+            path=upload_path,
+            runtime=deploy_runtime,
+            connection=cluster_connection,
+            model_id=registered.outputs["model_id"],
+            version_id=registered.outputs["version_id"],
+            node_selector=cluster_node_selector,
+            tolerations=cluster_tolerations,
+        )
+        for task in (uploaded, registered, deployed):
+            task.set_caching_options(False)  # what was published, registered or served may have been removed since
 
-    for task in (fixed, prepared, quantized, trained, evaluated, merged, uploaded):
+    for task in (fixed, prepared, quantized, trained, evaluated, merged, converted, uploaded, registered, deployed):
         _place(task, cluster_connection, cluster_tokens)
     # GPUs of one pod exchange gradients through shared memory, of which a container has 64 MiB by itself.
     kubernetes.empty_dir_mount(trained, "shm", "/dev/shm", medium="Memory", size_limit="2Gi")

@@ -72,7 +72,7 @@ def _version_to_beat(path: str, model: Reference, data: Reference, recipe: Recip
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide a version's content, as its config.json has them."""
-    steps = ("prepare", "quantize", "train", "evaluate", "merge")
+    steps = ("prepare", "quantize", "train", "evaluate", "merge", "convert")
     content: dict[str, Any] = json.loads(recipe.model_dump_json(include=set(steps)))
     return content
 

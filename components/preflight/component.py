@@ -18,13 +18,13 @@ def preflight(
     epochs: float,
     learning_rate: float,
     rank: int,
-    micro_batch: int,
-    num_gpus: int,
-    num_nodes: int,
     train_options: dict[str, Any],
     evaluate_options: dict[str, Any],
     merge_dtype: str,
+    quantizations: str,
     path: str,
+    server: str,
+    runtime: str,
     plan: dsl.Output[dsl.Markdown],
 ) -> NamedTuple("Fixed", [("model", str), ("data", str), ("champion", str), ("gpus", str)]):  # type: ignore[valid-type]
     """Fix model, data set and champion, check storage and every setting, and plan the GPU's memory."""
@@ -35,25 +35,21 @@ def preflight(
     from components.steps import step
 
     with step("preflight"):
-        training = config.TrainConfig.load(
-            train_options,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            rank=rank,
-            micro_batch=micro_batch,
-            num_gpus=num_gpus,
-            num_nodes=num_nodes,
-        )
-        recipe = config.Recipe(
-            preflight=config.PreflightConfig.load(model=model, data=data, gpu_memory=gpu_memory),
-            prepare=config.PrepareConfig.load(prepare_options, max_tokens=max_tokens),
-            quantize=config.QuantizeConfig.load(bits=bits),
-            train=training,
-            evaluate=config.EvaluateConfig.load(evaluate_options),
-            merge=config.MergeConfig.load(dtype=merge_dtype),
-            upload=config.UploadConfig.load(path=path),
-        )
-        fixed = check(recipe, path)
+        numbers = {"epochs": epochs, "learning_rate": learning_rate, "rank": rank}
+        training = config.TrainConfig.load(train_options, **numbers)
+        sections = {
+            "preflight": config.PreflightConfig.load(model=model, data=data, gpu_memory=gpu_memory),
+            "prepare": config.PrepareConfig.load(prepare_options, max_tokens=max_tokens),
+            "quantize": config.QuantizeConfig.load(bits=bits),
+            "train": training,
+            "evaluate": config.EvaluateConfig.load(evaluate_options),
+            "merge": config.MergeConfig.load(dtype=merge_dtype),
+            "convert": config.ConvertConfig.load(quantizations=quantizations),
+            "upload": config.UploadConfig.load(path=path),
+            "register": config.RegisterConfig.load(server=server),
+            "deploy": config.DeployConfig.load(runtime=runtime),
+        }
+        fixed = check(config.parse(config.Recipe, sections, where="form"), path)
         Path(plan.path).write_text(as_markdown(fixed.plan))
         # On several nodes a job of its own has the GPUs, and the step's pod, which only follows it, needs none.
         # As text: KFP's driver reads resource limits as strings, and takes a number for no limit at all.

@@ -14,9 +14,6 @@ def train(
     epochs: float,
     learning_rate: float,
     rank: int,
-    micro_batch: int,
-    num_gpus: int,
-    num_nodes: int,
     node_selector: dict[str, str],
     tolerations: list[dict[str, Any]],
     options: dict[str, Any],
@@ -33,15 +30,7 @@ def train(
     from components.train.launch import train as train_adapter
 
     with step("train"):
-        config = TrainConfig.load(
-            options,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            rank=rank,
-            micro_batch=micro_batch,
-            num_gpus=num_gpus,
-            num_nodes=num_nodes,
-        )
+        config = TrainConfig.load(options, epochs=epochs, learning_rate=learning_rate, rank=rank)
         cluster = ClusterConfig.load(node_selector=node_selector, tolerations=tolerations)
         numbers = train_adapter(Path(weights.path), Path(rows.path), Path(adapter.path), config, cluster)
         copy_report(adapter.path, report.path)

@@ -5,8 +5,6 @@ this same image as this same account (:mod:`components.train.node`); all that pa
 folder of the connection's bucket (:mod:`components.train.scratch`).
 """
 
-import json
-import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import urllib3
-from kubernetes import client, config
+from kubernetes import client
 from kubernetes.client.rest import ApiException
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
@@ -30,9 +28,7 @@ from components.train.scratch import ALIVE_SECONDS, Scratch
 POLL_SECONDS = 5.0
 _SILENCE_SECONDS = 1800  # without any news from pods that should be running; waiting in a queue does not count
 _PATIENCE_SECONDS = 600  # for an API that answers with passing faults
-_PASSING_FAULTS = {429, 500, 502, 503, 504}
 _TIMEOUT_SECONDS = (10, 60)  # to connect, to read
-_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig, cluster: ClusterConfig) -> None:
@@ -44,31 +40,15 @@ def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig,
     """
     job = f"tune16-train-{uuid.uuid4().hex[:8]}"
     scratch = Scratch.of_job(job)
-    with _cluster_errors():
-        pod, kind = _own_pod(), _served_kind()
+    with kubeapi.explained("train.num_nodes"):
+        api = kubeapi.connect("train.num_nodes: several nodes are for a cluster, whose pods train. Set it to 1.")
+        pod, kind = kubeapi.own_pod(api), _served_kind()
         namespace = pod["metadata"]["namespace"]
         body = describe(kind, job, pod, scratch.address, config, cluster, kind is TRAIN_JOB and _has_patches())
         with scratch.holding(weights, rows, config), _running(kind, namespace, body):
             _follow(kind, namespace, job, scratch)
             with new_folder(output) as folder:
                 scratch.fetch_adapter(folder)
-
-
-def _own_pod() -> Json:
-    """The pod that this runs in."""
-    try:
-        if "KUBECONFIG" in os.environ:
-            config.load_kube_config(os.environ["KUBECONFIG"])
-        else:
-            config.load_incluster_config()
-    except config.ConfigException:
-        raise Tune16Error(
-            "train.num_nodes: several nodes are for a cluster, where the step train runs in a pod. Set it to 1."
-        ) from None
-    name = os.environ.get("KFP_POD_NAME") or os.environ["HOSTNAME"]
-    namespace = os.environ.get("KFP_NAMESPACE") or _NAMESPACE_FILE.read_text().strip()
-    pod: Json = _request("GET", f"/api/v1/namespaces/{namespace}/pods/{name}")
-    return pod
 
 
 def _served_kind() -> Kind:
@@ -181,7 +161,7 @@ def _first_log(kind: Kind, namespace: str, job: str) -> list[str]:
 def _patiently(method: str, path: str, body: Any = None, **options: Any) -> Any:
     """A request that may be repeated: hours of training do not end with an API that is away for some minutes."""
     retrying = Retrying(
-        retry=retry_if_exception(_passes),
+        retry=retry_if_exception(kubeapi.passes),
         stop=stop_after_delay(_PATIENCE_SECONDS),
         wait=wait_fixed(POLL_SECONDS),
         reraise=True,
@@ -189,35 +169,7 @@ def _patiently(method: str, path: str, body: Any = None, **options: Any) -> Any:
     return retrying(_request, method, path, body, **options)
 
 
-def _passes(error: BaseException) -> bool:
-    if isinstance(error, ApiException):
-        return error.status in _PASSING_FAULTS
-    return isinstance(error, urllib3.exceptions.HTTPError)
-
-
 def _request(
     method: str, path: str, body: Any = None, query: dict[str, str] | None = None, answer: str = "object"
 ) -> Any:
     return kubeapi.send(client.ApiClient(), method, path, body, query, answer, _TIMEOUT_SECONDS)
-
-
-@contextmanager
-def _cluster_errors() -> Iterator[None]:
-    """Refusals of the cluster's API as messages."""
-    try:
-        yield
-    except ApiException as error:
-        said = _message(error)
-        remedy = " Apply manifests/base, which brings its Role." if "cannot create resource" in said else ""
-        raise Tune16Error(f"train.num_nodes: the cluster refuses: {error.status} {said}{remedy}") from None
-    except urllib3.exceptions.HTTPError as error:
-        raise Tune16Error(f"train.num_nodes: the cluster's API cannot be reached ({error}).") from None
-
-
-def _message(error: ApiException) -> str:
-    """What the API says, out of the Status object that it wraps it in."""
-    try:
-        text = json.loads(error.body)["message"]
-    except (TypeError, ValueError, KeyError):
-        text = error.body or error.reason
-    return " ".join(str(text).split())[:500]

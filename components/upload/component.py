@@ -8,6 +8,7 @@ from components import images
 @dsl.component(base_image=images.TOOLS, install_kfp_package=False)
 def upload(
     merged: dsl.Input[dsl.Model],
+    gguf: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
     path: str,
     manifest: dsl.Output[dsl.Artifact],
@@ -21,7 +22,8 @@ def upload(
     from components.upload.publisher import publish
 
     with step("upload"):
-        published = publish(Path(merged.path), Path(evaluation.path), UploadConfig.load(path=path))
+        folders = (Path(merged.path), Path(gguf.path), Path(evaluation.path))
+        published = publish(*folders, UploadConfig.load(path=path))
         write_json(Path(manifest.path), published)
         manifest.metadata.update(version=published["version"], address=published["address"])
     address: str = published["address"]

@@ -20,7 +20,7 @@ from components import s3, versions
 from components.config import PROMOTED, UploadConfig
 from components.errors import Tune16Error
 from components.images import VERSION
-from components.outputs import REPORT, read_record, write_json
+from components.outputs import REPORT, read_json, read_record, write_json
 from components.steps import say
 
 _VERSION = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
@@ -28,11 +28,12 @@ _LEFTOVER_AGE = timedelta(days=1)
 _SAY_EVERY_SECONDS = 10
 
 
-def publish(merged: Path, evaluation: Path, config: UploadConfig) -> dict[str, Any]:
-    """Upload a merged model with its adapter and evaluation as a new version, and make it the champion.
+def publish(merged: Path, gguf: Path, evaluation: Path, config: UploadConfig) -> dict[str, Any]:
+    """Upload a merged model with its adapter, GGUF files and evaluation as a new version, and make it the champion.
 
     Args:
         merged: output of the step merge.
+        gguf: output of the step convert.
         evaluation: output of the step evaluate, with the verdict ``promoted``.
         config: where to.
 
@@ -45,17 +46,27 @@ def publish(merged: Path, evaluation: Path, config: UploadConfig) -> dict[str, A
     if read_record(evaluation, "evaluate")["verdict"] != PROMOTED:
         raise Tune16Error(f"{evaluation}: this model was not promoted, so it is not published.")
     remove_leftovers(config.path, datetime.now(UTC) - _LEFTOVER_AGE)
-    lineage, settings = _lineage(merged, evaluation), _settings(merged, evaluation)
+    lineage, settings = _lineage(merged, evaluation), _settings(merged, gguf, evaluation)
     published = _check_champion(config.path, lineage, settings)
     if published:
         say("upload", f"{published['address']} is champion already, made of the same")
         return published
     with tempfile.TemporaryDirectory(dir=merged.parent) as scratch:
-        folder = _lay_out(merged, evaluation, settings, Path(scratch))
+        folder = _lay_out(merged, gguf, evaluation, settings, Path(scratch))
         files = versions.describe_files(folder)
         content = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         version = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{content[:8]}"
-        manifest = _manifest(evaluation, version, config.path, lineage, files)
+        manifest = {
+            "format": 1,
+            "version": version,
+            "address": versions.address(config.path, version),
+            "content_sha256": content,
+            "lineage": lineage,
+            "scores": _scores(evaluation, gguf),
+            "adapter_rank": settings["train"]["rank"],
+            "gguf": [f"gguf/{name}" for name in _gguf_names(gguf)],
+            "files": files,
+        }
         try:
             _upload_files(folder, files, f"{config.path}/{version}")
             versions.write_manifest(config.path, version, manifest)
@@ -88,14 +99,18 @@ def _check_champion(path: str, lineage: dict[str, Any], settings: dict[str, Any]
     return None
 
 
-def _lay_out(merged: Path, evaluation: Path, settings: dict[str, Any], folder: Path) -> Path:
+def _lay_out(merged: Path, gguf: Path, evaluation: Path, settings: dict[str, Any], folder: Path) -> Path:
     """Bring the version's files together under the names they have in S3; links, so that nothing is copied."""
     for part in ("merged", "adapter"):
         shutil.copytree(merged / part, folder / part, copy_function=_link)
     (folder / "report").mkdir()
+    for file in sorted(gguf.glob("*.gguf")):
+        (folder / "gguf").mkdir(exist_ok=True)
+        _link(file, folder / "gguf" / file.name)
     for name, source in (
         ("report/evaluation.html", evaluation / REPORT),
         ("report/training.html", merged / "adapter" / REPORT),
+        ("report/gguf.html", gguf / REPORT),
         ("evaluation.json", evaluation / "evaluation.json"),
         ("README.md", evaluation / "README.md"),
     ):
@@ -108,7 +123,7 @@ def _link(source: str | Path, target: str | Path) -> None:
     Path(target).symlink_to(Path(source).absolute())
 
 
-def _settings(merged: Path, evaluation: Path) -> dict[str, Any]:
+def _settings(merged: Path, gguf: Path, evaluation: Path) -> dict[str, Any]:
     """The settings of every step that made this version, as the steps recorded them."""
     trained = read_record(merged / "adapter", "train")
     return {
@@ -117,13 +132,14 @@ def _settings(merged: Path, evaluation: Path) -> dict[str, Any]:
         "train": trained["config"],
         "evaluate": read_record(evaluation, "evaluate")["config"],
         "merge": read_record(merged, "merge")["config"],
+        "convert": read_record(gguf, "convert")["config"],
     }
 
 
 def _lineage(merged: Path, evaluation: Path) -> dict[str, Any]:
     """What this version was made of, and the champion that it had to beat (empty: none)."""
     trained = read_record(merged / "adapter", "train")
-    champion = _scores(evaluation)["champion"] or {}
+    champion = read_json(evaluation / "evaluation.json")["champion"] or {}
     return {
         "model": trained["model"],
         "data": trained["data"],
@@ -133,22 +149,16 @@ def _lineage(merged: Path, evaluation: Path) -> dict[str, Any]:
     }
 
 
-def _scores(evaluation: Path) -> dict[str, Any]:
-    return dict(json.loads((evaluation / "evaluation.json").read_text()))
+def _scores(evaluation: Path, gguf: Path) -> dict[str, Any]:
+    scores = read_json(evaluation / "evaluation.json")
+    files = read_json(gguf / "gguf.json")["files"]
+    return {**{name: scores[name] for name in ("base", "tuned", "loss_difference")}, "gguf": files}
 
 
-def _manifest(
-    evaluation: Path, version: str, path: str, lineage: dict[str, Any], files: list[dict[str, Any]]
-) -> dict[str, Any]:
-    scores = _scores(evaluation)
-    return {
-        "format": 1,
-        "version": version,
-        "address": versions.address(path, version),
-        "lineage": lineage,
-        "scores": {name: scores[name] for name in ("base", "tuned", "loss_difference")},
-        "files": files,
-    }
+def _gguf_names(gguf: Path) -> list[str]:
+    """The model files that were made, in the order that they were asked for."""
+    asked = read_record(gguf, "convert")["config"]["quantizations"].split(",")
+    return [f"model-{name}.gguf" for name in asked if (gguf / f"model-{name}.gguf").is_file()]
 
 
 def _upload_files(folder: Path, files: list[dict[str, Any]], prefix: str) -> None:

@@ -67,10 +67,11 @@ def _train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     learner.train_from_iterator(re.findall(r"\w+", text), trainer)
     learned = json.loads(learner.to_str())["model"]
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
+    splits = [(word[:place], word[place:]) for word in learned["vocab"] for place in range(1, len(word))]
     tokenizer = Tokenizer(
         BPE(
             vocab={word: number for number, word in enumerate(words)},
-            merges=[tuple(merge) for merge in learned["merges"]],
+            merges=[pair for pair in splits if set(pair) <= learned["vocab"].keys()],  # all, as SentencePiece merges
             unk_token="<unk>",
             byte_fallback=True,
             fuse_unk=True,

@@ -1,0 +1,111 @@
+"""A client of the OpenAI API's chat endpoint, which vLLM, llama.cpp and `tune16 serve` speak."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import httpx2 as httpx
+
+from components.errors import Tune16Error
+
+Messages = list[dict[str, str]]
+
+_CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 120.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn: the names are the API's own; `repetition_penalty` is vLLM's and llama.cpp's."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_tokens: int = 512
+    repetition_penalty: float = 1.0
+
+    def as_request(self) -> dict[str, Any]:
+        """The fields of a request. llama.cpp calls the penalty repeat_penalty; servers ignore what they do not know."""
+        return {**asdict(self), "repeat_penalty": self.repetition_penalty}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server: its address, up to where ``/v1`` begins, and its bearer token (empty: none)."""
+
+    url: str
+    token: str = ""
+
+    def list_models(self) -> list[str]:
+        """The names of the models that it serves.
+
+        Raises:
+            Tune16Error: it cannot be reached, or answers something else.
+        """
+        with self._explained(), self._client() as client:
+            answer = client.get("/v1/models").raise_for_status().json()
+            return [str(entry["id"]) for entry in answer["data"]]
+
+    def ask(self, model: str, messages: Messages, sampling: Sampling) -> str:
+        """The whole answer to a conversation.
+
+        Raises:
+            Tune16Error: it cannot be reached, or answers something else.
+        """
+        return "".join(self.stream(model, messages, sampling))
+
+    def stream(self, model: str, messages: Messages, sampling: Sampling) -> Iterator[str]:
+        """The answer to a conversation, piece by piece. Closing the iterator closes the connection.
+
+        Raises:
+            Tune16Error: it cannot be reached, or answers something else.
+        """
+        body = {"model": model, "messages": messages, "stream": True, **sampling.as_request()}
+        with (
+            self._explained(),
+            self._client() as client,
+            client.stream("POST", "/v1/chat/completions", json=body) as response,
+        ):
+            if response.is_error:
+                response.read()
+            response.raise_for_status()
+            for line in response.iter_lines():
+                content = line.removeprefix("data:").strip()
+                if not line.startswith("data:") or content == "[DONE]":
+                    continue
+                event = json.loads(content)
+                if "error" in event:
+                    raise Tune16Error(f"{self.url}: {_message(event)}")
+                for choice in event["choices"]:
+                    piece = choice["delta"].get("content")
+                    if piece:
+                        yield str(piece)
+
+    def _client(self) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        timeout = httpx.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS)
+        return httpx.Client(base_url=self.url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=timeout)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPStatusError as error:
+            raise Tune16Error(f"{self.url}: answers {error.response.status_code}: {_body(error.response)}") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise Tune16Error(f"{self.url}: cannot be reached ({error or type(error).__name__}).") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Tune16Error(f"{self.url}: answers something that is not the OpenAI API ({error!r}).") from None
+
+
+def _body(response: httpx.Response) -> str:
+    try:
+        return _message(response.json())
+    except ValueError:
+        return " ".join(response.text.split())[:300]
+
+
+def _message(answer: Any) -> str:
+    """The message of an error, which servers wrap in one of three ways."""
+    error = answer.get("error", answer.get("detail", answer)) if isinstance(answer, dict) else answer
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]

@@ -1,0 +1,128 @@
+"""The step convert: the merged model as GGUF files for llama.cpp, each asked what it still knows.
+
+llama.cpp writes the 16-bit file and the adapter's, and quantises; every file is then loaded and gets the same held-out
+rows and prompts, so that the report shows what each saving costs.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from components.config import ConvertConfig
+from components.convert import llamacpp
+from components.convert.report import write_report
+from components.convert.tokenizer import model_name, stage
+from components.convert.trial import MAX_NEW_TOKENS, Trial, try_file
+from components.errors import Tune16Error
+from components.outputs import new_folder, read_record, write_json, write_record
+from components.references import parse
+from components.steps import say
+
+SCORES_FILE = "gguf.json"
+FULL = "F16"
+
+# A generated token reads the whole file from memory: with so many bytes a pod's CPUs are done in minutes.
+_READ_BYTES = 100e9
+_FEWEST_ROWS, _MOST_ROWS = 8, 200
+_LONGEST_ROW = 2048  # tokens; llama-cpp-python keeps the logits of all of them
+
+
+def convert_model(merged: Path, data: Path, output: Path, config: ConvertConfig) -> list[Trial]:
+    """Convert a merged model.
+
+    Args:
+        merged: output of the step merge.
+        data: output of the step prepare.
+        output: becomes a folder with ``model-<quantisation>.gguf``, ``adapter.gguf`` (LoRA, for llama.cpp's server),
+            ``gguf.json`` and ``report.html``. Where no quantisation is asked for, or llama.cpp is not installed, the
+            report says so and there is no GGUF file.
+        config: the quantisations.
+
+    Returns:
+        How each file does, the 16-bit one first.
+
+    Raises:
+        Tune16Error: llama.cpp knows no such model, or the inputs do not belong together.
+    """
+    tools = llamacpp.converter()
+    reason = ""
+    if not config.names:
+        reason = "no quantisation is named in convert_quantizations"
+    elif tools is None:
+        reason = "llama.cpp is not installed here; `make llama` builds it, with a C++ compiler"
+    rows: list[dict[str, Any]] = []
+    trials: list[Trial] = []
+    with new_folder(output) as folder:
+        if tools and not reason:
+            with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+                full = _convert(tools, merged, folder, Path(scratch))
+                rows = read_rows(merged, data, full.stat().st_size)
+                trials = [
+                    _try(full, FULL, rows),
+                    *(_quantize(full, folder, name, rows) for name in config.names if name != FULL),
+                ]
+                if FULL in config.names:
+                    shutil.move(full, folder)
+        _write(trials, rows, folder, reason)
+        write_record(folder, "convert", config, model=read_record(merged, "merge")["model"])
+    say("convert", f"no GGUF files: {reason}" if reason else f"{len(config.names)} files made, loaded and asked")
+    return trials
+
+
+def _convert(tools: Path, merged: Path, folder: Path, scratch: Path) -> Path:
+    """Write the adapter into `folder` and the whole model with 16 bits into `scratch`."""
+    full = scratch / f"model-{FULL}.gguf"
+    base = parse(read_record(merged, "merge")["model"], "model")
+    staged = stage(merged / "merged", scratch / "staged")
+    name = model_name(base.address, json.loads((staged / "config.json").read_text()))
+    llamacpp.convert_weights(tools, staged, full, name)
+    say("convert", f"{FULL}: {full.stat().st_size / 2**30:.2f} GiB")
+    llamacpp.convert_adapter(tools, merged / "adapter", staged, folder / "adapter.gguf")
+    return full
+
+
+def read_rows(merged: Path, data: Path, num_bytes: int) -> list[dict[str, Any]]:
+    """Held-out rows, as many as a file of `num_bytes` answers in some minutes.
+
+    Raises:
+        Tune16Error: the model was trained on other data.
+    """
+    if read_record(merged / "adapter", "train")["held_out_sha256"] != read_record(data, "prepare")["held_out_sha256"]:
+        raise Tune16Error(f"The model in {merged} was trained with another split of the data than {data} holds.")
+    rows: list[dict[str, Any]] = pq.read_table(data / "held_out.parquet").to_pylist()
+    short = [row for row in rows if len(row["input_ids"]) <= _LONGEST_ROW]
+    count = int(min(max(_READ_BYTES / num_bytes, _FEWEST_ROWS), _MOST_ROWS))
+    return short[:count] or [min(rows, key=lambda row: len(row["input_ids"]))]
+
+
+def _quantize(full: Path, folder: Path, name: str, rows: list[dict[str, Any]]) -> Trial:
+    file = folder / f"model-{name}.gguf"
+    llamacpp.quantize(full, file, name)
+    return _try(file, name, rows)
+
+
+def _try(file: Path, name: str, rows: list[dict[str, Any]]) -> Trial:
+    def advance(number: int) -> None:
+        if number % max(1, len(rows) // 4) == 0:
+            say("convert", f"{name}: {number} of {len(rows)} prompts answered")
+
+    trial = try_file(file, name, rows, advance)
+    say("convert", f"{name}: {trial.size / 2**30:.2f} GiB, loss {trial.loss:.4f}, {trial.speed:.1f} tokens/s")
+    return trial
+
+
+def _write(trials: list[Trial], rows: list[dict[str, Any]], folder: Path, reason: str) -> None:
+    """Write what every file does, as JSON and as a page."""
+    settings = {
+        "rows": len(rows),
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "sampling": "greedy",
+        "threads": llamacpp.num_threads(),
+    }
+    files = {trial.name: trial.as_dict(trials[0]) for trial in trials}
+    write_json(folder / SCORES_FILE, {"files": files, "settings": settings})
+    write_report(trials, rows, settings, folder, reason)

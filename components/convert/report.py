@@ -1,0 +1,90 @@
+"""The report on the GGUF files: what each saves, and what it costs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from components import report
+from components.outputs import REPORT
+
+if TYPE_CHECKING:
+    from components.convert.trial import Trial
+
+_SHOWN_DIFFERENCES = 10
+_HEAD = ("File", "GiB", "Loss", "Loss against F16", "Same answers as F16", "Tokens/s on this CPU")
+
+
+def write_report(
+    trials: list["Trial"], rows: list[dict[str, Any]], settings: dict[str, Any], folder: Path, reason: str
+) -> None:
+    """Write ``report.html`` into `folder`; with `reason`, why there are no files."""
+    title = "How small may it be?"
+    if reason:
+        html = report.page(title, "GGUF files for llama.cpp.", report.verdict(False, f"No GGUF files: {reason}."))
+    else:
+        html = report.page(
+            title,
+            f"GGUF files for llama.cpp, asked {len(rows)} prompts that were never trained on.",
+            *_token_notice(trials, len(rows)),
+            report.picture(_plot(trials), "Loss against size of each file"),
+            report.section("Every file", report.table(_HEAD, [_row(trial, trials[0]) for trial in trials])),
+            report.paragraph(
+                "Loss is on the answers of the held-out rows, lower is better. F16 is the merged model with 16 bits; a "
+                "file answers as it does where every letter is the same. Speed is of one conversation."
+            ),
+            report.section("Answers that changed", _differences(trials, rows)),
+            report.section("Settings", report.table(("Setting", "Value"), settings.items())),
+        )
+    (folder / REPORT).write_text(html, encoding="utf-8")
+
+
+def _token_notice(trials: list["Trial"], count: int) -> list[str]:
+    """Say so where the files' template or tokenizer does not give the tokens that the model was trained with."""
+    same = min(trial.same_tokens for trial in trials)
+    text = (
+        f"{same} of {count} prompts become the very tokens of the training, with the files' own template and tokenizer"
+    )
+    return [report.verdict(same == count, f"{text}." if same == count else f"Only {text}. Check its answers.")]
+
+
+def _row(trial: "Trial", full: "Trial") -> tuple[Any, ...]:
+    figures = trial.as_dict(full)
+    return (
+        trial.name,
+        f"{trial.size / 2**30:.3g}",
+        figures["loss"],
+        f"{trial.loss / full.loss - 1:+.1%}",
+        f"{figures['same_answers']:.1%}",
+        figures["tokens_per_second"],
+    )
+
+
+def _plot(trials: list["Trial"]) -> Figure:
+    figure = Figure(figsize=(8, 3.2))
+    axes = figure.subplots()
+    sizes, losses = [trial.size / 2**30 for trial in trials], [trial.loss for trial in trials]
+    axes.scatter(sizes, losses, s=60, color=["#9aa5b8", *["#1a7f37"] * (len(trials) - 1)], zorder=3)
+    for trial, size, loss in zip(trials, sizes, losses, strict=True):
+        axes.annotate(trial.name, (size, loss), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    axes.set_xlabel("size in GiB")
+    axes.set_ylabel("held-out loss")
+    axes.margins(0.15, 0.25)
+    axes.set_xlim(left=0)
+    axes.grid(color="#dfe3ea")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def _differences(trials: list["Trial"], rows: list[dict[str, Any]]) -> str:
+    full, *others = trials
+    found = [
+        (row["messages"][-2]["content"], trial.name, full.answers[place], trial.answers[place])
+        for place, row in enumerate(rows)
+        for trial in others
+        if trial.answers[place] != full.answers[place]
+    ]
+    if not found:
+        return report.paragraph("None: every file gives the answers of F16.")
+    return report.table(("Question", "File", "F16", "This file"), found[:_SHOWN_DIFFERENCES])

@@ -1,0 +1,32 @@
+"""Pipeline wrapper of the step deploy."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components import images
+
+
+@dsl.component(base_image=images.TOOLS, install_kfp_package=False)
+def deploy(
+    manifest: dsl.Input[dsl.Artifact],
+    path: str,
+    runtime: str,
+    connection: str,
+    model_id: str,
+    version_id: str,
+    node_selector: dict[str, str],
+    tolerations: list[dict[str, Any]],
+) -> str:
+    """Serve the published version, and return its endpoint's address; if it does not answer, the one before stays."""
+    from pathlib import Path
+
+    from components.config import DeployConfig
+    from components.deploy.deployer import deploy
+    from components.deploy.objects import Placing
+    from components.outputs import read_json
+    from components.steps import step
+
+    with step("deploy"):
+        placing = Placing(connection, model_id, version_id, node_selector, tolerations)
+        return deploy(read_json(Path(manifest.path)), path, placing, DeployConfig.load(runtime=runtime))

@@ -1,0 +1,189 @@
+"""The InferenceService (KServe v1beta1) of a version, for each kind of server."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.config import CONNECTION_VARIABLES
+from components.errors import Tune16Error
+from components.references import parse
+
+Json = dict[str, Any]
+
+API = "serving.kserve.io/v1beta1"
+APPLIED = "tune16.dev/applied"
+
+_LONGEST_CONTEXT = 4096
+_SERVED_BY = {"llama.cpp": "tune16-llama-cpp", "llama.cpp-gpu": "tune16-llama-cpp-gpu"}
+_ADAPTER_MOUNT = "/mnt/adapter"
+_LONGEST_NAME = 40  # of 63, which the names of the service's parts and its host's label share
+
+
+@dataclass(frozen=True)
+class Placing:
+    """With what a version is served: the connection's Secret, the registry's ids, and the GPU nodes."""
+
+    connection: str
+    model_id: str = ""
+    version_id: str = ""
+    node_selector: dict[str, str] = field(default_factory=dict)
+    tolerations: list[Json] = field(default_factory=list)
+
+
+def service_name(path: str) -> str:
+    """A name that Kubernetes takes, from the last part of ``upload_path``."""
+    name = re.sub(r"[^a-z0-9]+", "-", path.rpartition("/")[2].lower()).strip("-")
+    return name[:_LONGEST_NAME].rstrip("-") or "model"
+
+
+def alias(path: str, version: str) -> str:
+    """What the server calls this very version, beside the name that stays the same."""
+    return f"{service_name(path)}@{version}"
+
+
+def describe(manifest: Json, path: str, runtime: str, placing: Placing, pod: Json) -> Json:
+    """The InferenceService of the version in `manifest`, served by `runtime`, in the namespace of this step's `pod`.
+
+    Raises:
+        Tune16Error: the version has no GGUF file for llama.cpp, or the base model is not where KServe can fetch it.
+    """
+    name, version = service_name(path), manifest["version"]
+    if runtime in _SERVED_BY:
+        server = _llama_cpp(manifest, path, runtime)
+    elif runtime == "vllm":
+        server = _vllm(f"{path}/{version}/merged", alias(path, version))
+    else:
+        server = _vllm_adapter(manifest, path, placing.connection, pod["spec"]["containers"][0]["image"])
+    predictor: Json = {"minReplicas": 1, "maxReplicas": 1, **server}
+    if runtime != "llama.cpp":
+        predictor |= {"nodeSelector": placing.node_selector, "tolerations": placing.tolerations}
+    if "storage" in predictor["model"]:
+        predictor["model"]["storage"]["key"] = placing.connection
+    labels = {
+        "opendatahub.io/dashboard": "true",  # the dashboard lists it
+        "app.kubernetes.io/managed-by": "tune16",
+        **({"modelregistry.opendatahub.io/registered-model-id": placing.model_id} if placing.model_id else {}),
+        **({"modelregistry.opendatahub.io/model-version-id": placing.version_id} if placing.version_id else {}),
+    }
+    annotations = {
+        "openshift.io/display-name": path.rpartition("/")[2],
+        "serving.kserve.io/deploymentMode": "RawDeployment",
+        "tune16.dev/version": version,
+    }
+    body: Json = {
+        "apiVersion": API,
+        "kind": "InferenceService",
+        "metadata": {
+            "name": name,
+            "namespace": pod["metadata"]["namespace"],
+            "labels": labels,
+            "annotations": annotations,
+        },
+        "spec": {"predictor": predictor},
+    }
+    return with_record(body)
+
+
+def with_record(body: Json) -> Json:
+    """The object with itself in an annotation, so that a later deployment that fails can bring it back."""
+    annotations = {**body["metadata"]["annotations"], APPLIED: json.dumps(body, separators=(",", ":"))}
+    return {**body, "metadata": {**body["metadata"], "annotations": annotations}}
+
+
+def recorded(service: Json) -> Json | None:
+    """What was applied last, from the annotation of the object on the cluster; None where it is not ours."""
+    text = service["metadata"].get("annotations", {}).get(APPLIED)
+    return with_record(json.loads(text)) if text else None
+
+
+def _llama_cpp(manifest: Json, path: str, runtime: str) -> Json:
+    """llama.cpp on the version's first GGUF file: CPUs and memory by the file's size, or one GPU."""
+    sizes = {file["path"]: file["size"] for file in manifest["files"]}
+    models = [name for name in manifest.get("gguf", []) if name in sizes]
+    if not models:
+        raise Tune16Error(
+            f"deploy.runtime {runtime}: {manifest['address']} has no GGUF file. Name one in convert_quantizations."
+        )
+    memory = f"{sizes[models[0]] * 5 // 4 // 2**30 + 2}Gi"  # the file, its cache of keys and values, and Python
+    gpu = {"nvidia.com/gpu": "1"} if runtime.endswith("gpu") else {}
+    return {
+        "model": {
+            "modelFormat": {"name": "gguf"},
+            "runtime": _SERVED_BY[runtime],
+            "storage": {"path": f"{path}/{manifest['version']}/{models[0]}"},
+            "args": [f"--alias={alias(path, manifest['version'])}"],
+            "resources": _resources("2" if gpu else "4", memory, gpu),
+        }
+    }
+
+
+def _vllm(stored: str, served: str) -> Json:
+    """The project's vLLM runtime, which KServe picks by the model's format, on merged weights."""
+    model = _vllm_model("--served-model-name", served.partition("@")[0], served)
+    return {"model": {**model, "storage": {"path": stored}}}
+
+
+def _vllm_adapter(manifest: Json, path: str, connection: str, image: str) -> Json:
+    """The same with the base model, and the adapter as a model beside it."""
+    served = alias(path, manifest["version"])
+    modules = [f"{known}={_ADAPTER_MOUNT}/files" for known in (served.partition("@")[0], served)]
+    model = _vllm_model("--enable-lora", f"--max-lora-rank={manifest['adapter_rank']}", "--lora-modules", *modules)
+    mount = {"name": "adapter", "mountPath": _ADAPTER_MOUNT, "readOnly": True}
+    return {
+        "model": {**model, **_base_storage(manifest["lineage"]["model"]), "volumeMounts": [mount]},
+        "volumes": [{"name": "adapter", "emptyDir": {}}],
+        "initContainers": [_fetch_adapter(path, manifest["version"], connection, image)],
+    }
+
+
+def _vllm_model(*arguments: str) -> Json:
+    return {
+        "modelFormat": {"name": "vLLM"},
+        "args": [f"--max-model-len={_LONGEST_CONTEXT}", *arguments],
+        "resources": _resources("4", "24Gi", {"nvidia.com/gpu": "1"}),
+    }
+
+
+def _base_storage(model: str) -> Json:
+    """Where KServe fetches the base model from.
+
+    Raises:
+        Tune16Error: from there it cannot.
+    """
+    base = parse(model, "model")
+    if base.scheme == "hf":
+        return {"storageUri": f"hf://{base.address}:{base.pin}"}
+    if base.scheme == "s3":
+        return {"storage": {"path": base.address.partition("/")[2]}}
+    raise Tune16Error(
+        f"deploy.runtime vllm-adapter: KServe cannot fetch the base model {base}. Put it into S3, or use runtime vllm."
+    )
+
+
+def _fetch_adapter(path: str, version: str, connection: str, image: str) -> Json:
+    """A container that brings the adapter, every file checked, before the server starts."""
+    secrets = [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": connection, "key": name}}}
+        for name in CONNECTION_VARIABLES
+    ]
+    download = ["download", "--path", path, "--version", version, "--part", "adapter", "--output"]
+    return {
+        "name": "adapter",
+        "image": image,
+        "command": ["python", "-m", "components", *download, f"{_ADAPTER_MOUNT}/files"],
+        "env": secrets,
+        "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "1Gi"}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "runAsNonRoot": True,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "volumeMounts": [{"name": "adapter", "mountPath": _ADAPTER_MOUNT}],
+    }
+
+
+def _resources(cpu: str, memory: str, gpu: dict[str, str]) -> Json:
+    amounts = {"cpu": cpu, "memory": memory, **gpu}
+    return {"requests": amounts, "limits": amounts}

@@ -1,0 +1,33 @@
+"""Pipeline wrapper of the step register."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components import images
+
+
+@dsl.component(base_image=images.TOOLS, install_kfp_package=False)
+def register(
+    manifest: dsl.Input[dsl.Artifact],
+    path: str,
+    server: str,
+    connection: str,
+    run_id: str,
+    run_name: str,
+    registered: dsl.Output[dsl.Model],
+) -> NamedTuple("Ids", [("model_id", str), ("version_id", str)]):  # type: ignore[valid-type]
+    """Enter the published version into the model registry, as its model's champion."""
+    from pathlib import Path
+
+    from components.config import RegisterConfig
+    from components.outputs import read_json, write_json
+    from components.register.registrar import Source, register
+    from components.steps import step
+
+    with step("register"):
+        source = Source(run_id, run_name, connection)
+        entry = register(read_json(Path(manifest.path)), path, source, RegisterConfig.load(server=server))
+        write_json(Path(registered.path), entry.as_metadata())
+        registered.metadata.update(entry.as_metadata())
+    return entry.model_id, entry.version_id

@@ -1,0 +1,283 @@
+"""The step register: the published version in OpenShift AI's model registry, through the registry's own client.
+
+One registered model for each ``upload_path``, one model version for each version in S3, and an artifact with its
+address. The registered model says which version is champion. All figures are text, which the dashboard shows as it is.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode, urlsplit
+
+from components import s3
+from components.config import RegisterConfig
+from components.errors import Tune16Error
+from components.steps import say
+
+if TYPE_CHECKING:
+    from model_registry import ModelRegistry
+
+_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_PATH, _CHAMPION, _CONTENT = "tune16_path", "champion", "content_sha256"
+_AUTHOR = "Tune16"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a version comes from and how it is read: the run, its project, and the connection's Secret."""
+
+    run_id: str
+    run_name: str
+    connection: str
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What the registry calls it; empty where no registry is named."""
+
+    registry: str = ""
+    model: str = ""
+    model_id: str = ""
+    version: str = ""
+    version_id: str = ""
+
+    def as_metadata(self) -> dict[str, str]:
+        """The keys by which the dashboard makes a link of an artifact."""
+        return {
+            "modelRegistryName": self.registry,
+            "registeredModelName": self.model,
+            "registeredModelId": self.model_id,
+            "modelVersionName": self.version,
+            "modelVersionId": self.version_id,
+        }
+
+
+def register(manifest: dict[str, Any], path: str, source: Source, config: RegisterConfig) -> Registered:
+    """Register a published version, and say that it is the champion; a second time it changes nothing.
+
+    Args:
+        manifest: the version's manifest, from the step upload.
+        path: ``prefix/model-name`` in the connection's bucket.
+        source: where it comes from.
+        config: the registry; without one nothing is done.
+
+    Raises:
+        Tune16Error: the registry cannot be reached or refuses, or has something else under these names.
+    """
+    if not config.server:
+        say("register", "no registry is named in register_server: nothing registered")
+        return Registered()
+    with _explained(config.server):
+        registry = _connect(config.server)
+        model = _own_model(registry, path, config.server)
+        if model is None or registry.get_model_version(model, manifest["version"]) is None:
+            _create(registry, manifest, path, source)
+        version = _checked_version(registry, manifest, path, source)
+        _crown(registry, path, manifest["version"])
+        found = registry.get_registered_model(_name(path))
+    assert found is not None
+    registered = Registered(_registry_name(config.server), found.name, found.id, version.name, version.id)
+    say("register", f"{found.name} {version.name} is champion in {config.server}")
+    return registered
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _registry_name(server: str) -> str:
+    """The registry's name: its host's first part, without the ending that OpenShift AI gives its route."""
+    return (urlsplit(server).hostname or "").partition(".")[0].removesuffix("-rest")
+
+
+def _connect(server: str) -> "ModelRegistry":
+    """The registry's client, with the account's token and CA.
+
+    Raises:
+        Tune16Error: the address has no scheme, or there is no token for a registry that needs one.
+    """
+    from model_registry import ModelRegistry
+
+    scheme = urlsplit(server).scheme
+    if scheme not in ("http", "https"):
+        raise Tune16Error(f"register_server {server!r}: write the whole address, as https://host or http://host:8080.")
+    token = os.environ.get("TUNE16_TOKEN", "")
+    if not token and (_ACCOUNT / "token").is_file():
+        token = (_ACCOUNT / "token").read_text().strip()
+    if scheme == "https" and not token:
+        raise Tune16Error(
+            f"{server}: needs a token. In a pod it is the account's own; elsewhere export TUNE16_TOKEN=$(oc whoami "
+            "--show-token)."
+        )
+    return ModelRegistry(
+        server.rstrip("/"),
+        author=_AUTHOR,
+        is_secure=scheme == "https",  # the client checks no certificate where this is false
+        user_token=token if scheme == "https" else "none",  # a token goes over TLS only
+        custom_ca=_ca(server),
+        log_level=logging.ERROR,
+        async_runner=asyncio.run,
+    )
+
+
+def _ca(server: str) -> str | None:
+    """The file with the CA of services in the cluster, unless the environment names another."""
+    inside = (urlsplit(server).hostname or "").endswith((".svc", ".svc.cluster.local"))
+    own = _ACCOUNT / "service-ca.crt"
+    named = os.environ.get("SSL_CERT_FILE")
+    return named or (str(own) if inside and own.is_file() else None)
+
+
+def _own_model(registry: "ModelRegistry", path: str, server: str) -> str | None:
+    """The name of the registered model, if it is there.
+
+    Raises:
+        Tune16Error: a model of this name is there, but not of this path.
+    """
+    found = registry.get_registered_model(_name(path))
+    if found is None:
+        return None
+    owner = (found.custom_properties or {}).get(_PATH)
+    if owner != _place(path):
+        raise Tune16Error(
+            f"{server}: has a model named {found.name} already, which is {owner or 'not of Tune16'}. Choose another "
+            "last part for upload_path, or rename that model."
+        )
+    return str(found.name)
+
+
+def _place(path: str) -> str:
+    return f"s3://{s3.default_bucket()}/{path}"
+
+
+def _create(registry: "ModelRegistry", manifest: dict[str, Any], path: str, source: Source) -> None:
+    """Create version and artifact, and the model where it is the first version."""
+    registry.register_model(
+        _name(path),
+        _uri(manifest),
+        version=manifest["version"],
+        version_description=_description(manifest),
+        metadata=_properties(manifest),
+        **_artifact(manifest, path, source),
+    )
+    model = registry.get_registered_model(_name(path))
+    assert model is not None
+    if _PATH not in (model.custom_properties or {}):
+        model.custom_properties = {_PATH: _place(path)}
+        model.description = f"{manifest['lineage']['model']}, tuned by Tune16."
+        registry.update(model)
+
+
+def _checked_version(registry: "ModelRegistry", manifest: dict[str, Any], path: str, source: Source) -> Any:
+    """The registered version, whole: a run that was killed may have left it without its artifact.
+
+    Raises:
+        Tune16Error: the version was made of another content.
+    """
+    version = registry.get_model_version(_name(path), manifest["version"])
+    assert version is not None
+    if (version.custom_properties or {}).get(_CONTENT) != _properties(manifest)[_CONTENT]:
+        raise Tune16Error(
+            f"The registry has a version {manifest['version']} of {_name(path)} already, of another content. Rename "
+            "that one, or start a new run."
+        )
+    if registry.get_model_artifact(_name(path), manifest["version"]) is None:
+        artifact = _artifact(manifest, path, source)
+        asyncio.run(registry._register_model_artifact(version, _name(path), _uri(manifest), **artifact))
+    return version
+
+
+def _crown(registry: "ModelRegistry", path: str, champion: str) -> None:
+    """Say of the model which version is champion, and of that version that it is."""
+    model = registry.get_registered_model(_name(path))
+    assert model is not None
+    before = (model.custom_properties or {}).get(_CHAMPION)
+    if before == champion:
+        return
+    for name in (champion, before):
+        version = registry.get_model_version(_name(path), str(name)) if name else None
+        if version:
+            properties = {key: value for key, value in (version.custom_properties or {}).items() if key != _CHAMPION}
+            version.custom_properties = {**properties, **({_CHAMPION: ""} if name == champion else {})}  # "": a label
+            registry.update(version)
+    model.custom_properties = {**(model.custom_properties or {}), _CHAMPION: champion}
+    registry.update(model)
+
+
+def _uri(manifest: dict[str, Any]) -> str:
+    """The address of the merged weights, with what the dashboard reads of an S3 address."""
+    query = {
+        "endpoint": os.environ.get("AWS_S3_ENDPOINT", ""),
+        "defaultRegion": os.environ.get("AWS_DEFAULT_REGION", ""),
+    }
+    return f"{manifest['address']}/merged?{urlencode(query)}"
+
+
+def _artifact(manifest: dict[str, Any], path: str, source: Source) -> dict[str, str]:
+    """What the artifact says beside its address: format, connection, and the run that the dashboard links to."""
+    namespace = _ACCOUNT / "namespace"
+    return {
+        "model_format_name": "vLLM",
+        "model_format_version": "1",
+        "storage_key": source.connection,
+        "storage_path": f"{path}/{manifest['version']}/merged",
+        "model_source_kind": "kfp",
+        "model_source_class": "pipelinerun",
+        "model_source_group": namespace.read_text().strip() if namespace.is_file() else "local",
+        "model_source_id": source.run_id,
+        "model_source_name": source.run_name,
+    }
+
+
+def _description(manifest: dict[str, Any]) -> str:
+    scores = manifest["scores"]
+    return (
+        f"Held-out loss {scores['tuned']['loss']['value']} against {scores['base']['loss']['value']} of the base model."
+    )
+
+
+def _properties(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Scores and lineage, flat and as text."""
+    properties = {_CONTENT: manifest["content_sha256"], **{f"lineage_{k}": v for k, v in manifest["lineage"].items()}}
+    for who in ("base", "tuned"):
+        scores = manifest["scores"][who]
+        properties[f"{who}_perplexity"] = scores["perplexity"]
+        properties |= {f"{who}_{name}": scores[name]["value"] for name in ("loss", "exact_match", "chrf")}
+    for name, figures in manifest["scores"].get("gguf", {}).items():
+        properties[f"gguf_{name}_loss"] = figures["loss"]
+    return {name: str(value) for name, value in properties.items() if str(value)}
+
+
+@contextmanager
+def _explained(server: str) -> Iterator[None]:
+    """The client's many kinds of errors as one line each."""
+    import aiohttp
+    from model_registry.exceptions import StoreError
+    from mr_openapi.exceptions import ApiException
+
+    try:
+        yield
+    except ApiException as error:
+        raise Tune16Error(f"{server}: {_refusal(error.status, str(error.body or error.reason))}") from None
+    except aiohttp.ClientConnectorCertificateError as error:
+        raise Tune16Error(f"{server}: its certificate is not trusted ({error}). Set SSL_CERT_FILE to its CA.") from None
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise Tune16Error(f"{server}: cannot be reached ({error}). Check register_server and the network.") from None
+    except (StoreError, ValueError) as error:
+        raise Tune16Error(f"{server}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _refusal(status: int | None, body: str) -> str:
+    if status in (401, 403):
+        return (
+            f"the registry refuses this account ({status}). Bind it to the registry's role: manifests/components/"
+            "model-registry."
+        )
+    if status == 404:
+        return "no model registry of the API v1alpha3 answers there (404). Check register_server."
+    return f"the registry answers {status}: {' '.join(body.split())[:300]}"

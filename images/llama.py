@@ -1,0 +1,63 @@
+"""`make llama`: builds llama.cpp from llama-cpp-python's source archive, and puts llama.cpp's converter beside it.
+
+The archive is the one whose hash images/locks/gguf.txt has. What pip builds of it lacks the converter, which is scripts
+and modules of their own; they go into the installed package's folder ``converter``, where the step convert looks.
+"""
+
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+PACKAGE = "llama-cpp-python"
+# Below vendor/llama.cpp in the archive: the two scripts, what they import, and vocabularies for the tests.
+WANTED = (
+    "LICENSE",
+    "convert_hf_to_gguf.py",
+    "convert_lora_to_gguf.py",
+    "conversion/*.py",
+    "gguf-py/gguf/*.py",
+    "models/ggml-vocab-llama-bpe.gguf",
+    "models/ggml-vocab-qwen2.gguf",
+)
+
+_PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+def main(lock: Path) -> None:
+    """Install llama-cpp-python as `lock` has it, with the converter; what else it needs is installed already."""
+    with tempfile.TemporaryDirectory() as scratch:
+        requirement = Path(scratch) / "llama.txt"
+        requirement.write_text(_entry(lock))
+        source = ["--no-deps", "--no-binary", PACKAGE, "--require-hashes", "--requirement", str(requirement)]
+        subprocess.run([*_PIP, "install", *source], check=True)
+        subprocess.run([*_PIP, "download", *source, "--dest", scratch], check=True)
+        (archive,) = Path(scratch).glob("*.tar.gz")
+        _extract(archive, Path(sysconfig.get_path("platlib")) / "llama_cpp" / "converter")
+
+
+def _entry(lock: Path) -> str:
+    """The package's lines in the lock: its version and hashes."""
+    found = re.search(rf"^{PACKAGE}==.*(?:\n\s+--hash=.*)+\n", lock.read_text(), re.MULTILINE)
+    assert found, f"{lock} has no {PACKAGE}"
+    return found[0]
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as content:
+        for member in content:
+            name = member.name.partition("/vendor/llama.cpp/")[2]
+            if member.isfile() and any(fnmatch(name, wanted) for wanted in WANTED):
+                source = content.extractfile(member)
+                assert source
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(source.read())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
