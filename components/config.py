@@ -287,7 +287,7 @@ class DeployConfig(StepConfig):
     runtime: Literal["", "vllm", "vllm-adapter", "llama.cpp", "llama.cpp-gpu"] = Field(
         "",
         description="What serves the champion: vllm (merged weights, large GPUs), vllm-adapter (base model and "
-        "adapter), llama.cpp (the first GGUF file, on CPUs), llama.cpp-gpu (the same on a 16 GB GPU); empty is nothing.",
+        "adapter), llama.cpp (the first GGUF file, on CPUs), llama.cpp-gpu (the same on a 16 GB GPU); empty: none.",
     )
 
 
@@ -483,7 +483,7 @@ def _explain(cls: type[BaseModel], fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return f"unknown key '{key}'.{_suggest(location[-1], _fields_at(cls, location[:-1]))}"
     message = fault["msg"].removeprefix("Value error, ")  # pydantic's own words before ours
-    return f"'{key}' is {fault['input']!r}: {message[0].lower()}{message[1:]}."
+    return f"'{key}' is {fault['input']!r}: {message[0].lower()}{message[1:]}." if key else f"{message}."
 
 
 def _fields_at(cls: type[BaseModel], location: list[str]) -> dict[str, Any]:
