@@ -22,6 +22,8 @@ WANTED = (
     "conversion/*.py",
     "gguf-py/gguf/*.py",
     "models/ggml-vocab-llama-bpe.gguf",
+    "models/ggml-vocab-llama-spm.gguf",
+    "models/ggml-vocab-phi-3.gguf",
     "models/ggml-vocab-qwen2.gguf",
 )
 
