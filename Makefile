@@ -15,11 +15,15 @@ export OMP_WAIT_POLICY := PASSIVE
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-run: $(BIN)/ready  ## Run a recipe here from end to end: RECIPE=demo, another name, or a path
+run: $(BIN)/ready llama  ## Run a recipe here from end to end: RECIPE=demo, another name, or a path
 	@$(BIN)/tune16 run $(RECIPE)
 
-test: $(BIN)/ready .venv/checkov/ready lint  ## Lint, types and all tests
+test: $(BIN)/ready llama .venv/checkov/ready lint  ## Lint, types and all tests
 	@$(BIN)/pytest
+
+llama: $(BIN)/ready  ## Build llama.cpp for GGUF files, once; without a C++ compiler, say so
+	@if command -v c++ > /dev/null; then $(MAKE) --no-print-directory $(BIN)/llama; \
+	  else echo "There is no C++ compiler: runs make no GGUF files. Install one (Debian: apt install g++) and run \`make llama\`."; fi
 
 lint: $(BIN)/ready  ## Lint and types only
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -62,7 +66,13 @@ clean:  ## Remove what the targets made
 $(BIN)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[trainer,pipelines,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[trainer,pipelines,serve,chat,dev]'
+	@touch $@
+
+# Its own package has no build for this platform, and its build takes some minutes.
+$(BIN)/llama: images/llama.py images/locks/gguf.txt $(BIN)/ready
+	@echo "Building llama.cpp; this takes some minutes, once."
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(BIN)/python images/llama.py images/locks/gguf.txt
 	@touch $@
 
 # checkov pins a boto3 that is older than ours.
@@ -71,4 +81,4 @@ $(BIN)/ready: pyproject.toml constraints.txt
 	.venv/checkov/bin/pip install --quiet -r $<
 	@touch $@
 
-.PHONY: help run test lint quick compile manifests images check-images sbom locks bench bench-gpu clean
+.PHONY: help run test llama lint quick compile manifests images check-images sbom locks bench bench-gpu clean

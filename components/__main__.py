@@ -8,7 +8,7 @@ import typer
 from components import config as settings
 from components.errors import user_errors
 from components.knobs import knobs_page
-from components.steps import step
+from components.steps import say, step
 
 Set = Annotated[list[str], typer.Option("--set", help="A setting of the step, as field=value; repeat it for more.")]
 Model = Annotated[str, typer.Option(help="Base model: Hugging Face id, s3://, https:// or a folder.")]
@@ -17,6 +17,11 @@ Rows = Annotated[Path, typer.Option(help="Output folder of prepare.")]
 Weights = Annotated[Path, typer.Option(help="Output folder of quantize.")]
 Adapter = Annotated[Path, typer.Option(help="Output folder of train.")]
 Merged = Annotated[Path, typer.Option(help="Output folder of merge.")]
+Place = Annotated[
+    Path, typer.Argument(help="A GGUF file, a folder with a model, a run of `tune16 run`, or the folder of all runs.")
+]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
+Context = Annotated[int, typer.Option(help="Longest conversation in tokens, of a GGUF file.", min=16)]
 Output = Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")]
 Bucket = Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables; empty: none.")]
 
@@ -140,6 +145,50 @@ def download(
 
     with step("download"):
         versions.download(path, version or versions.champion_version(path), output, part)
+
+
+@app.command()
+def serve(
+    place: Place = Path("runs"),
+    alias: Annotated[str, typer.Option(help="What the model is called in requests and answers.")] = "tuned",
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    context: Context = 4096,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Keep a GGUF file's layers on the GPU.")] = False,
+) -> None:
+    """Serve a model on this disk with the OpenAI API: GGUF by llama.cpp's server, weights by Transformers."""
+    from components.serve.server import serve as serve_target
+    from components.serve.target import find_target
+
+    with user_errors():
+        target = find_target(place)
+        say("serve", f"{target.model} at http://{host}:{port}/v1")
+        serve_target(target, alias, host, port, context, gpu)
+
+
+@app.command()
+def chat(
+    place: Place = Path("runs"),
+    tuned: Annotated[
+        str,
+        typer.Option(envvar="TUNE16_CHAT_TUNED", help="Address of the tuned model's server; #name names the model."),
+    ] = "",
+    base: Annotated[str, typer.Option(envvar="TUNE16_CHAT_BASE", help="The same of the base model.")] = "",
+    feedback: Annotated[
+        str,
+        typer.Option(
+            envvar="TUNE16_CHAT_FEEDBACK", help="Where thumbs go: s3://bucket/folder or a folder; empty: none."
+        ),
+    ] = "feedback",
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
+    context: Context = 4096,
+) -> None:
+    """Open a page to talk to base and tuned model side by side; thumbs become a data set."""
+    from components.chat.launch import chat as open_page
+
+    with user_errors():
+        open_page(place, tuned, base, feedback, host, port, context)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """A client of the OpenAI API's chat endpoint, which vLLM, llama.cpp and `tune16 serve` speak."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,12 +12,12 @@ from components.errors import Tune16Error
 
 Messages = list[dict[str, str]]
 
-_CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 120.0
+_TIMEOUT = httpx.Timeout(120.0, connect=5.0)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn: the names are the API's own; `repetition_penalty` is vLLM's and llama.cpp's."""
+    """How an answer is drawn; at temperature 0 it is always the likeliest."""
 
     temperature: float = 0.7
     top_p: float = 0.95
@@ -25,7 +25,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def as_request(self) -> dict[str, Any]:
-        """The fields of a request. llama.cpp calls the penalty repeat_penalty; servers ignore what they do not know."""
+        """The fields of a request. vLLM knows the penalty by our name, llama.cpp by another; both skip the other's."""
         return {**asdict(self), "repeat_penalty": self.repetition_penalty}
 
 
@@ -42,7 +42,7 @@ class Endpoint:
         Raises:
             Tune16Error: it cannot be reached, or answers something else.
         """
-        with self._explained(), self._client() as client:
+        with self._explained(), httpx.Client(**self._settings()) as client:
             answer = client.get("/v1/models").raise_for_status().json()
             return [str(entry["id"]) for entry in answer["data"]]
 
@@ -52,39 +52,43 @@ class Endpoint:
         Raises:
             Tune16Error: it cannot be reached, or answers something else.
         """
-        return "".join(self.stream(model, messages, sampling))
+        body = {"model": model, "messages": messages, **sampling.as_request()}
+        with self._explained(), httpx.Client(**self._settings()) as client:
+            answer = client.post("/v1/chat/completions", json=body).raise_for_status().json()
+            return str(answer["choices"][0]["message"]["content"] or "")
 
-    def stream(self, model: str, messages: Messages, sampling: Sampling) -> Iterator[str]:
-        """The answer to a conversation, piece by piece. Closing the iterator closes the connection.
+    async def stream(self, model: str, messages: Messages, sampling: Sampling) -> AsyncIterator[str]:
+        """The answer to a conversation, piece by piece; to stop it closes the connection.
 
         Raises:
             Tune16Error: it cannot be reached, or answers something else.
         """
         body = {"model": model, "messages": messages, "stream": True, **sampling.as_request()}
-        with (
-            self._explained(),
-            self._client() as client,
-            client.stream("POST", "/v1/chat/completions", json=body) as response,
-        ):
-            if response.is_error:
-                response.read()
-            response.raise_for_status()
-            for line in response.iter_lines():
-                content = line.removeprefix("data:").strip()
-                if not line.startswith("data:") or content == "[DONE]":
-                    continue
-                event = json.loads(content)
-                if "error" in event:
-                    raise Tune16Error(f"{self.url}: {_message(event)}")
-                for choice in event["choices"]:
-                    piece = choice["delta"].get("content")
-                    if piece:
-                        yield str(piece)
+        with self._explained():
+            async with (
+                httpx.AsyncClient(**self._settings()) as client,
+                client.stream("POST", "/v1/chat/completions", json=body) as response,
+            ):
+                if response.is_error:
+                    await response.aread()
+                response.raise_for_status()
+                async for line in response.aiter_lines():
+                    for piece in self._pieces(line):
+                        yield piece
 
-    def _client(self) -> httpx.Client:
+    def _pieces(self, line: str) -> list[str]:
+        """The text in one line of a stream of server-sent events."""
+        content = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or content == "[DONE]":
+            return []
+        event = json.loads(content)
+        if "error" in event:
+            raise Tune16Error(f"{self.url}: {_message(event)}")
+        return [str(choice["delta"].get("content") or "") for choice in event["choices"]]
+
+    def _settings(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        timeout = httpx.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS)
-        return httpx.Client(base_url=self.url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=timeout)
+        return {"base_url": self.url.rstrip("/").removesuffix("/v1"), "headers": headers, "timeout": _TIMEOUT}
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -94,7 +98,7 @@ class Endpoint:
             raise Tune16Error(f"{self.url}: answers {error.response.status_code}: {_body(error.response)}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Tune16Error(f"{self.url}: cannot be reached ({error or type(error).__name__}).") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise Tune16Error(f"{self.url}: answers something that is not the OpenAI API ({error!r}).") from None
 
 

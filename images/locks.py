@@ -7,6 +7,7 @@ torch's index, or where TORCH_LINKS, a folder of wheels, has it.
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +27,17 @@ def main() -> None:
     _resolve("trainer-cuda", "pyproject.toml", "--extra", "trainer")
     _resolve("trainer-cpu", "pyproject.toml", "--extra", "trainer", torch_on_cpu=True)
     _resolve("gguf", "pyproject.toml", "--extra", "gguf", torch_on_cpu=True)
+    _resolve("chat", "-", requirements=_chat_requirements())
     _resolve("kfp", "-", "--no-deps", requirements=f"kfp=={version('kfp')}")
+
+
+def _chat_requirements() -> str:
+    """Of what every step needs, the chat page has little."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    names = ("boto3", "httpx2", "pydantic", "pyyaml", "typer")
+    shared = [line for line in project["dependencies"] if line.startswith(names)]
+    assert len(shared) == len(names)
+    return "\n".join([*shared, *project["optional-dependencies"]["chat"]])
 
 
 def _resolve(name: str, *arguments: str, torch_on_cpu: bool = False, requirements: str = "") -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from components.__main__ import chat, serve
 from components.config import override
 from components.errors import Tune16Error, user_errors
 from pipelines import cli_cluster
@@ -26,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(serve)
+app.command()(chat)
 app.command()(cli_cluster.doctor)
 app.command()(cli_cluster.submit)
 app.add_typer(cli_cluster.runs, name="runs")

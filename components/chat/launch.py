@@ -1,0 +1,63 @@
+"""What `chat` starts: the page, and servers for a model on this disk where no address is given."""
+
+import os
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urldefrag
+
+from components.chatapi import Endpoint
+from components.errors import Tune16Error
+from components.serve.server import running
+from components.serve.target import find_target, write_inverse
+from components.steps import say
+
+TOKEN_VARIABLE = "TUNE16_CHAT_TOKEN"
+
+
+def chat(place: Path, tuned: str, base: str, feedback: str, host: str, port: int, context: int) -> None:
+    """Serve the chat page until the process is told to stop.
+
+    Args:
+        place: where a model is on this disk (:func:`components.serve.target.find_target`); not looked at with `tuned`.
+        tuned: address of the tuned model's server, with ``#name`` where it serves several; empty starts one here.
+        base: the same of the base model. Without it, the base model is the tuned GGUF file with its adapter taken away.
+        feedback: where thumbs go, ``s3://…`` or a folder; empty: there are none.
+        host: address to listen on.
+        port: the page's port.
+        context: longest conversation in tokens of the servers started here.
+
+    Raises:
+        Tune16Error: there is no model, or the packages are missing that run it.
+    """
+    try:
+        from components.chat.page import Column, serve_page
+    except ModuleNotFoundError as error:
+        raise Tune16Error(f"{error.name} is not installed: pip install 'tune16[chat]'.") from None
+    columns: list[Column] = []
+    with ExitStack() as stack:
+        if tuned:
+            columns = [Column(title, *_remote(url)) for title, url in _titled(base, tuned) if url]
+        else:
+            target = find_target(place)
+            say("chat", f"loading {target.model}")
+            if base:
+                columns.append(Column("Base model", *_remote(base)))
+            elif target.adapter:
+                inverse = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "inverse.gguf"
+                write_inverse(target.adapter, inverse)
+                columns.append(
+                    Column("Base model", stack.enter_context(running(target, "base", context, inverse)), "base")
+                )
+            columns.append(Column("Tuned model", stack.enter_context(running(target, "tuned", context)), "tuned"))
+        say("chat", f"http://{host}:{port}" + (f"; thumbs go to {feedback}" if feedback else ""))
+        serve_page(columns, feedback, host, port)
+
+
+def _titled(base: str, tuned: str) -> list[tuple[str, str]]:
+    return [("Base model", base), ("Tuned model", tuned)]
+
+
+def _remote(address: str) -> tuple[Endpoint, str]:
+    url, model = urldefrag(address)
+    return Endpoint(url, os.environ.get(TOKEN_VARIABLE, "")), model

@@ -1,0 +1,67 @@
+"""What `serve` and `chat` find when they are given a folder: a GGUF file, or weights with their tokenizer."""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.errors import Tune16Error
+
+_ADAPTER = "adapter.gguf"
+_ALPHA = b"adapter.lora.alpha" + struct.pack("<I", 6)  # a key of GGUF's and the type of its value, float32
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model on this disk: its GGUF file or the folder with its weights, and the GGUF LoRA file beside it, if any."""
+
+    model: Path
+    adapter: Path | None = None
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether llama.cpp runs it."""
+        return self.model.is_file()
+
+
+def find_target(place: Path) -> Target:
+    """The model at `place`.
+
+    Args:
+        place: a GGUF file, a folder with GGUF files or weights, a downloaded version, a run of `tune16 run`, or a
+            folder of runs, whose newest is taken.
+
+    Raises:
+        Tune16Error: there is none.
+    """
+    if place.is_file():
+        return _with_adapter(place)
+    for folder in (place, *sorted(place.glob("*/"), reverse=True)):
+        for pattern in ("model-*.gguf", "*.gguf", "gguf/model-*.gguf", "steps/*/convert/gguf/model-*.gguf"):
+            files = [file for file in sorted(folder.glob(pattern)) if file.name != _ADAPTER]
+            if files:
+                return _with_adapter(max(files, key=lambda file: file.stat().st_size))
+        for pattern in ("config.json", "merged/config.json", "steps/*/merge/merged/merged/config.json"):
+            for config in sorted(folder.glob(pattern)):
+                if any(config.parent.glob("*.safetensors")):
+                    return Target(config.parent)
+    raise Tune16Error(
+        f"{place}: there is no model, neither a GGUF file nor weights. Run `make run` first, or name one."
+    )
+
+
+def _with_adapter(file: Path) -> Target:
+    adapter = file.with_name(_ADAPTER)
+    return Target(file, adapter if adapter.is_file() else None)
+
+
+def write_inverse(adapter: Path, target: Path) -> None:
+    """Write a GGUF LoRA file that takes away what `adapter` adds: on the tuned model it gives the base model.
+
+    LoRA adds alpha / rank times B A; this one has minus alpha.
+    """
+    content = bytearray(adapter.read_bytes())
+    place = content.find(_ALPHA) + len(_ALPHA)
+    assert place >= len(_ALPHA), f"{adapter} has no alpha"
+    (alpha,) = struct.unpack_from("<f", content, place)
+    struct.pack_into("<f", content, place, -alpha)
+    target.write_bytes(content)
