@@ -711,6 +711,7 @@ SERVED: dict[str, list[tuple[str, str, bool]]] = {
     "networking.k8s.io/v1": [("networkpolicies", "NetworkPolicy", True)],
     "rbac.authorization.k8s.io/v1": [("roles", "Role", True), ("rolebindings", "RoleBinding", True)],
 }
+IDENTITY = {"apiVersion", "kind", "name", "namespace"}
 Key = tuple[str, str, str, str]
 ROOT = r"/(?:api|apis)/(?P<group_version>(?<=/api/)v1|(?<=/apis/)[^/]+/[^/]+)"
 REVIEW = r"/apis/authorization\.k8s\.io/v1"
@@ -749,6 +750,8 @@ class KubernetesApi(Server):
         self.logs: dict[tuple[str, str], str] = {}
         self.allowed: Callable[[Json], bool] = lambda attributes: True
         self.on_create: dict[str, Callable[[Json], None]] = {}
+        self.on_apply: dict[str, Callable[[Json], None]] = {}
+        self._owners: dict[Key, dict[str, set[tuple[str, ...]]]] = {}  # by manager: the fields that it has set
         self._forbidden: list[Fault] = []
         self._writes = 0
 
@@ -935,21 +938,50 @@ class KubernetesApi(Server):
             raise ApiError(415, f"the body of the request was in an unknown format: {kind}")
         return self._stored(request, key, _merged(self.objects[key], request.json()))
 
+    def edit(self, key: Key, manager: str, path: tuple[str, ...], value: Any) -> None:
+        """Let somebody else set a field, who owns it from now on."""
+        with self.lock:
+            patch: Any = value
+            for name in reversed(path):
+                patch = {name: patch}
+            self._write(key, _merged(self.objects[key], patch))
+            self._owners.setdefault(key, {}).setdefault(manager, set()).add(path)
+
     def _apply(self, request: Request, key: Key) -> Reply:
-        """Merge an applied configuration. Unlike the real one, it forgets nothing and knows no conflicts."""
+        """Server-side apply: a manager's fields are its own, conflicts are refused, what it no longer names goes.
+
+        Lists are taken as a whole, as of kinds that do not say what their lists' keys are.
+        """
         manager = request.query.get("fieldManager")
         if not manager:
             raise ApiError(422, "PatchOptions is invalid: fieldManager: Required value: is required for apply patch")
-        status = 200 if key in self.objects else 201
-        obj = _merged(self.objects.get(key, {}), yaml.safe_load(request.body))
-        metadata = obj.setdefault("metadata", {})
-        others = [entry for entry in metadata.get("managedFields", []) if entry["manager"] != manager]
-        entry = {"manager": manager, "operation": "Apply", "apiVersion": key[0], "time": now()}
-        metadata["managedFields"] = [*others, entry]
-        return Reply.json(self._stored(request, key, obj), status)
+        body, old = yaml.safe_load(request.body), self.objects.get(key, {})
+        wanted = {path for path in _leaves(body) if path[0] in ("spec", "metadata") and path[-1] not in IDENTITY}
+        owners = self._owners.setdefault(key, {})
+        taken = [
+            (other, path)
+            for other, paths in owners.items()
+            for path in sorted(paths & wanted)
+            if other != manager and _at(old, path) != _at(body, path)
+        ]
+        if taken and request.query.get("force") != "true":
+            fields = "\n".join(f'conflict with "{other}": .{".".join(path)}' for other, path in taken)
+            raise ApiError(409, f"Apply failed with {len(taken)} conflict{'s'[: len(taken) > 1]}: {fields}", "Conflict")
+        obj = _merged(old, body)
+        for path in owners.get(manager, set()) - wanted:
+            if not any(path in paths for other, paths in owners.items() if other != manager):
+                _remove(obj, path)
+        if request.query.get("dryRun") != "All":
+            owners[manager] = wanted
+        status = 200 if old else 201
+        reply = Reply.json(self._stored(request, key, obj), status)
+        if key[1] in self.on_apply:
+            self.on_apply[key[1]](self.objects[key])
+        return reply
 
     def _delete(self, key: Key) -> Json:
         obj = self.objects.pop(key)
+        self._owners.pop(key, None)
         if key[1] == "pods":  # what ends gracefully is answered with the object itself
             return obj
         details = {"name": key[3], "kind": key[1], "uid": obj["metadata"]["uid"]}
@@ -1006,6 +1038,30 @@ def _terms(selector: str | None) -> list[tuple[str, str]]:
     return [(term[1], term[2]) for term in terms if term]
 
 
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of all fields that are no objects; an empty object counts as one."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, (*path, name))
+    else:
+        yield path
+
+
+def _at(obj: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        obj = obj.get(name) if isinstance(obj, dict) else None
+    return obj if obj is not None else {}
+
+
+def _remove(obj: Json, path: tuple[str, ...]) -> None:
+    """Remove a field, and the objects around it that are empty then."""
+    inner = obj.get(path[0])
+    if len(path) > 1 and isinstance(inner, dict):
+        _remove(inner, path[1:])
+    if len(path) == 1 or inner == {}:
+        obj.pop(path[0], None)
+
+
 def _merged(old: Any, patch: Any) -> Any:
     """Merge as RFC 7386 says: objects by their fields, null removes, all else replaces."""
     if not isinstance(patch, dict):
@@ -1017,6 +1073,79 @@ def _merged(old: Any, patch: Any) -> Any:
         else:
             merged[name] = _merged(merged.get(name), value)
     return merged
+
+
+# --- The model registry ---------------------------------------------------------------------------------------
+
+REGISTRY = r"/api/model_registry/v1alpha3"
+KINDS = "registered_models|model_versions|model_artifacts"
+
+
+class ModelRegistryApi(Server):
+    """The REST API of a model registry, as far as its Python client asks; ``stored`` has the objects by kind and id."""
+
+    routes: ClassVar[list[tuple[str, str, str]]] = [
+        ("GET", REGISTRY + rf"/(?P<kind>{KINDS})", "_list"),
+        ("POST", REGISTRY + r"/(?P<kind>registered_models|model_versions)", "_create"),
+        ("GET", REGISTRY + r"/(?P<kind>registered_model|model_version|model_artifact)", "_find_one"),
+        ("*", REGISTRY + rf"/(?P<kind>{KINDS})/(?P<key>\d+)", "_one"),
+        ("POST", REGISTRY + r"/model_versions/(?P<key>\d+)/artifacts", "_create_artifact"),
+    ]
+
+    def __init__(self, token: str = "good", tls: tuple[str | Path, str | Path] | None = None) -> None:
+        super().__init__(token, tls)
+        self.stored: dict[str, dict[str, Json]] = {kind: {} for kind in KINDS.split("|")}
+        self._parents: dict[str, str] = {}  # of an artifact: its version
+
+    def named(self, kind: str, name: str) -> Json:
+        """The one object of this kind and name."""
+        (found,) = (item for item in self.stored[kind].values() if item["name"] == name)
+        return found
+
+    def _authorize(self, request: Request) -> None:
+        if self._tls and not self._trusts(request):
+            raise ApiError(401, "Unauthorized")
+
+    def _render(self, problem: ApiError) -> Reply:
+        return Reply.json({"code": str(problem.status), "message": problem.message}, problem.status)
+
+    def _list(self, request: Request, kind: str) -> Json:
+        items = list(self.stored[kind].values())
+        return {"items": items, "size": len(items), "pageSize": len(items), "nextPageToken": ""}
+
+    def _find_one(self, request: Request, kind: str) -> Json:
+        name, parent = request.query.get("name"), request.query.get("parentResourceId")
+        for item in self.stored[f"{kind}s"].values():
+            if item["name"] == name and self._parent(item) == parent:
+                return item
+        raise ApiError(404, f"no {kind} {name}")
+
+    def _one(self, request: Request, kind: str, key: str) -> Json:
+        if key not in self.stored[kind]:
+            raise ApiError(404, f"no {kind} {key}")
+        if request.method == "PATCH":
+            self.stored[kind][key] |= request.json()
+        return self.stored[kind][key]
+
+    def _create_artifact(self, request: Request, key: str) -> Reply:
+        return self._create(request, "model_artifacts", key)
+
+    def _create(self, request: Request, kind: str, parent: str = "") -> Reply:
+        body = request.json()
+        parent = parent or body.get("registeredModelId", "")
+        if any(
+            item["name"] == body["name"] and self._parent(item) == (parent or None)
+            for item in self.stored[kind].values()
+        ):
+            raise ApiError(409, f"{body['name']} already exists")
+        key = str(1 + sum(map(len, self.stored.values())))
+        if kind == "model_artifacts":
+            self._parents[key] = parent
+        self.stored[kind][key] = {"customProperties": {}, "state": "LIVE", **body, "id": key}
+        return Reply.json(self.stored[kind][key], 201)
+
+    def _parent(self, item: Json) -> str | None:
+        return item.get("registeredModelId") or self._parents.get(item["id"])
 
 
 # --- Certificates --------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from model_registry import ModelRegistry
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_PATH, _CHAMPION, _CONTENT = "tune16_path", "champion", "content_sha256"
+_CHAMPION, _CONTENT = "champion", "content_sha256"
 _AUTHOR = "Tune16"
 
 
@@ -142,17 +142,17 @@ def _own_model(registry: "ModelRegistry", path: str, server: str) -> str | None:
     found = registry.get_registered_model(_name(path))
     if found is None:
         return None
-    owner = (found.custom_properties or {}).get(_PATH)
-    if owner != _place(path):
+    if found.owner != _owner(path):
         raise Tune16Error(
-            f"{server}: has a model named {found.name} already, which is {owner or 'not of Tune16'}. Choose another "
-            "last part for upload_path, or rename that model."
+            f"{server}: has a model named {found.name} already, which belongs to {found.owner or 'nobody'}. Choose "
+            "another last part for upload_path, or rename that model."
         )
     return str(found.name)
 
 
-def _place(path: str) -> str:
-    return f"s3://{s3.default_bucket()}/{path}"
+def _owner(path: str) -> str:
+    """Whose the registered model is. The field is set as the model is created, so that a killed run leaves its mark."""
+    return f"{_AUTHOR}, s3://{s3.default_bucket()}/{path}"
 
 
 def _create(registry: "ModelRegistry", manifest: dict[str, Any], path: str, source: Source) -> None:
@@ -161,16 +161,11 @@ def _create(registry: "ModelRegistry", manifest: dict[str, Any], path: str, sour
         _name(path),
         _uri(manifest),
         version=manifest["version"],
+        owner=_owner(path),
         version_description=_description(manifest),
         metadata=_properties(manifest),
         **_artifact(manifest, path, source),
     )
-    model = registry.get_registered_model(_name(path))
-    assert model is not None
-    if _PATH not in (model.custom_properties or {}):
-        model.custom_properties = {_PATH: _place(path)}
-        model.description = f"{manifest['lineage']['model']}, tuned by Tune16."
-        registry.update(model)
 
 
 def _checked_version(registry: "ModelRegistry", manifest: dict[str, Any], path: str, source: Source) -> Any:

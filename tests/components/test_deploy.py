@@ -1,0 +1,293 @@
+"""The step deploy against a Kubernetes API with server-side apply, and a KServe that is slow, fails or falls silent."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.config import DeployConfig, Recipe, parse
+from components.deploy import deployer
+from components.deploy.deployer import deploy
+from components.deploy.objects import Placing, alias, describe, recorded, service_name
+from components.errors import Tune16Error
+from tests.servers import KubernetesApi
+
+PATH = "tune16/Llama-2 7B_chat"
+NAME = "llama-2-7b-chat"
+API = "serving.kserve.io/v1beta1"
+KEY = (API, "inferenceservices", "project", NAME)
+PLACING = Placing("tune16-connection", "1", "2", {"gpu": "big"}, [{"key": "nvidia.com/gpu", "operator": "Exists"}])
+OLD, NEW = "20260101T000000Z-aaaaaaaa", "20260201T000000Z-bbbbbbbb"
+POD = {
+    "kind": "Pod",
+    "metadata": {"name": "deploy-step", "namespace": "project"},
+    "spec": {"containers": [{"name": "main", "image": "registry.example.com/tools:0.1.0"}]},
+}
+
+
+def manifest(version: str = NEW, model: str = "hf://org/base@abc") -> dict[str, Any]:
+    files = [{"path": "gguf/model-Q4_K_M.gguf", "size": 4 << 30, "sha256": "x"}]
+    return {
+        "version": version,
+        "address": f"s3://bucket/{PATH}/{version}",
+        "lineage": {"model": model},
+        "adapter_rank": 64,
+        "gguf": ["gguf/model-Q4_K_M.gguf"],
+        "files": files,
+    }
+
+
+class Model(ThreadingHTTPServer):
+    """The server behind the endpoint; ``serves`` is the name that it gives, ``answer`` what it says."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ModelHandler)
+        self.serves, self.answer = "", "A model."
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+class ModelHandler(BaseHTTPRequestHandler):
+    server: Model
+
+    def do_GET(self) -> None:
+        self._say({"data": [{"id": self.server.serves}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._say({"choices": [{"message": {"content": self.server.answer}}]})
+
+    def _say(self, found: Any) -> None:
+        content = json.dumps(found).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Cluster:
+    """A namespace with KServe in it: what it does with a version is ``behave``'s choice."""
+
+    def __init__(self, api: KubernetesApi, model: Model) -> None:
+        self.api, self.model = api, model
+        self.behave: Callable[[str], str] = lambda version: ""  # why the version never becomes ready
+        self.delay = 0.05
+        self.waiting: list[threading.Thread] = []
+        api.served[API] = [("inferenceservices", "InferenceService", True)]
+        api.add("v1", "pods", POD)
+        api.on_apply["inferenceservices"] = self._reconcile
+
+    @property
+    def service(self) -> dict[str, Any]:
+        return self.api.objects[KEY]
+
+    def _reconcile(self, service: dict[str, Any]) -> None:
+        version = service["metadata"]["annotations"]["tune16.dev/version"]
+        thread = threading.Thread(target=self._roll_out, args=(version,))
+        self.waiting.append(thread)
+        thread.start()
+
+    def _roll_out(self, version: str) -> None:
+        time.sleep(self.delay)
+        reason = self.behave(version)
+        with self.api.lock:
+            if KEY not in self.api.objects:
+                return
+            state: dict[str, Any] = {"running": {}}
+            if reason:
+                state = {"waiting": {"reason": "CrashLoopBackOff", "message": reason}}
+            self.api.add("v1", "pods", {
+                "kind": "Pod",
+                "metadata": {"name": f"pod-{version[-8:].lower()}-{len(self.waiting)}", "namespace": "project",
+                             "creationTimestamp": f"2026-01-01T00:00:{len(self.waiting):02}Z",
+                             "labels": {"serving.kserve.io/inferenceservice": NAME}},
+                "status": {"containerStatuses": [{"name": "kserve-container", "state": state}]},
+            })  # fmt: skip
+            served = self.service.get("status", {}).get("address")
+            ready = not reason or bool(served)  # the pods from before go on serving
+            conditions = [{"type": "Ready", "status": str(ready), "message": "" if ready else "RevisionFailed"}]
+            self.service["status"] = {"conditions": conditions}
+            if ready:
+                self.service["status"]["address"] = {"url": self.model.url}
+            if not reason:
+                self.model.serves = alias(PATH, version)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    model = Model()
+    monkeypatch.setattr(deployer, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(deployer, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setenv("KFP_POD_NAME", "deploy-step")
+    monkeypatch.setenv("KFP_NAMESPACE", "project")
+    with KubernetesApi() as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig", "project")))
+        found = Cluster(api, model)
+        yield found
+        for thread in found.waiting:
+            thread.join()
+    model.shutdown()
+    model.server_close()
+
+
+def run(runtime: str = "llama.cpp", version: str = NEW) -> str:
+    return deploy(manifest(version), PATH, PLACING, DeployConfig(runtime=runtime))  # type: ignore[arg-type]
+
+
+def test_the_first_version_is_served_when_it_is_ready_and_has_answered(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.delay = 0.3
+    assert run() == cluster.model.url
+    assert f"serves {NAME}@{NEW}; asked who it is, it says: A model." in capsys.readouterr().out
+    metadata, predictor = cluster.service["metadata"], cluster.service["spec"]["predictor"]
+    assert metadata["labels"]["modelregistry.opendatahub.io/model-version-id"] == "2"
+    assert metadata["annotations"]["serving.kserve.io/deploymentMode"] == "RawDeployment"
+    model = predictor["model"]
+    assert model["runtime"] == "tune16-llama-cpp"
+    assert model["storage"] == {"key": "tune16-connection", "path": f"{PATH}/{NEW}/gguf/model-Q4_K_M.gguf"}
+    assert model["resources"]["limits"] == {"cpu": "4", "memory": "7Gi"} and "tolerations" not in predictor
+
+
+def test_what_people_added_stays_and_the_same_again_is_fine(cluster: Cluster) -> None:
+    run(version=OLD)
+    cluster.api.edit(KEY, "kubectl", ("metadata", "labels", "networking.kserve.io/visibility"), "exposed")
+    cluster.api.edit(KEY, "dashboard", ("spec", "predictor", "maxReplicas"), 1)
+    run(version=NEW)
+    run(version=NEW)
+    assert cluster.service["metadata"]["labels"]["networking.kserve.io/visibility"] == "exposed"
+    assert recorded(cluster.service)["metadata"]["annotations"]["tune16.dev/version"] == NEW  # type: ignore[index]
+
+
+def test_another_server_takes_over_and_leaves_nothing_of_the_one_before(cluster: Cluster) -> None:
+    run("vllm-adapter", OLD)
+    assert "initContainers" in cluster.service["spec"]["predictor"]
+    run("llama.cpp", NEW)
+    assert set(cluster.service["spec"]["predictor"]) == {"model", "minReplicas", "maxReplicas"}
+
+
+def test_a_field_that_somebody_else_has_set_is_a_conflict_and_nothing_changes(cluster: Cluster) -> None:
+    run(version=OLD)
+    cluster.api.edit(KEY, "kubectl-edit", ("spec", "predictor", "model", "resources", "limits", "memory"), "64Gi")
+    cluster.api.edit(KEY, "kubectl-edit", ("spec", "predictor", "model", "storage", "path"), "elsewhere")
+    with pytest.raises(Tune16Error, match='conflict with "kubectl-edit": .*storage.path.*Undo that change') as error:
+        run(version=NEW)
+    assert "\n" not in str(error.value)
+    assert cluster.service["spec"]["predictor"]["model"]["storage"]["path"] == "elsewhere"
+    assert cluster.model.serves == alias(PATH, OLD)
+
+
+def test_a_version_that_crashes_gives_way_to_the_one_before(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(version=OLD)
+    before = cluster.service["spec"]
+    cluster.behave = lambda version: "CUDA out of memory" if version == NEW else ""
+    with pytest.raises(Tune16Error) as error:
+        run(version=NEW)
+    assert f"{NAME}@{NEW} was not serving within" in str(error.value)
+    assert f"container kserve-container: CrashLoopBackOff CUDA out of memory. {OLD} serves on." in str(error.value)
+    assert "waiting: container kserve-container: CrashLoopBackOff" in capsys.readouterr().out
+    assert cluster.service["spec"] == before
+    assert recorded(cluster.service)["metadata"]["annotations"]["tune16.dev/version"] == OLD  # type: ignore[index]
+
+
+def test_a_first_version_that_never_answers_is_taken_away(cluster: Cluster) -> None:
+    cluster.model.answer = ""
+    with pytest.raises(Tune16Error, match="gives an empty answer. It was removed; nothing was served before"):
+        run()
+    assert KEY not in cluster.api.objects
+
+
+def test_a_server_that_answers_nonsense_or_goes_on_with_the_old_version_does_not_count(cluster: Cluster) -> None:
+    run(version=OLD)
+    cluster.model.answer = [1]  # type: ignore[assignment]
+    cluster.behave = lambda version: ""
+    served = cluster.model.serves
+    original = cluster._roll_out
+    cluster._roll_out = lambda version: None  # type: ignore[method-assign]  # KServe is asleep
+    with pytest.raises(Tune16Error, match=f"still serves the version before. {OLD} serves on"):
+        run(version=NEW)
+    assert cluster.model.serves == served
+    cluster._roll_out = original  # type: ignore[method-assign]
+
+
+def test_an_api_that_is_away_for_a_moment_is_waited_for(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.api.fail("GET", "inferenceservices", 503)
+    with pytest.raises(Tune16Error, match="deploy.runtime llama.cpp: the cluster refuses: 503"):
+        run()  # nothing was changed yet
+
+    def apply_and_go_away(service: dict[str, Any]) -> None:
+        cluster.api.fail("GET", "inferenceservices", 503, times=2)
+        cluster.api.drop("inferenceservices", method="GET")
+        cluster._reconcile(service)
+
+    cluster.api.on_apply["inferenceservices"] = apply_and_go_away
+    assert run() == cluster.model.url
+    assert "waiting: the cluster's API is away" in capsys.readouterr().out
+
+
+def test_rights_that_are_missing_are_named(cluster: Cluster) -> None:
+    cluster.api.forbid("PATCH", "inferenceservices")
+    with pytest.raises(Tune16Error, match="403 .*Apply manifests/base, which brings its Role"):
+        run()
+
+
+def test_without_a_name_or_a_cluster_there_is_no_endpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    assert run("") == "" and "nothing deployed" in capsys.readouterr().out
+    with pytest.raises(Tune16Error, match="endpoints are for a cluster, where the step deploy runs in a pod"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "model", "message"),
+    [
+        ("vllm-adapter", "file:///models/base", "KServe cannot fetch the base model file:///models/base"),
+        ("llama.cpp", "", "has no GGUF file. Name one in convert_quantizations"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_changes(
+    cluster: Cluster, runtime: str, model: str, message: str
+) -> None:
+    found = manifest(model=model or "m/m") | ({} if model else {"gguf": []})
+    with pytest.raises(Tune16Error, match=message):
+        deploy(found, PATH, PLACING, DeployConfig(runtime=runtime))  # type: ignore[arg-type]
+    assert KEY not in cluster.api.objects
+
+
+def test_vllm_with_weights_and_with_an_adapter() -> None:
+    weights = describe(manifest(), PATH, "vllm", PLACING, POD)["spec"]["predictor"]
+    assert weights["model"]["args"][-3:] == ["--served-model-name", NAME, f"{NAME}@{NEW}"]
+    assert weights["model"]["storage"] == {"key": "tune16-connection", "path": f"{PATH}/{NEW}/merged"}
+    assert (
+        weights["nodeSelector"] == {"gpu": "big"} and weights["model"]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    )
+    adapter = describe(manifest(), PATH, "vllm-adapter", PLACING, POD)["spec"]["predictor"]
+    assert adapter["model"]["storageUri"] == "hf://org/base:abc" and "--max-lora-rank=64" in adapter["model"]["args"]
+    (container,) = adapter["initContainers"]
+    assert container["image"] == "registry.example.com/tools:0.1.0"
+    stored = describe(manifest(model="s3://bucket/models/base#1"), PATH, "vllm-adapter", PLACING, POD)
+    assert stored["spec"]["predictor"]["model"]["storage"] == {"path": "models/base", "key": "tune16-connection"}
+
+
+def test_names_and_runtimes_that_do_not_fit_are_told_at_once() -> None:
+    assert service_name("a/Ünder_score..") == "nder-score" and service_name("a/" + "x" * 80) == "x" * 40
+    with pytest.raises(
+        Tune16Error, match="deploy.runtime llama.cpp serves a GGUF file, but convert.quantizations names"
+    ):
+        parse(Recipe, {"deploy": {"runtime": "llama.cpp"}, "convert": {"quantizations": ""}}, where="form")
+    with pytest.raises(Tune16Error, match="'runtime' is 'tgi': input should be '', 'vllm', 'vllm-adapter'"):
+        DeployConfig.load(runtime="tgi")
