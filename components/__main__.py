@@ -63,12 +63,20 @@ def quantize(model: Model, output: Output, set_: Set = []) -> None:  # noqa: B00
 
 
 @app.command()
-def train(weights: Weights, rows: Rows, output: Output, set_: Set = []) -> None:  # noqa: B006
+def train(
+    weights: Weights,
+    rows: Rows,
+    output: Output,
+    teacher_weights: Annotated[
+        Path | None, typer.Option(help="Output folder of quantize for the teacher, with method=distill.")
+    ] = None,
+    set_: Set = [],  # noqa: B006
+) -> None:
     """Train an adapter on a quantised model."""
     from components.train.launch import train as train_adapter
 
     with step("train"):
-        train_adapter(weights, rows, output, _load(settings.TrainConfig, set_))
+        train_adapter(weights, rows, output, _load(settings.TrainConfig, set_), teacher=teacher_weights)
 
 
 @app.command()

@@ -187,6 +187,16 @@ class TrainConfig(StepConfig):
         "reference.",
     )
     packing: bool = Field(True, description="Fill each pass with rows, which never see each other.")
+    method: Literal["sft", "distill"] = Field(
+        "sft",
+        description="sft learns the answers of the data; distill learns, on the same answers, the probabilities that a "
+        "larger teacher gives to every next token.",
+    )
+    teacher: str = Field(
+        "",
+        description="With method distill: the model to learn from, named as preflight_model is, with the same "
+        "vocabulary. It is kept in 4 bits beside the student.",
+    )
     num_evaluations: int = Field(
         4, ge=1, le=1000, description="Times that the held-out loss is measured.", json_schema_extra={"unit": "times"}
     )
@@ -194,6 +204,14 @@ class TrainConfig(StepConfig):
         "", description="Weights & Biases project to log to; empty is off. WANDB_MODE=offline works without network."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of everything random.")
+
+    @model_validator(mode="after")
+    def _teaches_one_student(self) -> Self:
+        if (self.method == "distill") != bool(self.teacher):
+            raise ValueError("train.teacher belongs to train.method distill: set both or neither")
+        if self.teacher and self.num_gpus * self.num_nodes > 1:
+            raise ValueError("train.method distill trains on one GPU: set train.num_gpus and train.num_nodes to 1")
+        return self
 
 
 class EvaluateConfig(StepConfig):

@@ -8,6 +8,7 @@ activations with which a step is shortest.
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil, log2
 
 from components.config import QuantizeConfig, Recipe, TrainConfig
@@ -28,6 +29,7 @@ ROUND_TOKENS = 64  # passes are padded to a multiple, so that the same sizes of 
 _MOST_PASS_TOKENS = 65536
 _LOGITS_AT_ONCE, _FEWEST_LOSS_TOKENS = 2**25, 256
 _PLAIN_LOSS_CHUNK_TOKENS = 256
+_TILE_WORDS, _TILE_TOKENS = 32768, 4096  # of TRL's distillation loss
 
 _ATTENTION, _MLP = 0, 1  # the two blocks of a decoder layer, in their order
 
@@ -104,13 +106,17 @@ def keep_order(num_blocks: int) -> list[int]:
     return [*range(num_blocks - 1, 0, -2), *range(num_blocks - 2, -1, -2)]
 
 
-def plan(shape: ModelShape, recipe: Recipe, gpu: Gpu | None = None) -> MemoryPlan:
+def plan(shape: ModelShape, recipe: Recipe, gpu: Gpu | None = None, teacher: ModelShape | None = None) -> MemoryPlan:
     """Plan a recipe's training step in its ``preflight.gpu_memory``; with `gpu`, its time is estimated too.
+
+    `teacher` is the shape of ``train.teacher`` where the method is distillation.
 
     Raises:
         Tune16Error: a target of the adapter is none of the model's layers.
     """
     available = round(recipe.preflight.gpu_memory * GIBIBYTE)
+    if teacher:
+        return _plan_distillation(shape, teacher, recipe, available)
     if recipe.train.engine == "trl" or shape.plain_road(recipe.prepare.max_tokens):
         return _plan_plain(shape, recipe, available)
     number = 4 if recipe.train.compute_dtype == "float32" else 2
@@ -306,7 +312,7 @@ class Step:
         return num_passes * one_pass + 18 * num_adapter / gpu.bandwidth
 
 
-def nearest(shape: ModelShape, recipe: Recipe) -> list[str]:
+def nearest(shape: ModelShape, recipe: Recipe, teacher: ModelShape | None = None) -> list[str]:
     """Single changes, each of which makes a recipe fit, as ``field value``; of each the one that changes least."""
     candidates: list[tuple[str, str, list[int]]] = [
         ("prepare", "max_tokens", list(range(ROUND_TOKENS, recipe.prepare.max_tokens, ROUND_TOKENS))),
@@ -314,9 +320,13 @@ def nearest(shape: ModelShape, recipe: Recipe) -> list[str]:
         ("train", "micro_batch", list(range(1, recipe.train.micro_batch))),
         ("quantize", "bits", [bits for bits in (4, 8) if bits < recipe.quantize.bits]),
     ]
+
+    def unfits(step: str, name: str, value: int) -> bool:
+        return not plan(shape, _with(recipe, step, name, value), teacher=teacher).fits
+
     found = []
     for step, name, values in candidates:
-        unfit = bisect_left(values, True, key=lambda value: not plan(shape, _with(recipe, step, name, value)).fits)
+        unfit = bisect_left(values, True, key=partial(unfits, step, name))
         found += [f"{step}_{name} {values[unfit - 1]:,}"] if unfit else []
     return found
 
@@ -352,6 +362,29 @@ def _plan_plain(shape: ModelShape, recipe: Recipe, available: int) -> MemoryPlan
     }
     whole = {name: round(size) for name, size in parts.items()}
     return MemoryPlan(whole, available, num_tokens, train.gradient_accumulation)
+
+
+def _plan_distillation(shape: ModelShape, teacher: ModelShape, recipe: Recipe, available: int) -> MemoryPlan:
+    """The plan of TRL's DistillationTrainer: the student as on the plain road, and the teacher, which only looks.
+
+    TRL computes both models' logits in tiles of 32,768 words and 4,096 tokens, which exist once in float32 and once in
+    the computation's format while the loss goes backward.
+    """
+    train = recipe.train
+    num_tokens = train.micro_batch * recipe.prepare.max_tokens
+    plain = _plan_plain(shape, recipe, available).parts
+    look = 2 * num_tokens * (2 * teacher.hidden + 3 * teacher.intermediate) + 2 * teacher.hidden * teacher.intermediate
+    loss = 2 * num_tokens * 2 * (shape.hidden + teacher.hidden) + 4 * num_tokens * shape.hidden
+    loss += 10 * _TILE_WORDS * min(num_tokens, _TILE_TOKENS)
+    step = plain["activations"] + plain["dequantised layer"]
+    parts = {
+        "frozen linears": plain["frozen linears"],
+        "embedding and head": plain["embedding and head"],
+        "teacher": round(teacher.num_linear_weights * _BYTES_PER_WEIGHT[4] + 2 * teacher.num_embedding_weights),
+        **{name: plain[name] for name in ("adapter", "adapter gradients", "optimiser state", "layer boundaries")},
+        "working memory": max(look, loss, step) + _LIBRARIES,
+    }
+    return MemoryPlan(parts, available, num_tokens, train.gradient_accumulation)
 
 
 def round_up(tokens: int) -> int:

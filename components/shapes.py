@@ -24,8 +24,10 @@ _KNOWN_SHAPES = {
     "meta-llama/Llama-3.1-8B-Instruct": ("LlamaForCausalLM", 4096, 32, 32, 8, 14336, 128256),
     "mistralai/Mistral-7B-Instruct-v0.3": ("MistralForCausalLM", 4096, 32, 32, 8, 14336, 32768),
     "Qwen/Qwen2.5-7B-Instruct": ("Qwen2ForCausalLM", 3584, 28, 28, 4, 18944, 152064),
+    "Qwen/Qwen2.5-1.5B-Instruct": ("Qwen2ForCausalLM", 1536, 28, 12, 2, 8960, 151936),
     "microsoft/Phi-3.5-mini-instruct": ("Phi3ForCausalLM", 3072, 32, 32, 32, 8192, 32064),
 }
+_TIED = {"Qwen/Qwen2.5-1.5B-Instruct"}  # whose head is the embedding
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,11 @@ class ModelShape:
 
 def known_shape(model: str) -> ModelShape | None:
     """The shape of a well-known model by its Hugging Face id, or None."""
-    entry = _KNOWN_SHAPES.get(model.partition("@")[0])
-    return None if entry is None else ModelShape(*entry, head_dim=entry[1] // entry[3])
+    name = model.partition("@")[0]
+    entry = _KNOWN_SHAPES.get(name)
+    if entry is None:
+        return None
+    return ModelShape(*entry, head_dim=entry[1] // entry[3], tied_embeddings=name in _TIED)
 
 
 def read_shape(config: dict[str, Any], where: str) -> ModelShape:

@@ -16,7 +16,7 @@ from components.__main__ import chat, serve
 from components.config import override
 from components.errors import Tune16Error, user_errors
 from pipelines import cli_cluster
-from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shape
+from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shapes
 
 if TYPE_CHECKING:
     from components.memory import MemoryPlan
@@ -78,8 +78,8 @@ def plan_(
     card = find_gpu(gpu) if gpu else None
     places = [f"preflight.gpu_memory={card.memory}"] if card else []
     settings = override(find_recipe(recipe), [*places, *([f"preflight.model={model}"] if model else []), *set_])
-    shape = find_shape(settings)
-    planned = plan(shape, settings, card)
+    shape, teacher = find_shapes(settings)
+    planned = plan(shape, settings, card, teacher)
     if price and not planned.tokens_per_second:
         raise Tune16Error("--price: needs a --gpu, and the engine tune16, whose speed is known.")
     num_gpus = settings.train.num_gpus * settings.train.num_nodes
@@ -94,7 +94,7 @@ def plan_(
         from pipelines.pictures import draw_plan
 
         draw_plan(planned, settings.preflight.model, picture)
-    refuse_unfit(planned, settings, shape)
+    refuse_unfit(planned, settings, shape, teacher)
 
 
 def _print_plan(planned: "MemoryPlan", model: str, tokens: float, hours: float | None, cost: float | None) -> None:

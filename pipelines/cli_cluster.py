@@ -31,7 +31,7 @@ from pipelines.cluster import (
     find_server,
     given_host,
 )
-from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shape
+from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shapes
 from pipelines.server import Json, PipelineServer
 
 POLL_SECONDS = 5.0
@@ -314,11 +314,11 @@ def _plan(settings: Recipe) -> None:
     if settings.setup == "demo":
         return  # its model is tiny, and not made yet
     try:
-        shape = find_shape(settings)
+        shape, teacher = find_shapes(settings)
     except Tune16Error as error:
         notes.print(f"the memory is planned on the cluster, not here: {escape(str(error))}", soft_wrap=True)
         return
-    refuse_unfit(plan(shape, settings), settings, shape)
+    refuse_unfit(plan(shape, settings, teacher=teacher), settings, shape, teacher)
 
 
 def _refuse_unready(connected: Connected, settings: Recipe) -> None:

@@ -103,9 +103,10 @@ def finetune(
     fixed.set_caching_options(False)  # names may point to something else today
     model, data = fixed.outputs["model"], fixed.outputs["data"]
     prepared = prepare(model=model, data=data, max_tokens=prepare_max_tokens, options=prepare_options)
-    quantized = quantize(model=model, bits=quantize_bits)
+    quantized = quantize(model=model, teacher=fixed.outputs["teacher"], bits=quantize_bits)
     trained = train(
         weights=quantized.outputs["weights"],
+        teacher_weights=quantized.outputs["teacher_weights"],
         rows=prepared.outputs["rows"],
         epochs=train_epochs,
         learning_rate=train_learning_rate,

@@ -34,17 +34,27 @@ def find_recipe(name: str) -> Recipe:
     raise Tune16Error(f"There is no recipe '{name}', neither with Tune16 nor as a file. With Tune16 come: {names}.")
 
 
-def find_shape(settings: Recipe) -> ModelShape:
-    """The sizes of a recipe's model: known ones, or from its config.json.
+def find_shapes(settings: Recipe) -> tuple[ModelShape, ModelShape | None]:
+    """The sizes of a recipe's model, and of its teacher if it has one.
+
+    Raises:
+        Tune16Error: as :func:`find_shape`.
+    """
+    teacher = settings.train.teacher
+    return find_shape(settings.preflight.model), find_shape(teacher) if teacher else None
+
+
+def find_shape(model: str) -> ModelShape:
+    """The sizes of a model: known ones, or from its config.json.
 
     Raises:
         Tune16Error: the model cannot be seen from here, or its architecture is not supported.
     """
-    shape = known_shape(settings.preflight.model)
+    shape = known_shape(model)
     if shape is None:
         from components.references import parse, read_config
 
         with tempfile.TemporaryDirectory() as scratch:
-            reference = parse(settings.preflight.model, "model")
-            shape = read_shape(read_config(reference, Path(scratch)), where=settings.preflight.model)
+            reference = parse(model, "model")
+            shape = read_shape(read_config(reference, Path(scratch)), where=model)
     return shape

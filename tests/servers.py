@@ -6,6 +6,7 @@ raises ``ApiError`` for an error. All of it runs under ``lock``, so a handler se
 
 import base64
 import binascii
+import copy
 import datetime
 import email
 import ipaddress
@@ -967,7 +968,7 @@ class KubernetesApi(Server):
         if taken and request.query.get("force") != "true":
             fields = "\n".join(f'conflict with "{other}": .{".".join(path)}' for other, path in taken)
             raise ApiError(409, f"Apply failed with {len(taken)} conflict{'s'[: len(taken) > 1]}: {fields}", "Conflict")
-        obj = _merged(old, body)
+        obj = copy.deepcopy(_merged(old, body))
         for path in owners.get(manager, set()) - wanted:
             if not any(path in paths for other, paths in owners.items() if other != manager):
                 _remove(obj, path)

@@ -76,6 +76,10 @@ def _samples(evaluation: "Evaluation") -> str:
     return report.table(("Question", "Expected", "Base model", "Tuned model"), rows)
 
 
+def _how(trained: dict[str, Any]) -> str:
+    return f"taught by `{trained['teacher']}`, " if trained["teacher"] else ""
+
+
 def write_card(evaluation: "Evaluation", trained: dict[str, Any], folder: Path) -> None:
     """Write the model card ``README.md`` with the header that model hubs read."""
     model, data = parse(trained["model"], "model"), parse(trained["data"], "data")
@@ -94,8 +98,8 @@ def write_card(evaluation: "Evaluation", trained: dict[str, Any], folder: Path) 
 
 # A fine-tune of {model.address}
 
-Base model `{model}`, tuned on `{data}` with {trained["bits"]}-bit frozen weights and a LoRA adapter of rank
-{trained["config"]["rank"]}.
+Base model `{model}`, {_how(trained)}tuned on `{data}` with {trained["bits"]}-bit frozen weights and a LoRA adapter of
+rank {trained["config"]["rank"]}.
 
 **{"Promoted" if evaluation.promoted else "Not promoted"}**: {evaluation.reason}
 

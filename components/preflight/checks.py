@@ -11,16 +11,17 @@ from components.config import Recipe
 from components.errors import Tune16Error
 from components.images import VERSION
 from components.memory import MemoryPlan, nearest, plan
-from components.references import Reference, parse, pin, read_config
+from components.references import TOKENIZER_FILES, Reference, fetch, parse, pin, read_config
 from components.shapes import ModelShape, read_shape
 from components.steps import say
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """Fixed references of model and data set, the version that the result has to beat (empty: none), and the plan."""
+    """Fixed references of model, teacher and data set, the version to beat, and the plan; empty where there is none."""
 
     model: str
+    teacher: str
     data: str
     champion: str
     plan: MemoryPlan
@@ -44,16 +45,45 @@ def check(recipe: Recipe, path: str = "") -> Preflight:
     say("preflight", f"model {model}")
     data = pin(parse(recipe.preflight.data, "data"))
     say("preflight", f"data set {data}")
-    with tempfile.TemporaryDirectory() as scratch:
-        shape = read_shape(read_config(model, Path(scratch)), where=str(model))
-    memory = plan(shape, recipe)
+    shape, teacher, teacher_shape = _shape(model), None, None
+    if recipe.train.teacher:
+        teacher = pin(parse(recipe.train.teacher, "model"))
+        say("preflight", f"teacher {teacher}")
+        teacher_shape = _shape(teacher)
+        _check_same_words(model, teacher)
+    memory = plan(shape, recipe, teacher=teacher_shape)
     for line in memory.lines():
         say("preflight", line)
-    refuse_unfit(memory, recipe, shape)
-    return Preflight(str(model), str(data), _version_to_beat(path, model, data, recipe) if path else "", memory)
+    refuse_unfit(memory, recipe, shape, teacher_shape)
+    inputs = {"model": str(model), "teacher": str(teacher or ""), "data": str(data)}
+    return Preflight(**inputs, champion=_version_to_beat(path, inputs, recipe) if path else "", plan=memory)
 
 
-def _version_to_beat(path: str, model: Reference, data: Reference, recipe: Recipe) -> str:
+def _shape(model: Reference) -> ModelShape:
+    with tempfile.TemporaryDirectory() as scratch:
+        return read_shape(read_config(model, Path(scratch)), where=str(model))
+
+
+def _check_same_words(student: Reference, teacher: Reference) -> None:
+    """A teacher's probabilities are of its own tokens.
+
+    Raises:
+        Tune16Error: the two tokenizers differ.
+    """
+    from transformers import AutoTokenizer
+
+    words = []
+    for model in (student, teacher):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = fetch(model, Path(scratch), TOKENIZER_FILES)
+            words.append(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
+    if words[0] != words[1]:
+        raise Tune16Error(
+            f"train.teacher: {teacher} has another vocabulary than {student}. Take a teacher of the same family."
+        )
+
+
+def _version_to_beat(path: str, inputs: dict[str, str], recipe: Recipe) -> str:
     """The champion; where this very run has made the champion, the version that the champion had to beat.
 
     So an unchanged run asks every later step for what it has done before, and the pipeline's cache answers.
@@ -62,8 +92,7 @@ def _version_to_beat(path: str, model: Reference, data: Reference, recipe: Recip
     if champion is None:
         return ""
     manifest = versions.read_manifest(path, champion.version)
-    inputs = {"model": str(model), "data": str(data), "tune16": VERSION}
-    if not versions.is_made_of(path, manifest, inputs, _settings(recipe)):
+    if not versions.is_made_of(path, manifest, {**inputs, "tune16": VERSION}, _settings(recipe)):
         return champion.version
     say("preflight", f"nothing has changed since {champion.version}: the steps come from the cache and need no GPU")
     beaten: str = manifest["lineage"]["champion"]
@@ -77,7 +106,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
-def refuse_unfit(memory: MemoryPlan, recipe: Recipe, shape: ModelShape) -> None:
+def refuse_unfit(memory: MemoryPlan, recipe: Recipe, shape: ModelShape, teacher: ModelShape | None = None) -> None:
     """Refuse a plan that does not fit.
 
     Raises:
@@ -90,7 +119,7 @@ def refuse_unfit(memory: MemoryPlan, recipe: Recipe, shape: ModelShape) -> None:
     reason = f"it needs {over:.1f} GiB more than preflight_gpu_memory; the largest part is '{largest}'"
     if over <= 0:
         reason = f"its rows are so long that {memory.host / 2**30:.0f} GiB would have to wait in the host's memory"
-    changes = nearest(shape, recipe)
+    changes = nearest(shape, recipe, teacher)
     remedy = f"Any of these alone fits: {'; '.join(changes)}." if changes else "Take a smaller model or a larger GPU."
     raise Tune16Error(f"This run does not fit the GPU: {reason}. {remedy}")
 

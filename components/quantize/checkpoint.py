@@ -65,6 +65,20 @@ def quantize_checkpoint(model: str, output: Path, config: QuantizeConfig) -> dic
     return numbers
 
 
+def quantize_teacher(teacher: str, output: Path) -> None:
+    """Quantise the model to learn from to 4 bits; without one, `output` becomes a folder that says so.
+
+    Raises:
+        Tune16Error: as :func:`quantize_checkpoint`.
+    """
+    config = QuantizeConfig(bits=4)
+    if teacher:
+        quantize_checkpoint(teacher, output, config)
+    else:
+        with new_folder(output) as folder:
+            write_record(folder, "quantize", config, model="")
+
+
 def _is_quantized(stored: StoredTensor) -> bool:
     """Whether a tensor is the weight of a decoder layer's linear; embedding, head and norms keep their precision."""
     return stored.name.startswith("model.layers.") and stored.name.endswith(".weight") and len(stored.shape) == 2

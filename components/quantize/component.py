@@ -6,14 +6,17 @@ from components import images
 
 
 @dsl.component(base_image=images.TRAINER, install_kfp_package=False)
-def quantize(model: str, bits: int, weights: dsl.Output[dsl.Model]) -> None:
-    """Quantise the frozen base model once; later runs take it from the cache."""
+def quantize(
+    model: str, teacher: str, bits: int, weights: dsl.Output[dsl.Model], teacher_weights: dsl.Output[dsl.Model]
+) -> None:
+    """Quantise the frozen base model once, and a teacher if there is one; later runs take them from the cache."""
     from pathlib import Path
 
     from components.config import QuantizeConfig
-    from components.quantize.checkpoint import quantize_checkpoint
+    from components.quantize.checkpoint import quantize_checkpoint, quantize_teacher
     from components.steps import step
 
     with step("quantize"):
         numbers = quantize_checkpoint(model, Path(weights.path), QuantizeConfig.load(bits=bits))
         weights.metadata.update(numbers)
+        quantize_teacher(teacher, Path(teacher_weights.path))

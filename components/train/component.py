@@ -10,6 +10,7 @@ from components import images
 @dsl.component(base_image=images.TRAINER, install_kfp_package=False)
 def train(
     weights: dsl.Input[dsl.Model],
+    teacher_weights: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
     epochs: float,
     learning_rate: float,
@@ -32,7 +33,9 @@ def train(
     with step("train"):
         config = TrainConfig.load(options, epochs=epochs, learning_rate=learning_rate, rank=rank)
         cluster = ClusterConfig.load(node_selector=node_selector, tolerations=tolerations)
-        numbers = train_adapter(Path(weights.path), Path(rows.path), Path(adapter.path), config, cluster)
+        numbers = train_adapter(
+            Path(weights.path), Path(rows.path), Path(adapter.path), config, cluster, Path(teacher_weights.path)
+        )
         copy_report(adapter.path, report.path)
         for name, value in numbers.items():
             metrics.log_metric(name, value)

@@ -33,11 +33,16 @@ class Group:
 
 
 def train(
-    weights: Path, rows: Path, output: Path, config: TrainConfig, cluster: ClusterConfig | None = None
+    weights: Path,
+    rows: Path,
+    output: Path,
+    config: TrainConfig,
+    cluster: ClusterConfig | None = None,
+    teacher: Path | None = None,
 ) -> dict[str, float]:
     """Train an adapter as :func:`components.train.trainer.train_adapter` does, on as many GPUs and nodes as asked for.
 
-    `cluster` says which nodes a job on several of them may have.
+    `cluster` says which nodes a job on several of them may have; `teacher` has the weights to learn from.
 
     Raises:
         Tune16Error: as there; there are fewer GPUs than asked for, or the cluster cannot run a job on several nodes.
@@ -52,7 +57,7 @@ def train(
         from components.train.trainer import train_adapter
 
         _check_gpus(config.num_gpus)
-        return train_adapter(weights, rows, output, config)
+        return train_adapter(weights, rows, output, config, teacher)
     metrics: dict[str, float] = read_record(output, "train")["metrics"]
     return metrics
 

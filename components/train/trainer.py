@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
+from trl import DistillationConfig, SFTConfig, SFTTrainer
 
 from components.config import QuantizeConfig, TrainConfig
 from components.errors import Tune16Error
@@ -35,7 +35,9 @@ _OPTIMIZERS = {"paged_adamw_8bit": "paged_adamw_8bit", "adamw": "adamw_torch"}
 _MAX_EVALUATED_ROWS = 200
 
 
-def train_adapter(model: Path, data: Path, output: Path, config: TrainConfig) -> dict[str, float]:
+def train_adapter(
+    model: Path, data: Path, output: Path, config: TrainConfig, teacher: Path | None = None
+) -> dict[str, float]:
     """Train an adapter.
 
     Args:
@@ -43,6 +45,7 @@ def train_adapter(model: Path, data: Path, output: Path, config: TrainConfig) ->
         data: output of the step prepare.
         output: becomes a folder with the adapter in PEFT's format, the tokenizer and ``report.html``.
         config: adapter, optimiser, schedule and so on.
+        teacher: the step quantize's output for the model to learn from, where the method is distillation.
 
     Returns:
         Rounded metrics: losses, steps, tokens, tokens/s, seconds and peak memory.
@@ -55,7 +58,15 @@ def train_adapter(model: Path, data: Path, output: Path, config: TrainConfig) ->
     trackers = _trackers(config)
     dtype = choose_dtype(config.compute_dtype)
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        trainer = _build(model, data, prepared["config"]["max_tokens"], dtype, trackers, Path(scratch), config)
+        options = _options(config, dtype, trackers, Path(scratch))
+        if config.method == "distill":
+            trainer = _distillation_trainer(model, teacher, data, options, dtype, config)
+        else:
+            arguments = SFTConfig(
+                max_length=prepared["config"]["max_tokens"], packing=config.packing, eval_packing=False, **options
+            )
+            trainer = _build(model, data, arguments, dtype, config)
+        _schedule(trainer, dtype, config)
         trainer.train()
         metrics = _metrics(trainer)
         _save(trainer, folder, quantized["model"])
@@ -65,6 +76,7 @@ def train_adapter(model: Path, data: Path, output: Path, config: TrainConfig) ->
             "train",
             config,
             model=quantized["model"],
+            teacher=read_record(teacher, "quantize")["model"] if config.teacher and teacher else "",
             bits=quantized["config"]["bits"],
             compute_dtype=str(dtype).removeprefix("torch."),
             data=prepared["data"],
@@ -82,18 +94,9 @@ def _check_same_model(of_data: str, of_weights: str) -> None:
         )
 
 
-def _build(
-    model: Path,
-    data: Path,
-    max_tokens: int,
-    dtype: torch.dtype,
-    trackers: list[str],
-    scratch: Path,
-    config: TrainConfig,
-) -> SFTTrainer:
+def _build(model: Path, data: Path, arguments: SFTConfig, dtype: torch.dtype, config: TrainConfig) -> SFTTrainer:
     """Put the trainer together: model, adapter, rows, arguments."""
-    base = load_base(model, dtype)
-    arguments = _arguments(config, max_tokens, dtype, trackers, scratch)
+    base, max_tokens = load_base(model, dtype), arguments.max_length
     arguments._n_gpu = 1  # a process trains on its own card, however many it sees
     has_bfloat16 = int(dtype == torch.bfloat16)
     if fewest(has_bfloat16) != has_bfloat16:
@@ -107,35 +110,77 @@ def _build(
     reason = unsupported(base, step.shape, max_tokens) if config.engine == "tune16" else "engine is trl"
     if reason:
         say("train", f"plain TRL and PEFT, as {reason}")
-        trainer = _plain_trainer(base, data, arguments, scratch, config, shared)
+        trainer = _plain_trainer(base, data, arguments, shared)
     else:
         trainer = _engine_trainer(base, data, arguments, step, config, shared)
+    return trainer
+
+
+def _schedule(trainer: Trainer, dtype: torch.dtype, config: TrainConfig) -> None:
+    """Set when the trainer logs and looks at the rows held out."""
     trainer.remove_callback(PrinterCallback)  # Progress says it in a line
     steps = math.ceil(len(trainer.train_dataset) / _sequences_per_step(trainer.args))
     steps = max(1, math.ceil(steps * config.epochs))
     trainer.args.eval_steps = max(1, steps // config.num_evaluations)
     trainer.args.logging_steps = max(1, steps // 50)
     say("train", f"{steps:,} steps, {dtype}")
-    return trainer
 
 
-def _sequences_per_step(arguments: SFTConfig) -> int:
+def _sequences_per_step(arguments: TrainingArguments) -> int:
     batch: int = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     return batch
 
 
-def _plain_trainer(
-    base: Any, data: Path, arguments: SFTConfig, scratch: Path, config: TrainConfig, shared: dict[str, Any]
-) -> SFTTrainer:
-    columns = ["input_ids", "labels"]
-    train_rows = Dataset.from_parquet(str(data / "train.parquet"), columns=columns, cache_dir=str(scratch))
-    held_out = Dataset.from_parquet(str(data / "held_out.parquet"), columns=columns, cache_dir=str(scratch))
-    trainer = SFTTrainer(
-        model=base,
+def _plain_trainer(base: Any, data: Path, arguments: SFTConfig, shared: dict[str, Any]) -> SFTTrainer:
+    rows, held_out = _rows(data, arguments)
+    trainer = SFTTrainer(model=base, args=arguments, train_dataset=rows, eval_dataset=held_out, **shared)
+    _keep_adapter_in_float32(trainer)
+    return trainer
+
+
+def _rows(data: Path, arguments: TrainingArguments) -> tuple[Dataset, Dataset]:
+    """The tokenised rows to train on, and those to look at now and then."""
+    rows, held_out = (
+        Dataset.from_parquet(
+            str(data / f"{name}.parquet"), columns=["input_ids", "labels"], cache_dir=arguments.output_dir
+        )
+        for name in ("train", "held_out")
+    )
+    return rows, held_out.select(range(min(len(held_out), _MAX_EVALUATED_ROWS)))
+
+
+def _distillation_trainer(
+    model: Path, teacher: Path | None, data: Path, options: dict[str, Any], dtype: torch.dtype, config: TrainConfig
+) -> Trainer:
+    """The trainer that learns from a teacher.
+
+    Raises:
+        Tune16Error: the teacher's weights are missing or another model's, or there are too few rows for one step.
+    """
+    from components.train.distillation import GivenAnswersTrainer, fit_teacher
+
+    if teacher is None or not read_record(teacher, "quantize")["model"]:
+        raise Tune16Error("train.teacher: its weights are not there. Run the step quantize with this teacher first.")
+    student = load_base(model, dtype)
+    arguments = DistillationConfig(beta=0.0, **options)  # forward KL
+    arguments._n_gpu = 1
+    rows, held_out = _rows(data, arguments)
+    left_over = len(rows) % _sequences_per_step(arguments)
+    if left_over == len(rows):
+        raise Tune16Error(
+            f"train: {len(rows)} rows are fewer than one step of {_sequences_per_step(arguments)}. Lower "
+            "train.micro_batch or train.gradient_accumulation."
+        )
+    say("train", f"learning from {read_record(teacher, 'quantize')['model']}; {left_over} rows an epoch fill no step")
+    trainer = GivenAnswersTrainer(
+        model=student,
+        teacher_model=fit_teacher(load_base(teacher, dtype), student),
         args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=held_out.select(range(min(len(held_out), _MAX_EVALUATED_ROWS))),
-        **shared,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=AutoTokenizer.from_pretrained(data / "tokenizer"),
+        peft_config=_lora(config, student),
+        callbacks=[Progress()],
     )
     _keep_adapter_in_float32(trainer)
     return trainer
@@ -183,40 +228,36 @@ def _card() -> Gpu | None:
     return known_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-def _arguments(
-    config: TrainConfig, max_tokens: int, dtype: torch.dtype, trackers: list[str], scratch: Path
-) -> SFTConfig:
+def _options(config: TrainConfig, dtype: torch.dtype, trackers: list[str], scratch: Path) -> dict[str, Any]:
+    """The settings of TRL's trainers that have nothing to do with how they learn."""
     on_gpu = torch.cuda.is_available()
     optimizer = config.optimizer if config.optimizer != "auto" else ("paged_adamw_8bit" if on_gpu else "adamw")
-    return SFTConfig(
-        output_dir=str(scratch),
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.micro_batch,
-        per_device_eval_batch_size=config.micro_batch,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=_SCHEDULES[config.schedule],
-        warmup_steps=config.warmup_share,
-        max_grad_norm=config.max_gradient_norm,
-        weight_decay=config.weight_decay,
-        optim=_OPTIMIZERS[optimizer],
-        max_length=max_tokens,
-        packing=config.packing,
-        eval_packing=False,
-        gradient_checkpointing=config.activation_checkpointing,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=not on_gpu,
-        ddp_backend="gloo" if "WORLD_SIZE" in os.environ and not on_gpu else None,  # several processes on a CPU
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=on_gpu,
-        eval_strategy="steps",
-        save_strategy="no",
-        logging_nan_inf_filter=False,  # it waits for the GPU in every pass; _metrics refuses such losses
-        report_to=trackers,
-        disable_tqdm=True,
-        seed=config.seed,
-    )
+    return {
+        "output_dir": str(scratch),
+        "num_train_epochs": config.epochs,
+        "per_device_train_batch_size": config.micro_batch,
+        "per_device_eval_batch_size": config.micro_batch,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": _SCHEDULES[config.schedule],
+        "warmup_steps": config.warmup_share,
+        "max_grad_norm": config.max_gradient_norm,
+        "weight_decay": config.weight_decay,
+        "optim": _OPTIMIZERS[optimizer],
+        "gradient_checkpointing": config.activation_checkpointing,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": not on_gpu,
+        "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ and not on_gpu else None,  # several processes on a CPU
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": on_gpu,
+        "eval_strategy": "steps",
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,  # it waits for the GPU in every pass; _metrics refuses such losses
+        "report_to": trackers,
+        "disable_tqdm": True,
+        "seed": config.seed,
+    }
 
 
 def _lora(config: TrainConfig, base: Any) -> LoraConfig:
@@ -247,7 +288,7 @@ def _lora(config: TrainConfig, base: Any) -> LoraConfig:
     )
 
 
-def _keep_adapter_in_float32(trainer: SFTTrainer) -> None:
+def _keep_adapter_in_float32(trainer: Trainer) -> None:
     """TRL makes a 4-bit model's adapter bfloat16 whatever the device; float16's loss scaling needs float32."""
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -272,7 +313,7 @@ def _trackers(config: TrainConfig) -> list[str]:
     return trackers
 
 
-def _metrics(trainer: SFTTrainer) -> dict[str, float]:
+def _metrics(trainer: Trainer) -> dict[str, float]:
     """The run in numbers, rounded for people."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -296,7 +337,7 @@ def _metrics(trainer: SFTTrainer) -> dict[str, float]:
     return {name: significant(value) for name, value in metrics.items()}
 
 
-def _save(trainer: SFTTrainer, folder: Path, model: str) -> None:
+def _save(trainer: Trainer, folder: Path, model: str) -> None:
     """Write the adapter as PEFT reads it, naming the base model it belongs to, and the tokenizer."""
     reference = parse(model, "model")
     adapter = trainer.accelerator.unwrap_model(trainer.model)

@@ -142,6 +142,7 @@ def _lineage(merged: Path, evaluation: Path) -> dict[str, Any]:
     champion = read_json(evaluation / "evaluation.json")["champion"] or {}
     return {
         "model": trained["model"],
+        "teacher": trained["teacher"],
         "data": trained["data"],
         "held_out": trained["held_out_sha256"],
         "champion": champion.get("version", ""),

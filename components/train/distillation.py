@@ -1,0 +1,59 @@
+"""Distillation: the student learns the probabilities that a larger teacher gives to every token of the data's answers.
+
+The loss is KL(teacher || student) over the whole vocabulary (Hinton et al., https://arxiv.org/abs/1503.02531), which
+TRL's DistillationTrainer computes in tiles, so that logits never exist in full. TRL lets the student write the answers
+itself; here they are the data's, which needs no generation, teaches weak students too, and gives the same held-out loss
+for the same weights.
+"""
+
+from typing import Any
+
+import torch
+from trl import DistillationTrainer
+from trl.trainer.utils import pad
+
+from components.errors import Tune16Error
+
+_IGNORED = -100  # the label of tokens that are not learnt
+
+
+class GivenAnswersTrainer(DistillationTrainer):
+    """A DistillationTrainer on rows with ``input_ids`` and ``labels``, of which only labelled tokens are learnt."""
+
+    def compute_loss_context_manager(self) -> Any:
+        """Mixed precision, which TRL's own loss goes around."""
+        return self.accelerator.autocast()
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch with the answers of the data: what comes before the first labelled token is the prompt."""
+        rows = [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]) != _IGNORED) for row in inputs]
+        cuts = [(ids, learnt, int(learnt.int().argmax())) for ids, learnt in rows]
+        fill = self._tokenizer.pad_token_id
+        batch = {
+            "prompt_ids": pad([ids[:cut] for ids, _, cut in cuts], fill, "left"),
+            "prompt_mask": pad([torch.ones_like(ids[:cut]) for ids, _, cut in cuts], 0, "left"),
+            "completion_ids": pad([ids[cut:] for ids, _, cut in cuts], fill, "right"),
+            "completion_mask": pad([torch.ones_like(ids[cut:]) for ids, _, cut in cuts], 0, "right"),
+            "tool_mask": pad([learnt[cut:].long() for _, learnt, cut in cuts], 0, "right"),
+        }
+        batch["num_items_in_batch"] = batch["tool_mask"].sum()
+        if self.model.training:
+            self.state.num_input_tokens_seen += sum(len(ids) for ids, _ in rows)
+        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        return {name: values.to(self.accelerator.device) for name, values in batch.items()}
+
+
+def fit_teacher(teacher: Any, student: Any) -> Any:
+    """Cut the teacher's head to the student's vocabulary: sizes of one family pad theirs differently.
+
+    Raises:
+        Tune16Error: the teacher has fewer words than the student.
+    """
+    words, wanted = teacher.config.vocab_size, student.config.vocab_size
+    if words < wanted:
+        raise Tune16Error(f"train.teacher: has {words:,} words, the student {wanted:,}. Take a teacher of its family.")
+    if words > wanted:
+        head = teacher.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight[:wanted].clone(), requires_grad=False)
+        head.out_features = teacher.config.vocab_size = wanted
+    return teacher.eval().requires_grad_(False)
