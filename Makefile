@@ -39,7 +39,7 @@ manifests: $(BIN)/ready .venv/checkov/ready  ## Build every overlay, validate ev
 	@$(BIN)/pytest tests/manifests
 
 images: $(BIN)/ready  ## Build the images with podman: TARGET=tools, BASE_IMAGE=…, REGISTRY=…, ACCELERATOR=cpu
-	@for target in $(or $(TARGET),tools trainer gguf); do \
+	@for target in $(or $(TARGET),tools trainer gguf chat); do \
 	  podman build $(PODMAN_FLAGS) --file images/Containerfile --build-arg TARGET=$$target $(IMAGE_ARGS) \
 	    --tag $(REGISTRY)/$$target:$(VERSION) . || exit 1; done
 

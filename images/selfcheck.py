@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 import sys
 
 # What each image must be able to import: its steps' logic, and kfp's executor, which starts them.
@@ -10,6 +11,9 @@ _MODULES = {
         "components.preflight.checks",
         "components.prepare.dataset",
         "components.upload.publisher",
+        "components.register.registrar",
+        "components.deploy.deployer",
+        "model_registry",
         "pipelines.cli",
         "pipelines.server",
     ],
@@ -21,7 +25,15 @@ _MODULES = {
         "components.evaluate.evaluation",
         "components.merge.merger",
     ],
-    "gguf": ["llama_cpp", "sentencepiece", "torch"],
+    "gguf": [
+        "components.convert.converter",
+        "components.serve.server",
+        "components.serve.weights",
+        "llama_cpp",
+        "llama_cpp.server.app",
+        "sentencepiece",
+    ],
+    "chat": ["components.chat.launch", "components.chat.page"],
 }
 _T4 = "sm_75"
 
@@ -29,13 +41,24 @@ _T4 = "sm_75"
 def check_image(image: str, accelerator: str) -> None:
     """Import an image's modules; in the trainer also quantise on the CPU and look for a T4's kernels."""
     os.environ["_KFP_RUNTIME"] = "true"  # as in a step's command: kfp's executor alone needs no dependencies
-    for name in (*_MODULES[image], "kfp.dsl.executor_main"):
+    for name in _MODULES[image] + ([] if image == "chat" else ["kfp.dsl.executor_main"]):
         importlib.import_module(name)
+    if image == "gguf":
+        _check_converter()
     if image == "trainer":
         _check_quantisation()
         if accelerator == "cuda":
             _check_architectures()
     print(f"selfcheck: {image} works")
+
+
+def _check_converter() -> None:
+    """llama.cpp's converter lies beside its library, and can be started."""
+    from components.convert.llamacpp import converter
+
+    folder = converter()
+    assert folder, "llama.cpp's converter is not installed"
+    subprocess.run([sys.executable, folder / "convert_hf_to_gguf.py", "--help"], check=True, capture_output=True)
 
 
 def _check_quantisation() -> None:

@@ -17,6 +17,7 @@ from components.convert import llamacpp
 from components.convert.report import write_report
 from components.convert.tokenizer import model_name, stage
 from components.convert.trial import MAX_NEW_TOKENS, Trial, try_file
+from components.cpus import num_threads
 from components.errors import Tune16Error
 from components.outputs import new_folder, read_record, write_json, write_record
 from components.references import parse
@@ -121,7 +122,7 @@ def _write(trials: list[Trial], rows: list[dict[str, Any]], folder: Path, reason
         "rows": len(rows),
         "max_new_tokens": MAX_NEW_TOKENS,
         "sampling": "greedy",
-        "threads": llamacpp.num_threads(),
+        "threads": num_threads(),
     }
     files = {trial.name: trial.as_dict(trials[0]) for trial in trials}
     write_json(folder / SCORES_FILE, {"files": files, "settings": settings})

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from components.cpus import num_threads
 from components.errors import Tune16Error
 
 # Rows that the quantiser holds at once. Its own 8 GiB hold an embedding of 152,064 x 3,584 twice, in float32.
@@ -24,11 +25,6 @@ def converter() -> Path | None:
         return None
     folder = Path(package.origin).parent / "converter"
     return folder if folder.is_dir() else None
-
-
-def num_threads() -> int:
-    """Threads that compute: OMP_NUM_THREADS, which the pipeline sets to the step's CPUs, else one per processor."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def convert_weights(folder: Path, model: Path, target: Path, name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from components.convert.llamacpp import num_threads
+from components.cpus import num_threads
 from components.report import significant
 
 MAX_NEW_TOKENS = 90

@@ -128,7 +128,14 @@ def _vllm_adapter(manifest: Json, path: str, connection: str, image: str) -> Jso
     """The same with the base model, and the adapter as a model beside it."""
     served = alias(path, manifest["version"])
     modules = [f"{known}={_ADAPTER_MOUNT}/files" for known in (served.partition("@")[0], served)]
-    model = _vllm_model("--enable-lora", f"--max-lora-rank={manifest['adapter_rank']}", "--lora-modules", *modules)
+    model = _vllm_model(
+        "--enable-lora",
+        f"--max-lora-rank={manifest['adapter_rank']}",
+        "--served-model-name",
+        "base",
+        "--lora-modules",
+        *modules,
+    )
     mount = {"name": "adapter", "mountPath": _ADAPTER_MOUNT, "readOnly": True}
     return {
         "model": {**model, **_base_storage(manifest["lineage"]["model"]), "volumeMounts": [mount]},

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from components.chatapi import Endpoint
+from components.cpus import num_threads
 from components.errors import Tune16Error
 from components.serve.target import Target
 
@@ -36,6 +37,7 @@ def command(
         return [sys.executable, "-m", "components.serve.weights", str(target.model), "--alias", alias, *place]
     _require("llama_cpp", "GGUF files need llama.cpp: `make llama` builds it, with a C++ compiler")
     settings = {"model": target.model, "model_alias": alias, "n_ctx": context, "interrupt_requests": "false"}
+    settings |= {"n_threads": num_threads(), "n_threads_batch": num_threads()}
     settings |= {"n_gpu_layers": -1} if gpu else {}
     settings |= {"lora_path": adapter} if adapter else {}
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from components import s3, versions
-from components.config import PROMOTED, EvaluateConfig, MergeConfig, PreflightConfig, Recipe, TrainConfig, UploadConfig
+from components.config import (
+    PROMOTED,
+    ConvertConfig,
+    EvaluateConfig,
+    MergeConfig,
+    PreflightConfig,
+    Recipe,
+    TrainConfig,
+    UploadConfig,
+)
 from components.errors import Tune16Error
 from components.outputs import write_record
 from components.preflight.checks import check
@@ -19,10 +28,10 @@ PATH = "prefix/model"
 
 
 @pytest.fixture
-def outputs(tmp_path: Path) -> tuple[Path, Path]:
-    """What the steps merge and evaluate leave, small."""
-    merged, evaluation = tmp_path / "out" / "merged", tmp_path / "out" / "evaluation"
-    for folder in (merged / "merged", merged / "adapter", evaluation):
+def outputs(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """What the steps merge, convert and evaluate leave, small."""
+    merged, gguf, evaluation = (tmp_path / "out" / name for name in ("merged", "gguf", "evaluation"))
+    for folder in (merged / "merged", merged / "adapter", gguf, evaluation):
         folder.mkdir(parents=True)
     (merged / "merged" / "model.safetensors").write_bytes(bytes(range(256)) * 100)
     (merged / "adapter" / "adapter_model.safetensors").write_bytes(b"adapter")
@@ -31,14 +40,18 @@ def outputs(tmp_path: Path) -> tuple[Path, Path]:
     (evaluation / "README.md").write_text("card")
     scores = {name: {} for name in ("base", "tuned", "loss_difference")} | {"champion": None}
     (evaluation / "evaluation.json").write_text(json.dumps(scores))
-    facts = {"model": "m", "data": "d", "held_out_sha256": "h", "prepare": {}, "bits": 4}
+    facts = {"model": "m", "teacher": "", "data": "d", "held_out_sha256": "h", "prepare": {}, "bits": 4}
     write_record(merged / "adapter", "train", TrainConfig(), **facts)
     write_record(merged, "merge", MergeConfig(), model="m")
+    for name in ("model-Q8_0.gguf", "model-Q4_K_M.gguf", "adapter.gguf", "report.html"):
+        (gguf / name).write_bytes(name.encode())
+    (gguf / "gguf.json").write_text(json.dumps({"files": {"Q8_0": {"loss": 1.5}}}))
+    write_record(gguf, "convert", ConvertConfig(quantizations="Q8_0,Q4_K_M"), model="m")
     write_record(evaluation, "evaluate", EvaluateConfig(), verdict=PROMOTED)
-    return merged, evaluation
+    return merged, gguf, evaluation
 
 
-def test_published_versions_are_downloaded_whole(bucket: str, outputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_published_versions_are_downloaded_whole(bucket: str, outputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     manifest = publish(*outputs, UploadConfig(path=PATH))
     assert versions.read_champion(PATH) == versions.Champion(1, manifest["version"])
     folder = versions.download(PATH, manifest["version"], tmp_path / "copy")
@@ -47,18 +60,20 @@ def test_published_versions_are_downloaded_whole(bucket: str, outputs: tuple[Pat
     assert (part / "adapter_model.safetensors").read_bytes() == b"adapter"
     assert json.loads((folder / "config.json").read_text())["train"]["rank"] == 64
     names = {Path(file["path"]).parts[0] for file in manifest["files"]}
-    assert names == {"merged", "adapter", "report", "evaluation.json", "README.md", "config.json"}
+    assert names == {"merged", "gguf", "adapter", "report", "evaluation.json", "README.md", "config.json"}
+    assert manifest["gguf"] == ["gguf/model-Q8_0.gguf", "gguf/model-Q4_K_M.gguf"], "in the order they were asked for"
+    assert manifest["scores"]["gguf"] == {"Q8_0": {"loss": 1.5}} and manifest["adapter_rank"] == 64
 
 
-def retrain(outputs: tuple[Path, Path], data: str, champion: str) -> None:
+def retrain(outputs: tuple[Path, Path, Path], data: str, champion: str) -> None:
     """Make the outputs those of a run on other data that was compared with `champion`."""
-    facts = {"model": "m", "data": data, "held_out_sha256": "h", "prepare": {}, "bits": 4}
+    facts = {"model": "m", "teacher": "", "data": data, "held_out_sha256": "h", "prepare": {}, "bits": 4}
     write_record(outputs[0] / "adapter", "train", TrainConfig(), **facts)
     scores = {name: {} for name in ("base", "tuned", "loss_difference")} | {"champion": {"version": champion}}
-    (outputs[1] / "evaluation.json").write_text(json.dumps(scores))
+    (outputs[2] / "evaluation.json").write_text(json.dumps(scores))
 
 
-def test_the_next_version_is_the_next_champion(bucket: str, outputs: tuple[Path, Path]) -> None:
+def test_the_next_version_is_the_next_champion(bucket: str, outputs: tuple[Path, Path, Path]) -> None:
     first = publish(*outputs, UploadConfig(path=PATH))
     retrain(outputs, "other data", first["version"])
     second = publish(*outputs, UploadConfig(path=PATH))
@@ -66,7 +81,7 @@ def test_the_next_version_is_the_next_champion(bucket: str, outputs: tuple[Path,
     assert second["lineage"]["champion"] == first["version"]
 
 
-def test_a_champion_that_came_in_between_is_not_replaced(bucket: str, outputs: tuple[Path, Path]) -> None:
+def test_a_champion_that_came_in_between_is_not_replaced(bucket: str, outputs: tuple[Path, Path, Path]) -> None:
     first = publish(*outputs, UploadConfig(path=PATH))
     retrain(outputs, "other data", "20200101T000000Z-00000000")
     with pytest.raises(Tune16Error, match="became champion during this run"):
@@ -78,17 +93,17 @@ def test_a_champion_that_came_in_between_is_not_replaced(bucket: str, outputs: t
 
 def test_an_unchanged_run_asks_for_what_the_cache_has_and_publishes_nothing(
     bucket: str,
-    outputs: tuple[Path, Path],
+    outputs: tuple[Path, Path, Path],
     make_model: Callable[..., Path],
     orders: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What preflight hands on is all that the cache of the later steps looks at, so it has to be the same."""
     place = PreflightConfig(model=str(make_model("llama")), data=str(orders))
-    recipe = Recipe(preflight=place, train=TrainConfig(rank=8))
+    recipe = Recipe(preflight=place, train=TrainConfig(rank=8), convert=ConvertConfig(quantizations="Q8_0,Q4_K_M"))
     first = check(recipe, PATH)
     trained = outputs[0] / "adapter"
-    facts = {"model": first.model, "data": first.data, "held_out_sha256": "h", "bits": 4}
+    facts = {"model": first.model, "teacher": "", "data": first.data, "held_out_sha256": "h", "bits": 4}
     write_record(trained, "train", recipe.train, prepare=recipe.prepare.model_dump(), **facts)
     published = publish(*outputs, UploadConfig(path=PATH))
     assert "nothing has changed" not in capsys.readouterr().out
@@ -99,12 +114,13 @@ def test_an_unchanged_run_asks_for_what_the_cache_has_and_publishes_nothing(
     for changed in (
         recipe.model_copy(update={"train": TrainConfig(rank=4)}),
         recipe.model_copy(update={"evaluate": EvaluateConfig(num_rows=3)}),
+        recipe.model_copy(update={"convert": ConvertConfig(quantizations="")}),
         recipe.model_copy(update={"preflight": PreflightConfig(model=place.model, data=str(orders.parent))}),
     ):
         assert check(changed, PATH).champion == published["version"]
 
 
-def test_changed_and_missing_files_are_noticed(bucket: str, outputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_changed_and_missing_files_are_noticed(bucket: str, outputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     version = publish(*outputs, UploadConfig(path=PATH))["version"]
     key = f"{PATH}/{version}/adapter/adapter_model.safetensors"
     s3.client().put_object(Bucket=bucket, Key=key, Body=b"adaptex")
@@ -135,7 +151,7 @@ def test_a_manifest_that_points_outside_is_refused(bucket: str, tmp_path: Path) 
         versions.write_manifest(PATH, "v", manifest)
 
 
-def test_leftovers_are_removed_and_versions_stay(bucket: str, outputs: tuple[Path, Path]) -> None:
+def test_leftovers_are_removed_and_versions_stay(bucket: str, outputs: tuple[Path, Path, Path]) -> None:
     version = publish(*outputs, UploadConfig(path=PATH))["version"]
     s3.create(bucket, f"{PATH}/20260101T000000Z-00000000/merged/a", b"x")
     s3.client().create_multipart_upload(Bucket=bucket, Key=f"{PATH}/20260101T000000Z-00000000/merged/b")
@@ -145,15 +161,15 @@ def test_leftovers_are_removed_and_versions_stay(bucket: str, outputs: tuple[Pat
     assert "Uploads" not in s3.client().list_multipart_uploads(Bucket=bucket)
 
 
-def test_what_was_not_promoted_is_not_published(bucket: str, outputs: tuple[Path, Path]) -> None:
-    write_record(outputs[1], "evaluate", EvaluateConfig(), verdict="kept")
+def test_what_was_not_promoted_is_not_published(bucket: str, outputs: tuple[Path, Path, Path]) -> None:
+    write_record(outputs[2], "evaluate", EvaluateConfig(), verdict="kept")
     with pytest.raises(Tune16Error, match="was not promoted"):
         publish(*outputs, UploadConfig(path=PATH))
     assert s3.list_objects(bucket, "") == []
 
 
 def test_a_failed_upload_takes_its_files_back(
-    bucket: str, outputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    bucket: str, outputs: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real: Callable[..., None] = s3.upload
 

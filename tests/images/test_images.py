@@ -39,8 +39,8 @@ def test_the_trainer_with_cuda_has_cuda_and_the_others_have_not() -> None:
 def test_the_selfcheck_covers_every_image_and_step() -> None:
     tree = ast.parse((ROOT / "images" / "selfcheck.py").read_text())
     modules: dict[str, list[str]] = ast.literal_eval(next(n for n in tree.body if isinstance(n, ast.Assign)).value)
-    stages = re.findall(r"^FROM base AS (\w+)$", (ROOT / "images/Containerfile").read_text(), re.MULTILINE)
-    assert set(modules) == set(stages) - {"packages"}
+    stages = re.findall(r"^FROM packages AS (\w+)-packages$", (ROOT / "images/Containerfile").read_text(), re.MULTILINE)
+    assert set(modules) == set(stages)
     for step, image in images.IMAGE_OF_STEP.items():
         listed = modules[image.rpartition("/")[2].partition(":")[0]]
         assert any(name.startswith(f"components.{step}.") for name in listed), step

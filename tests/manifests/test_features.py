@@ -107,13 +107,13 @@ def test_a_finished_schedule_job_makes_room_for_the_next() -> None:
 
 def test_builds_make_the_images_that_the_steps_run_in() -> None:
     text = CONTAINERFILE.read_text()
-    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", text, re.MULTILINE))
-    froms = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
-    assert froms[-1] == "${TARGET}" and re.search(r"^ARG TARGET=\w+$", text.split("\nFROM ")[0], re.MULTILINE)
+    stages = {name.removesuffix("-packages") for name in re.findall(r"^FROM packages AS (\S+)$", text, re.MULTILINE)}
+    assert "\nFROM ${TARGET}-packages AS chosen\n" in text
+    assert re.search(r"^ARG TARGET=\w+$", text.split("\nFROM ")[0], re.MULTILINE)
     streams = {found["metadata"]["name"] for found in output(EVERYTHING) if found["kind"] == "ImageStream"}
     builds = [found for found in output(EVERYTHING) if found["kind"] == "BuildConfig"]
     assert {entry["metadata"]["name"] for entry in builds} == streams <= stages
-    assert {image.rsplit("/", 1)[1] for image in (images.TOOLS, images.TRAINER)} <= {
+    assert {image.rsplit("/", 1)[1] for image in (images.TOOLS, images.TRAINER, images.GGUF)} <= {
         f"{name}:{images.VERSION}" for name in streams
     }
     for entry in builds:

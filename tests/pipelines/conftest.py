@@ -42,7 +42,7 @@ def furnish(api: KubernetesApi) -> None:
     values = dict.fromkeys(CONNECTION_VARIABLES, "x") | {"AWS_S3_ENDPOINT": "http://s3.svc"}
     api.add("v1", "secrets", secret("tune16-connection", values))
     api.add("v1", "nodes", GPU_NODE)
-    for name in ("tools", "trainer"):
+    for name in ("tools", "trainer", "gguf"):
         stream_tag = {"kind": "ImageStreamTag", "metadata": {"name": f"{name}:0.1.0", "namespace": NAMESPACE}}
         api.add("image.openshift.io/v1", "imagestreamtags", stream_tag)
     link = {

@@ -54,15 +54,18 @@ def test_tasks_and_edges(version: dict[str, Any]) -> None:
         "quantize": {"preflight"},
         "train": {"prepare", "quantize"},
         "evaluate": {"preflight", "prepare", "quantize", "train"},
-        "condition-1": {"evaluate", "preflight", "train"},
+        "condition-1": {"evaluate", "preflight", "prepare", "train"},
     }
     inner = spec["components"]["comp-condition-1"]["dag"]["tasks"]
     assert {name: set(task.get("dependentTasks", [])) for name, task in inner.items()} == {
         "merge": set(),
-        "upload": {"merge"},
+        "convert": {"merge"},
+        "upload": {"merge", "convert"},
+        "register": {"upload"},
+        "deploy": {"register", "upload"},
     }
     cached = {name for name, task in {**tasks, **inner}.items() if task.get("cachingOptions", {}).get("enableCache")}
-    assert cached == {"prepare", "quantize", "train", "evaluate", "merge"}
+    assert cached == {"prepare", "quantize", "train", "evaluate", "merge", "convert"}
 
 
 def test_resources_images_and_secrets(version: dict[str, Any]) -> None:
