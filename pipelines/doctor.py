@@ -14,8 +14,10 @@ from kubernetes.utils.quantity import parse_quantity
 
 from components import images, s3
 from components.config import CONNECTION_VARIABLES, TOKEN_VARIABLES, Recipe
+from components.deploy.objects import SERVED_BY
 from components.errors import Tune16Error
 from components.references import parse, pin
+from components.register.registrar import check_registry
 from pipelines.cluster import (
     Cluster,
     ForbiddenError,
@@ -262,12 +264,50 @@ def _images(road: Road) -> str:
     return ", ".join(names)
 
 
+def _registry(road: Road) -> str:
+    """The model registry, asked with this login's token; the steps have their own account's."""
+    server = road.recipe.register.server
+    if not server:
+        return "none is named in register.server"
+    try:
+        check_registry(server, road.cluster.token)
+    except Tune16Error as error:
+        if ".svc" in server and not road.cluster.inside:
+            raise UnknownError(f"{server} answers inside the cluster only.") from None
+        raise error from None
+    return f"{server} answers and takes the token"
+
+
+def _serving(road: Road) -> str:
+    """Whether the cluster has what the step deploy applies, and what that runs on."""
+    runtime = road.recipe.deploy.runtime
+    if not runtime:
+        return "nothing is to be deployed"
+    path = "/apis/serving.kserve.io/v1alpha1/namespaces/{namespace}/servingruntimes"
+    try:
+        found = road.get(path, "see the serving runtimes")["items"]
+    except NotFoundError:
+        raise Tune16Error(
+            "this cluster has no KServe. Ask its administrator for single-model serving, or leave deploy_runtime empty."
+        ) from None
+    names = {entry["metadata"]["name"] for entry in found}
+    formats = {name["name"] for entry in found for name in entry["spec"].get("supportedModelFormats", [])}
+    wanted = SERVED_BY.get(runtime)
+    if wanted and wanted not in names:
+        raise Tune16Error(f"there is no ServingRuntime {wanted}. Apply manifests/components/serving.")
+    if not wanted and "vLLM" not in formats:
+        raise Tune16Error("no ServingRuntime here serves vLLM. See manifests/components/serving for how to add one.")
+    return f"{wanted or 'a vLLM runtime'} is there"
+
+
 def _runner(road: Road) -> str:
     """The rights of the steps' own account."""
     account = road.runner
     resources = [("", "secrets", "get"), ("", "pods", "get")]
     if road.recipe.train.num_nodes > 1:
         resources += [("trainer.kubeflow.org", "trainjobs", "create"), ("", "pods/log", "get")]
+    if road.recipe.deploy.runtime:
+        resources += [("serving.kserve.io", "inferenceservices", "patch")]
     for group, resource, verb in resources:
         name, _, sub = resource.partition("/")
         attributes = {"group": group, "resource": name, "subresource": sub, "verb": verb}
@@ -289,6 +329,8 @@ _CHECKS: dict[str, Callable[[Road], str]] = {
     "GPU": _gpu,
     "quota": _quota,
     "images": _images,
+    "model registry": _registry,
+    "serving": _serving,
     "runner's rights": _runner,
 }
 

@@ -15,7 +15,7 @@ API = "serving.kserve.io/v1beta1"
 APPLIED = "tune16.dev/applied"
 
 _LONGEST_CONTEXT = 4096
-_SERVED_BY = {"llama.cpp": "tune16-llama-cpp", "llama.cpp-gpu": "tune16-llama-cpp-gpu"}
+SERVED_BY = {"llama.cpp": "tune16-llama-cpp", "llama.cpp-gpu": "tune16-llama-cpp-gpu"}
 _ADAPTER_MOUNT = "/mnt/adapter"
 _LONGEST_NAME = 40  # of 63, which the names of the service's parts and its host's label share
 
@@ -49,7 +49,7 @@ def describe(manifest: Json, path: str, runtime: str, placing: Placing, pod: Jso
         Tune16Error: the version has no GGUF file for llama.cpp, or the base model is not where KServe can fetch it.
     """
     name, version = service_name(path), manifest["version"]
-    if runtime in _SERVED_BY:
+    if runtime in SERVED_BY:
         server = _llama_cpp(manifest, path, runtime)
     elif runtime == "vllm":
         server = _vllm(f"{path}/{version}/merged", alias(path, version))
@@ -110,7 +110,7 @@ def _llama_cpp(manifest: Json, path: str, runtime: str) -> Json:
     return {
         "model": {
             "modelFormat": {"name": "gguf"},
-            "runtime": _SERVED_BY[runtime],
+            "runtime": SERVED_BY[runtime],
             "storage": {"path": f"{path}/{manifest['version']}/{models[0]}"},
             "args": [f"--alias={alias(path, manifest['version'])}"],
             "resources": _resources("2" if gpu else "4", memory, gpu),

@@ -73,7 +73,7 @@ def register(manifest: dict[str, Any], path: str, source: Source, config: Regist
         say("register", "no registry is named in register_server: nothing registered")
         return Registered()
     with _explained(config.server):
-        registry = _connect(config.server)
+        registry = _connect(config.server, _token())
         model = _own_model(registry, path, config.server)
         if model is None or registry.get_model_version(model, manifest["version"]) is None:
             _create(registry, manifest, path, source)
@@ -95,8 +95,24 @@ def _registry_name(server: str) -> str:
     return (urlsplit(server).hostname or "").partition(".")[0].removesuffix("-rest")
 
 
-def _connect(server: str) -> "ModelRegistry":
-    """The registry's client, with the account's token and CA.
+def check_registry(server: str, token: str) -> None:
+    """See whether a registry answers and takes this token.
+
+    Raises:
+        Tune16Error: it does not.
+    """
+    with _explained(server):
+        _connect(server, token)
+
+
+def _token() -> str:
+    """The bearer token: TUNE16_TOKEN, else the pod's own account's; empty where there is neither."""
+    own = _ACCOUNT / "token"
+    return os.environ.get("TUNE16_TOKEN") or (own.read_text().strip() if own.is_file() else "")
+
+
+def _connect(server: str, token: str) -> "ModelRegistry":
+    """The registry's client, with the account's CA.
 
     Raises:
         Tune16Error: the address has no scheme, or there is no token for a registry that needs one.
@@ -106,9 +122,6 @@ def _connect(server: str) -> "ModelRegistry":
     scheme = urlsplit(server).scheme
     if scheme not in ("http", "https"):
         raise Tune16Error(f"register_server {server!r}: write the whole address, as https://host or http://host:8080.")
-    token = os.environ.get("TUNE16_TOKEN", "")
-    if not token and (_ACCOUNT / "token").is_file():
-        token = (_ACCOUNT / "token").read_text().strip()
     if scheme == "https" and not token:
         raise Tune16Error(
             f"{server}: needs a token. In a pod it is the account's own; elsewhere export TUNE16_TOKEN=$(oc whoami "

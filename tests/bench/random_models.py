@@ -22,6 +22,7 @@ SHAPES = {
     "llama2-7b": "NousResearch/Llama-2-7b-chat-hf",
     "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
     "phi3.5-mini": "microsoft/Phi-3.5-mini-instruct",
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
 }

@@ -13,7 +13,7 @@ from pipelines.doctor import Road, examine
 from pipelines.s3server import S3Server
 from tests.conftest import BUCKET
 from tests.pipelines.conftest import GPU_NODE, NAMESPACE, Call, secret
-from tests.servers import KubernetesApi, PipelineApi, Reply, Request, Server, make_certificate
+from tests.servers import KubernetesApi, ModelRegistryApi, PipelineApi, Reply, Request, Server, make_certificate
 
 Findings = dict[str, doctor.Finding]
 
@@ -47,6 +47,24 @@ def examined(
 def drop(api: KubernetesApi, plural: str) -> None:
     for key in [key for key in api.objects if key[1] == plural]:
         del api.objects[key]
+
+
+def test_what_the_model_is_served_and_registered_by_is_looked_at(
+    examined: Callable[..., Findings], kubernetes_api: KubernetesApi
+) -> None:
+    assert "has no KServe" in examined(deploy={"runtime": "vllm"})["serving"].text
+    runtime = {"kind": "ServingRuntime", "metadata": {"name": "vllm-cuda-runtime", "namespace": NAMESPACE}}
+    runtime["spec"] = {"supportedModelFormats": [{"name": "vLLM"}]}  # type: ignore[assignment]
+    kubernetes_api.add("serving.kserve.io/v1alpha1", "servingruntimes", runtime)
+    assert "manifests/components/serving" in examined(deploy={"runtime": "llama.cpp"})["serving"].text
+    with ModelRegistryApi() as registry:
+        found = examined(deploy={"runtime": "vllm"}, register={"server": registry.url})
+        assert (found["serving"].outcome, found["model registry"].outcome) == ("ok", "ok"), found
+        registry.fail("GET", "registered_models", 403)
+        found = examined(register={"server": registry.url})
+        assert "refuses this account (403)" in found["model registry"].text
+    kubernetes_api.allowed = lambda attributes: attributes.get("resource") != "inferenceservices"
+    assert "may not patch inferenceservices" in examined(deploy={"runtime": "vllm"})["runner's rights"].text
 
 
 def test_everything_is_right(examined: Callable[..., Findings]) -> None:
@@ -108,7 +126,7 @@ def without(plural: str) -> Callable[[KubernetesApi], None]:
             "quota",
             "allows 0 of requests.nvidia.com/gpu, but the step train needs 1",
         ),
-        (without("imagestreamtags"), "images", "tools:0.1.0 is not in the cluster's registry"),
+        (without("imagestreamtags"), "images", "gguf:0.1.0 is not in the cluster's registry"),
     ],
 )
 def test_a_problem_says_what_to_do(
