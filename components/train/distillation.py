@@ -27,7 +27,9 @@ class GivenAnswersTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch with the answers of the data: what comes before the first labelled token is the prompt."""
         rows = [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]) != _IGNORED) for row in inputs]
-        cuts = [(ids, learnt, int(learnt.int().argmax())) for ids, learnt in rows]
+        cuts = [
+            (ids, learnt, max(1, int(learnt.int().argmax()))) for ids, learnt in rows
+        ]  # nothing predicts a first token
         fill = self._tokenizer.pad_token_id
         batch = {
             "prompt_ids": pad([ids[:cut] for ids, _, cut in cuts], fill, "left"),

@@ -62,10 +62,7 @@ def train_adapter(
         if config.method == "distill":
             trainer = _distillation_trainer(model, teacher, data, options, dtype, config)
         else:
-            arguments = SFTConfig(
-                max_length=prepared["config"]["max_tokens"], packing=config.packing, eval_packing=False, **options
-            )
-            trainer = _build(model, data, arguments, dtype, config)
+            trainer = _build(model, data, prepared["config"]["max_tokens"], options, dtype, config)
         _schedule(trainer, dtype, config)
         trainer.train()
         metrics = _metrics(trainer)
@@ -94,9 +91,12 @@ def _check_same_model(of_data: str, of_weights: str) -> None:
         )
 
 
-def _build(model: Path, data: Path, arguments: SFTConfig, dtype: torch.dtype, config: TrainConfig) -> SFTTrainer:
+def _build(
+    model: Path, data: Path, max_tokens: int, options: dict[str, Any], dtype: torch.dtype, config: TrainConfig
+) -> SFTTrainer:
     """Put the trainer together: model, adapter, rows, arguments."""
-    base, max_tokens = load_base(model, dtype), arguments.max_length
+    base = load_base(model, dtype)
+    arguments = SFTConfig(max_length=max_tokens, packing=config.packing, eval_packing=False, **options)
     arguments._n_gpu = 1  # a process trains on its own card, however many it sees
     has_bfloat16 = int(dtype == torch.bfloat16)
     if fewest(has_bfloat16) != has_bfloat16:

@@ -182,7 +182,9 @@ def build_tune16(model: Path, rows: Path, settings: dict[str, Any], scratch: Pat
         compute_dtype=settings["compute_dtype"],
         num_evaluations=1,
     )
-    built = trainer._build(model, rows, 1024, dtype, [], scratch / "out", config)
+    options = trainer._options(config, dtype, [], scratch / "out")
+    built = trainer._build(model, rows, 1024, options, dtype, config)
+    trainer._schedule(built, dtype, config)
     built.args.eval_strategy = "no"
     return built
 
