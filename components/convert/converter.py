@@ -5,6 +5,7 @@ rows and prompts, so that the report shows what each saving costs.
 """
 
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from components.convert.tokenizer import model_name, stage
 from components.convert.trial import MAX_NEW_TOKENS, Trial, try_file
 from components.cpus import num_threads
 from components.errors import Tune16Error
-from components.outputs import new_folder, read_record, write_json, write_record
+from components.outputs import new_folder, read_json, read_record, write_json, write_record
 from components.references import parse
 from components.steps import say
 
@@ -82,8 +83,20 @@ def _convert(tools: Path, merged: Path, folder: Path, scratch: Path) -> Path:
     name = model_name(base.address, json.loads((staged / "config.json").read_text()))
     llamacpp.convert_weights(tools, staged, full, name)
     say("convert", f"{FULL}: {full.stat().st_size / 2**30:.2f} GiB")
-    llamacpp.convert_adapter(tools, merged / "adapter", staged, folder / "adapter.gguf")
+    adapter = stage_adapter(merged / "adapter", scratch / "adapter")
+    llamacpp.convert_adapter(tools, adapter, staged, folder / "adapter.gguf")
     return full
+
+
+def stage_adapter(adapter: Path, folder: Path) -> Path:
+    """The adapter again, by links, with the alpha of plain LoRA: llama.cpp knows no scaling by alpha / sqrt(rank)."""
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").symlink_to((adapter / "adapter_model.safetensors").absolute())
+    config = read_json(adapter / "adapter_config.json")
+    if config.get("use_rslora"):
+        config |= {"lora_alpha": config["lora_alpha"] * math.sqrt(config["r"]), "use_rslora": False}
+    write_json(folder / "adapter_config.json", config)
+    return folder
 
 
 def read_rows(merged: Path, data: Path, num_bytes: int) -> list[dict[str, Any]]:

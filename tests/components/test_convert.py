@@ -23,12 +23,13 @@ pytest.importorskip("llama_cpp", reason="llama.cpp is not built here: `make llam
 
 from components.config import ConvertConfig, MergeConfig
 from components.convert import llamacpp
-from components.convert.converter import convert_model, read_rows
+from components.convert.converter import convert_model, read_rows, stage_adapter
 from components.convert.tokenizer import model_name, sentencepiece_model, stage
 from components.convert.trial import answer_losses, loaded, logits
 from components.errors import Tune16Error
 from components.merge.merger import merge_adapter
 from components.outputs import write_record
+from components.serve.target import write_inverse
 from tests.components.test_train import Made
 from tests.components.vocabularies import tokenizer as real_tokenizer
 
@@ -196,10 +197,20 @@ def test_the_step_makes_asks_and_describes_what_was_named(merged: Merged, tmp_pa
     assert "Q4_K_M" in report and "data:image/png" in report and "http" not in report.replace("http-equiv", "")
 
 
+def test_a_rank_stabilised_adapter_gets_the_alpha_of_plain_lora(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"r": 16, "lora_alpha": 8, "use_rslora": True})
+    )
+    staged = stage_adapter(tmp_path / "adapter", tmp_path / "staged")
+    config = json.loads((staged / "adapter_config.json").read_text())
+    assert config == {"r": 16, "lora_alpha": 32.0, "use_rslora": False}, "8 / sqrt(16) = 32 / 16"
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_base_and_adapter_files_together_are_the_merged_model(merged: Merged, tmp_path: Path) -> None:
-    """And the loss of a file is that of Transformers on the same rows."""
+    """And the loss of a file is that of Transformers on the same rows; without its adapter it is the base again."""
     tools = llamacpp.converter()
     assert tools
     convert_model(merged.folder, merged.made.rows, tmp_path / "out", ConvertConfig(quantizations="F16"))
@@ -211,6 +222,12 @@ def test_base_and_adapter_files_together_are_the_merged_model(merged: Merged, tm
     with loaded(tmp_path / "base.gguf", 128, adapter=tmp_path / "out" / "adapter.gguf") as model:
         got = logits(model, row["input_ids"])
         assert np.abs(got - wanted).max() <= 1e-2 * np.abs(wanted).max()
+    with loaded(tmp_path / "base.gguf", 128) as model:
+        base = logits(model, row["input_ids"]).copy()
+    write_inverse(tmp_path / "out" / "adapter.gguf", tmp_path / "inverse.gguf")
+    with loaded(tmp_path / "out" / "model-F16.gguf", 128, adapter=tmp_path / "inverse.gguf") as model:
+        assert np.abs(logits(model, row["input_ids"]) - base).max() <= 1e-2 * np.abs(base).max()
+    assert np.abs(base - wanted).max() > 0.1 * np.abs(base).max()
     hub = AutoModelForCausalLM.from_pretrained(merged.folder / "merged", dtype=torch.float32)
     with torch.inference_mode():
         loss = hub(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss.item()
