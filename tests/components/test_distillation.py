@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,18 @@ def test_a_teachers_padded_head_is_cut_to_the_students_words(tokenizer: PreTrain
 def test_settings_that_do_not_belong_together_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(Tune16Error, match=message):
         TrainConfig.load(settings)
+
+
+def test_the_plan_is_within_five_percent_of_what_was_measured() -> None:
+    """tests/bench/gpu_distil.py on an H200; its random student has a head of its own."""
+    recorded = json.loads((Path(__file__).parents[1] / "bench" / "results" / "distillation.json").read_text())
+    small, large = known_shape("Qwen/Qwen2.5-1.5B-Instruct"), known_shape("Qwen/Qwen2.5-7B-Instruct")
+    assert small and large and len(recorded["runs"]) >= 4
+    for run in recorded["runs"]:
+        settings = {"method": "distill", "teacher": "x", "micro_batch": run["micro_batch"], "dropout": 0}
+        recipe = parse(Recipe, {"train": settings}, where="test")
+        planned = plan(replace(small, tied_embeddings=False), recipe, teacher=large).total / 2**30
+        assert abs(planned / run["peak_gib"] - 1) < 0.05, run
 
 
 def test_the_plan_counts_the_teacher() -> None:

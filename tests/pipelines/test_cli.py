@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from components.convert.converter import read_rows
+from components.convert.llamacpp import converter
+from components.convert.trial import MAX_NEW_TOKENS, try_file
 from pipelines.demo.generate import CORPUS, ORDERS, make_corpus, make_orders
 
 BIN = Path(sys.executable).parent
@@ -86,7 +91,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     # prepare and quantize need only preflight: kfp starts them in either order.
     order = [*result["steps"]]
     assert order[0] == "preflight" and {*order[1:3]} == {"prepare", "quantize"}
-    assert order[3:] == ["train", "evaluate", "merge", "upload"]
+    assert order[3:] == ["train", "evaluate", "merge", "convert", "upload", "register", "deploy"]
     assert all(step["seconds"] is not None for step in result["steps"].values())
     base, tuned = result["evaluation"]["base"], result["evaluation"]["tuned"]
     assert tuned["loss"]["value"] <= 0.7 * base["loss"]["value"]
@@ -96,6 +101,32 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     assert "Promoted" in Path(result["report"]).read_text()
     log = (Path(result["folder"]) / "pipeline.log").read_text()
     assert "SUCCESS" in log
+    check_gguf(Path(result["folder"]))
+
+
+def check_gguf(run: Path) -> None:
+    """The Q8_0 file answers as the merged model does with Transformers, and the others' scores are in the report."""
+    if not converter():
+        return
+    (merged,), (gguf,), (rows,) = (
+        run.glob(f"steps/*/{place}") for place in ("merge/merged", "convert/gguf", "prepare/rows")
+    )
+    figures = json.loads((gguf / "gguf.json").read_text())["files"]
+    assert set(figures) == {"F16", "Q4_K_M", "Q5_K_M", "Q8_0"}
+    assert all(name in (gguf / "report.html").read_text() for name in figures)
+    asked = read_rows(merged, rows, 1)[:100]
+    tokenizer = AutoTokenizer.from_pretrained(merged / "merged")
+    model = AutoModelForCausalLM.from_pretrained(merged / "merged", dtype=torch.float32)
+    wanted = []
+    for row in asked:
+        inputs = tokenizer.apply_chat_template(
+            row["messages"][:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        made = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=0)
+        wanted.append(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    trial = try_file(gguf / "model-Q8_0.gguf", "Q8_0", asked, lambda number: None)
+    assert trial.same_tokens == len(asked)
+    assert sum(ours == theirs for ours, theirs in zip(trial.answers, wanted, strict=True)) >= 0.95 * len(asked)
 
 
 @pytest.mark.slow
