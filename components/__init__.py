@@ -12,6 +12,6 @@
     deploy      and served
 
 In each folder ``component.py`` is the pipeline's wrapper and the other files are the logic: plain functions, paths in,
-files out, numbers returned. ``config.py`` holds every knob. ``serve`` and ``chat`` are no steps: they put a model that was
-made behind an API and a page. `python -m components STEP` runs one step on local folders.
+files out, numbers returned. ``config.py`` holds every knob. ``serve`` and ``chat`` are no steps: they put a model that
+was made behind an API and a page. `python -m components STEP` runs one step on local folders.
 """

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from components.cpus import limit_threads
 from components.errors import user_errors
 
 
@@ -16,6 +17,7 @@ def say(step: str, text: str) -> None:
 def step(name: str) -> Iterator[None]:
     """Run one step: say when it starts and ends, and end it with one message and exit code 2 on a user's mistake."""
     started = time.monotonic()
+    limit_threads()
     say(name, "started")
     with user_errors():
         yield

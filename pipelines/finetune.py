@@ -46,9 +46,6 @@ def _place(task: dsl.PipelineTask, connection: Any, tokens: Any) -> None:
     """Give a task its resources, and the secrets by name."""
     cpu, memory = RESOURCES[task.name]
     task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
-    task.set_env_variable(
-        "OMP_NUM_THREADS", str(max(1, int(cpu.removesuffix("m")) // (1000 if cpu.endswith("m") else 1)))
-    )
     kubernetes.use_secret_as_env(task, connection, {name: name for name in CONNECTION_VARIABLES})
     kubernetes.use_secret_as_env(task, tokens, {name: name for name in TOKEN_VARIABLES}, optional=True)
 
