@@ -25,8 +25,14 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def as_request(self) -> dict[str, Any]:
-        """The fields of a request. vLLM knows the penalty by our name, llama.cpp by another; both skip the other's."""
-        return {**asdict(self), "repeat_penalty": self.repetition_penalty}
+        """The fields of a request.
+
+        The penalty is not in OpenAI's own API, whose server refuses what it does not know: 1, which is none, is left
+        out. vLLM knows it by our name, llama.cpp by another; both skip the other's.
+        """
+        fields = asdict(self)
+        penalty = fields.pop("repetition_penalty")
+        return fields if penalty == 1 else {**fields, "repetition_penalty": penalty, "repeat_penalty": penalty}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Endpoint:
         """
         with self._explained(), httpx.Client(**self._settings()) as client:
             answer = client.get("/v1/models").raise_for_status().json()
-            return [str(entry["id"]) for entry in answer["data"]]
+            return [str(entry["id"]) for entry in answer["data"] or self._no_models()]
 
     def ask(self, model: str, messages: Messages, sampling: Sampling) -> str:
         """The whole answer to a conversation.
@@ -75,6 +81,9 @@ class Endpoint:
                 async for line in response.aiter_lines():
                     for piece in self._pieces(line):
                         yield piece
+
+    def _no_models(self) -> list[Any]:
+        raise Tune16Error(f"{self.url}: serves no model.")
 
     def _pieces(self, line: str) -> list[str]:
         """The text in one line of a stream of server-sent events."""

@@ -2,20 +2,24 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import urllib3
 from kubernetes import client, config
 from kubernetes.client.rest import ApiException
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from components.errors import Tune16Error
 
 FIELD_MANAGER = "tune16"
 
 _APPLY = "application/apply-patch+yaml"  # JSON is YAML
+Answer = TypeVar("Answer")
+
+_PATIENCE_SECONDS = 600  # for an API that answers with passing faults
 _PASSING_FAULTS = {429, 500, 502, 503, 504}
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
@@ -90,6 +94,20 @@ def own_pod(api: client.ApiClient) -> dict[str, Any]:
     return pod
 
 
+def main_container(pod: dict[str, Any]) -> dict[str, Any]:
+    """The container of a pipeline step's pod that the step itself runs in; the workflow's own stand beside it."""
+    found: dict[str, Any] = next(entry for entry in pod["spec"]["containers"] if entry["name"] == "main")
+    return found
+
+
+def patiently(request: Callable[[], Answer], pause: float) -> Answer:
+    """A request that may be repeated: what took hours does not end with an API that is away for some minutes."""
+    retrying = Retrying(
+        retry=retry_if_exception(passes), stop=stop_after_delay(_PATIENCE_SECONDS), wait=wait_fixed(pause), reraise=True
+    )
+    return retrying(request)
+
+
 def passes(error: BaseException) -> bool:
     """Whether a request that failed so may work a little later."""
     if isinstance(error, ApiException):
@@ -104,7 +122,7 @@ def explained(setting: str) -> Iterator[None]:
         yield
     except ApiException as error:
         said = message(error)
-        remedy = " Apply manifests/base, which brings its Role." if error.status == 403 else ""
+        remedy = " Apply manifests/base, which brings its Role." if " cannot " in said else ""
         raise Tune16Error(f"{setting}: the cluster refuses: {error.status} {said}{remedy}") from None
     except urllib3.exceptions.HTTPError as error:
         raise Tune16Error(f"{setting}: the cluster's API cannot be reached ({error}).") from None

@@ -115,6 +115,7 @@ def plan(shape: ModelShape, recipe: Recipe, gpu: Gpu | None = None, teacher: Mod
         Tune16Error: a target of the adapter is none of the model's layers.
     """
     available = round(recipe.preflight.gpu_memory * GIBIBYTE)
+    assert bool(teacher) == bool(recipe.train.teacher), "a teacher has a shape"
     if teacher:
         return _plan_distillation(shape, teacher, recipe, available)
     if recipe.train.engine == "trl" or shape.plain_road(recipe.prepare.max_tokens):
@@ -327,7 +328,8 @@ def nearest(shape: ModelShape, recipe: Recipe, teacher: ModelShape | None = None
     found = []
     for step, name, values in candidates:
         unfit = bisect_left(values, True, key=partial(unfits, step, name))
-        found += [f"{step}_{name} {values[unfit - 1]:,}"] if unfit else []
+        place = f"{name} in {step}_options" if name == "micro_batch" else f"{step}_{name}"  # as the form has it
+        found += [f"{place} {values[unfit - 1]:,}"] if unfit else []
     return found
 
 

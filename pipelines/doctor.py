@@ -275,7 +275,7 @@ def _registry(road: Road) -> str:
         if ".svc" in server and not road.cluster.inside:
             raise UnknownError(f"{server} answers inside the cluster only.") from None
         raise error from None
-    return f"{server} answers and takes the token"
+    return f"{server} answers"
 
 
 def _serving(road: Road) -> str:

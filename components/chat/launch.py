@@ -4,7 +4,7 @@ import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import urldefrag
+from urllib.parse import urldefrag, urlsplit
 
 from components.chatapi import Endpoint
 from components.errors import Tune16Error
@@ -37,12 +37,12 @@ def chat(place: Path, tuned: str, base: str, feedback: str, host: str, port: int
     columns: list[Column] = []
     with ExitStack() as stack:
         if tuned:
-            columns = [Column(title, *_remote(url)) for title, url in _titled(base, tuned) if url]
+            columns = [Column(title, *_remote(url, tuned)) for title, url in _titled(base, tuned) if url]
         else:
             target = find_target(place)
             say("chat", f"loading {target.model}")
             if base:
-                columns.append(Column("Base model", *_remote(base)))
+                columns.append(Column("Base model", *_remote(base, tuned)))
             elif target.adapter:
                 inverse = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "inverse.gguf"
                 write_inverse(target.adapter, inverse)
@@ -58,6 +58,8 @@ def _titled(base: str, tuned: str) -> list[tuple[str, str]]:
     return [("Base model", base), ("Tuned model", tuned)]
 
 
-def _remote(address: str) -> tuple[Endpoint, str]:
+def _remote(address: str, tuned: str) -> tuple[Endpoint, str]:
+    """A server and a model's name there. The token is the tuned model's server's: no other host gets it."""
     url, model = urldefrag(address)
-    return Endpoint(url, os.environ.get(TOKEN_VARIABLE, "")), model
+    token = os.environ.get(TOKEN_VARIABLE, "") if urlsplit(url).netloc == urlsplit(tuned).netloc else ""
+    return Endpoint(url, token), model

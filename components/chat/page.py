@@ -67,6 +67,7 @@ def build_page(columns: list[Column], feedback: str) -> gr.Blocks:
 
     async def converse(
         question: str,
+        systems: list[str],
         system: str,
         temperature: float,
         max_tokens: int,
@@ -77,7 +78,7 @@ def build_page(columns: list[Column], feedback: str) -> gr.Blocks:
         if not question.strip():
             return
         histories = [[*chat, {"role": "user", "content": question}] for chat in chats]
-        yield "", *histories
+        yield "", [*systems, system], *histories
         sampling = Sampling(temperature, top_p, int(max_tokens), penalty)
         tasks = [
             asyncio.create_task(_answer(column, system, history, sampling))
@@ -85,9 +86,9 @@ def build_page(columns: list[Column], feedback: str) -> gr.Blocks:
         ]
         try:  # Stop, Clear and a closed tab end this at a yield or a wait, and with it the requests
             while (await asyncio.wait(tasks, timeout=_UPDATE_SECONDS))[1]:
-                yield gr.skip(), *histories
+                yield gr.skip(), gr.skip(), *histories
             await asyncio.gather(*tasks)
-            yield gr.skip(), *histories
+            yield gr.skip(), gr.skip(), *histories
         finally:
             for task in tasks:
                 task.cancel()
@@ -111,12 +112,15 @@ def build_page(columns: list[Column], feedback: str) -> gr.Blocks:
                 gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p", elem_id="top-p"),
                 gr.Slider(0.8, 2, 1, step=0.05, label="Repetition penalty", elem_id="repetition-penalty"),
             ]
-        run = gr.on([send.click, box.submit], converse, [box, system, *sliders, *chats], [box, *chats])
+        systems = gr.State([])  # the system prompt of every question: a vote is on what was asked
+        run = gr.on(
+            [send.click, box.submit], converse, [box, systems, system, *sliders, *chats], [box, systems, *chats]
+        )
         stop.click(None, cancels=run)
-        clear.click(None, cancels=run).then(lambda: [[]] * len(chats), None, chats)
+        clear.click(None, cancels=run).then(lambda: [[]] * (1 + len(chats)), None, [systems, *chats])
         for chat, column in zip(chats, columns, strict=True):
             if feedback:
-                chat.like(_voter(column, feedback), [chat, system], None)
+                chat.like(_voter(column, feedback), [chat, systems], None)
     queued: gr.Blocks = page.queue(
         default_concurrency_limit=16, max_size=64
     )  # by default one visitor waits for another
@@ -164,10 +168,12 @@ def _text(turn: Turn) -> str:
 
 
 def _voter(column: Column, feedback: str) -> Callable[..., None]:
-    def vote(event: gr.LikeData, history: list[Turn], system: str) -> None:
+    def vote(event: gr.LikeData, history: list[Turn], systems: list[str]) -> None:
         names: dict[Any, Vote] = {True: "up", False: "down"}
         given = names.get(event.liked, "")
-        messages = to_messages(system, history[: event.index + 1])  # type: ignore[operator]
+        turns = history[: event.index + 1]  # type: ignore[operator]
+        system = systems[sum(turn["role"] == "user" for turn in turns) - 1]
+        messages = to_messages(system, turns)
         try:
             record_vote(feedback, messages, column.model or column.title, given)
         except (Tune16Error, OSError) as error:

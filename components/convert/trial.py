@@ -28,6 +28,7 @@ class Trial:
 
     name: str
     size: int
+    threads: int = 1
     loss: float = 0.0
     speed: float = 0.0
     same_tokens: int = 0
@@ -45,6 +46,7 @@ class Trial:
             "loss": significant(self.loss),
             "same_answers": significant(self.same_answers(full)),
             "tokens_per_second": significant(self.speed, 3),
+            "threads": self.threads,
         }
 
 
@@ -53,7 +55,7 @@ def try_file(file: Path, name: str, rows: list[dict[str, Any]], advance: Callabl
 
     Answers are greedy and end after 90 tokens. `advance` is told how many prompts have been answered.
     """
-    trial = Trial(name, file.stat().st_size)
+    trial = Trial(name, file.stat().st_size, _threads(file))
     with loaded(file, max(len(row["input_ids"]) for row in rows) + MAX_NEW_TOKENS) as model:
         losses = [answer_losses(model, row["input_ids"], row["labels"]) for row in rows]
         trial.loss = float(np.concatenate(losses).mean())
@@ -74,7 +76,7 @@ def loaded(file: Path, num_tokens: int, adapter: Path | None = None) -> Iterator
     """A file in memory, with room for `num_tokens`, and perhaps with a LoRA file on it."""
     import llama_cpp
 
-    threads = max(1, min(num_threads(), file.stat().st_size // _BYTES_PER_THREAD))
+    threads = _threads(file)
     model = llama_cpp.Llama(
         str(file),
         n_ctx=num_tokens,
@@ -88,6 +90,10 @@ def loaded(file: Path, num_tokens: int, adapter: Path | None = None) -> Iterator
         yield model
 
 
+def _threads(file: Path) -> int:
+    return max(1, min(num_threads(), file.stat().st_size // _BYTES_PER_THREAD))
+
+
 def logits(model: Any, tokens: list[int]) -> npt.NDArray[np.float32]:
     """The logits of shape [tokens, vocabulary] for one sequence."""
     model.reset()
@@ -99,12 +105,11 @@ def logits(model: Any, tokens: list[int]) -> npt.NDArray[np.float32]:
 def answer_losses(model: Any, tokens: list[int], labels: list[int]) -> npt.NDArray[np.float64]:
     """Negative log-likelihood in nats of each token that has a label."""
     scores = logits(model, tokens)
-    places = [place for place in range(1, len(tokens)) if labels[place] >= 0]
-    wanted = scores[[place - 1 for place in places]].astype(np.float64)
-    largest = wanted.max(axis=1)
-    totals = largest + np.log(np.exp(wanted - largest[:, None]).sum(axis=1))
-    losses: npt.NDArray[np.float64] = totals - wanted[np.arange(len(places)), [labels[place] for place in places]]
-    return losses
+    losses = []
+    for place in (place for place in range(1, len(tokens)) if labels[place] >= 0):  # one by one: a row is 1 MB
+        row = scores[place - 1].astype(np.float64)
+        losses.append(row.max() + np.log(np.exp(row - row.max()).sum()) - row[labels[place]])
+    return np.array(losses)
 
 
 def prompt_tokens(model: Any, messages: list[dict[str, str]]) -> list[int]:

@@ -5,8 +5,10 @@ counts when it is ready, its server names it, and it answers a question; until t
 not come, the old one is applied again.
 """
 
+import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import urllib3
@@ -16,7 +18,16 @@ from kubernetes.client.rest import ApiException
 from components import kubeapi
 from components.chatapi import Endpoint, Sampling
 from components.config import DeployConfig
-from components.deploy.objects import API, Json, Placing, alias, describe, recorded
+from components.deploy.objects import (
+    API,
+    OWNER,
+    VERSION,
+    Json,
+    Placing,
+    alias,
+    describe,
+    owner,
+)
 from components.errors import Tune16Error
 from components.steps import say
 
@@ -25,7 +36,9 @@ PATIENCE_SECONDS = 1800.0  # fetching 13 GiB, loading them and compiling kernels
 
 _QUESTION = [{"role": "user", "content": "Who are you?"}]
 _ANSWER = Sampling(temperature=0, max_tokens=16)
-_PORT = 8080  # of the pods, which a service without an address of its own leads to
+_PORT = 8080  # of the pods
+_REMEMBERED = "inferenceservice.json"
+_TOKEN_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
 @dataclass(frozen=True)
@@ -40,9 +53,28 @@ class _Service:
     def _path(self) -> str:
         return f"/apis/{API}/namespaces/{self.namespace}/inferenceservices/{self.name}"
 
+    @property
+    def _memory(self) -> str:
+        """The ConfigMap with the last InferenceService that has answered. An annotation would start all pods anew."""
+        return f"/api/v1/namespaces/{self.namespace}/configmaps/{self.name}-served"
+
     def read(self) -> Json | None:
+        return self._get(self._path)
+
+    def last_served(self) -> Json | None:
+        found = self._get(self._memory)
+        return json.loads(found["data"][_REMEMBERED]) if found else None
+
+    def remember(self, body: Json) -> None:
+        metadata = {"name": f"{self.name}-served", "labels": {"app.kubernetes.io/managed-by": "tune16"}}
+        content = {_REMEMBERED: json.dumps(body)}
+        kubeapi.apply(
+            self.api, self._memory, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": content}
+        )
+
+    def _get(self, path: str) -> Json | None:
         try:
-            found: Json = kubeapi.send(self.api, "GET", self._path)
+            found: Json = kubeapi.send(self.api, "GET", path)
         except ApiException as error:
             if error.status == 404:
                 return None
@@ -61,7 +93,11 @@ class _Service:
             ) from None
 
     def delete(self) -> None:
-        kubeapi.send(self.api, "DELETE", self._path)
+        try:
+            kubeapi.send(self.api, "DELETE", self._path)
+        except ApiException as error:
+            if error.status != 404:
+                raise
 
     def pods(self) -> list[Json]:
         path = f"/api/v1/namespaces/{self.namespace}/pods"
@@ -91,33 +127,58 @@ def deploy(manifest: Json, path: str, placing: Placing, config: DeployConfig) ->
     setting = f"deploy.runtime {config.runtime}"
     with kubeapi.explained(setting):
         api = kubeapi.connect(f"{setting}: endpoints are for a cluster, where the step deploy runs in a pod.")
-        body = describe(manifest, path, config.runtime, placing, kubeapi.own_pod(api))
+        pod = kubeapi.own_pod(api)
+        body = describe(manifest, path, config.runtime, placing, pod)
         service = _Service(api, body["metadata"]["namespace"], body["metadata"]["name"])
         before = service.read()
-        service.apply(body)
+        _check_owner(before, manifest)
+        served = service.last_served()
         try:
-            return _wait(service, alias(path, manifest["version"]))
+            service.apply(body)
+        except Exception as error:
+            if not kubeapi.passes(error):
+                raise  # refused: nothing has changed
+            raise Tune16Error(f"{_why(error)} {_roll_back(service, body, served)}") from None
+        try:
+            url = _wait(service, alias(path, manifest["version"], config.runtime))
         except (Tune16Error, ApiException, urllib3.exceptions.HTTPError) as error:
-            raise Tune16Error(f"{_why(error)} {_roll_back(service, before)}") from None
+            raise Tune16Error(f"{_why(error)} {_roll_back(service, body, served)}") from None
+        kubeapi.patiently(lambda: service.remember(body), POLL_SECONDS)
+        return url
+
+
+def _check_owner(before: Json | None, manifest: Json) -> None:
+    """Refuse an InferenceService that is somebody else's, before anything is changed.
+
+    Raises:
+        Tune16Error: it is.
+    """
+    if before is None:
+        return
+    found = before["metadata"].get("annotations", {}).get(OWNER)
+    if found != owner(manifest):
+        raise Tune16Error(
+            f"InferenceService {before['metadata']['name']}: belongs to {found or 'somebody else'}. Choose "
+            "another last part for upload_path, or remove it."
+        )
 
 
 def _why(error: Exception) -> str:
     return kubeapi.message(error) if isinstance(error, ApiException) else str(error)
 
 
-def _roll_back(service: _Service, before: Json | None) -> str:
-    """Bring back what was there, and say what that is."""
+def _roll_back(service: _Service, body: Json, served: Json | None) -> str:
+    """Bring back what has served before, and say what that is."""
     try:
-        if before is None:
-            service.delete()
+        if served is None:
+            kubeapi.patiently(service.delete, POLL_SECONDS)
             return "It was removed; nothing was served before."
-        applied = recorded(before)
-        if applied is None:
-            return "The InferenceService from before is not of Tune16 and could not be restored: look at it."
-        service.apply(applied)
+        kubeapi.patiently(lambda: service.apply(served), POLL_SECONDS)
     except (Tune16Error, ApiException, urllib3.exceptions.HTTPError) as error:
         return f"Going back failed as well: {_why(error)}"
-    return f"{applied['metadata']['annotations']['tune16.dev/version']} serves on."
+    if served == body:
+        return "It has served before, and stays applied."
+    return f"{served['metadata']['annotations'][VERSION]} serves on."
 
 
 def _wait(service: _Service, served: str) -> str:
@@ -183,9 +244,21 @@ def _question(service: Json, served: str) -> tuple[str, str]:
     url = str(status.get("address", {}).get("url") or status.get("url") or "")
     if not url:
         return "", "it has no address"
-    if urlsplit(url).scheme == "http" and urlsplit(url).port is None:
-        url = f"{url.rstrip('/')}:{_PORT}"
-    endpoint = Endpoint(url)
+    # The address of a headless service lacks the pods' port; that of another has its own.
+    ports = ["", f":{_PORT}"] if urlsplit(url).port is None and urlsplit(url).scheme == "http" else [""]
+    reasons = []
+    for port in ports:
+        place, why = _ask(f"{url.rstrip('/')}{port}", served)
+        if place:
+            return place, ""
+        reasons.append(why)
+    return "", reasons[-1]
+
+
+def _ask(url: str, served: str) -> tuple[str, str]:
+    """The address if the version at `url` answers, else why not. Over TLS the account's token goes along."""
+    token = _TOKEN_FILE.read_text().strip() if url.startswith("https://") and _TOKEN_FILE.is_file() else ""
+    endpoint = Endpoint(url, token)
     try:
         if served not in endpoint.list_models():
             return "", f"{url} still serves the version before"

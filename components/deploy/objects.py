@@ -1,10 +1,10 @@
 """The InferenceService (KServe v1beta1) of a version, for each kind of server."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from components import kubeapi
 from components.config import CONNECTION_VARIABLES
 from components.errors import Tune16Error
 from components.references import parse
@@ -12,9 +12,11 @@ from components.references import parse
 Json = dict[str, Any]
 
 API = "serving.kserve.io/v1beta1"
-APPLIED = "tune16.dev/applied"
+OWNER = "tune16.dev/path"
+VERSION = "tune16.dev/version"
 
-_LONGEST_CONTEXT = 4096
+_USUAL_CONTEXT = 4096  # tokens; a model trained on longer rows gets twice those
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for
 SERVED_BY = {"llama.cpp": "tune16-llama-cpp", "llama.cpp-gpu": "tune16-llama-cpp-gpu"}
 _ADAPTER_MOUNT = "/mnt/adapter"
 _LONGEST_NAME = 40  # of 63, which the names of the service's parts and its host's label share
@@ -34,12 +36,13 @@ class Placing:
 def service_name(path: str) -> str:
     """A name that Kubernetes takes, from the last part of ``upload_path``."""
     name = re.sub(r"[^a-z0-9]+", "-", path.rpartition("/")[2].lower()).strip("-")
-    return name[:_LONGEST_NAME].rstrip("-") or "model"
+    name = name if name[:1].isalpha() else f"model-{name}"
+    return name[:_LONGEST_NAME].rstrip("-")
 
 
-def alias(path: str, version: str) -> str:
-    """What the server calls this very version, beside the name that stays the same."""
-    return f"{service_name(path)}@{version}"
+def alias(path: str, version: str, runtime: str) -> str:
+    """What this kind of server calls this very version, beside the name that stays the same."""
+    return f"{service_name(path)}@{version}-{runtime}"
 
 
 def describe(manifest: Json, path: str, runtime: str, placing: Placing, pod: Json) -> Json:
@@ -52,9 +55,9 @@ def describe(manifest: Json, path: str, runtime: str, placing: Placing, pod: Jso
     if runtime in SERVED_BY:
         server = _llama_cpp(manifest, path, runtime)
     elif runtime == "vllm":
-        server = _vllm(f"{path}/{version}/merged", alias(path, version))
+        server = _vllm(manifest, path)
     else:
-        server = _vllm_adapter(manifest, path, placing.connection, pod["spec"]["containers"][0]["image"])
+        server = _vllm_adapter(manifest, path, placing.connection, kubeapi.main_container(pod)["image"])
     predictor: Json = {"minReplicas": 1, "maxReplicas": 1, **server}
     if runtime != "llama.cpp":
         predictor |= {"nodeSelector": placing.node_selector, "tolerations": placing.tolerations}
@@ -69,9 +72,10 @@ def describe(manifest: Json, path: str, runtime: str, placing: Placing, pod: Jso
     annotations = {
         "openshift.io/display-name": path.rpartition("/")[2],
         "serving.kserve.io/deploymentMode": "RawDeployment",
-        "tune16.dev/version": version,
+        OWNER: owner(manifest),
+        VERSION: version,
     }
-    body: Json = {
+    return {
         "apiVersion": API,
         "kind": "InferenceService",
         "metadata": {
@@ -82,19 +86,11 @@ def describe(manifest: Json, path: str, runtime: str, placing: Placing, pod: Jso
         },
         "spec": {"predictor": predictor},
     }
-    return with_record(body)
 
 
-def with_record(body: Json) -> Json:
-    """The object with itself in an annotation, so that a later deployment that fails can bring it back."""
-    annotations = {**body["metadata"]["annotations"], APPLIED: json.dumps(body, separators=(",", ":"))}
-    return {**body, "metadata": {**body["metadata"], "annotations": annotations}}
-
-
-def recorded(service: Json) -> Json | None:
-    """What was applied last, from the annotation of the object on the cluster; None where it is not ours."""
-    text = service["metadata"].get("annotations", {}).get(APPLIED)
-    return with_record(json.loads(text)) if text else None
+def owner(manifest: Json) -> str:
+    """Whose endpoint it is: the place of the model's versions."""
+    return str(manifest["address"]).rpartition("/")[0]
 
 
 def _llama_cpp(manifest: Json, path: str, runtime: str) -> Json:
@@ -105,66 +101,75 @@ def _llama_cpp(manifest: Json, path: str, runtime: str) -> Json:
         raise Tune16Error(
             f"deploy.runtime {runtime}: {manifest['address']} has no GGUF file. Name one in convert_quantizations."
         )
-    memory = f"{sizes[models[0]] * 5 // 4 // 2**30 + 2}Gi"  # the file, its cache of keys and values, and Python
+    cache = context(manifest) * manifest["cache_bytes_per_token"]
+    memory = f"{(sizes[models[0]] * 5 // 4 + cache) // 2**30 + 2}Gi"  # the file, keys and values, Python
     gpu = {"nvidia.com/gpu": "1"} if runtime.endswith("gpu") else {}
     return {
         "model": {
             "modelFormat": {"name": "gguf"},
             "runtime": SERVED_BY[runtime],
             "storage": {"path": f"{path}/{manifest['version']}/{models[0]}"},
-            "args": [f"--alias={alias(path, manifest['version'])}"],
+            "args": [f"--alias={alias(path, manifest['version'], runtime)}", f"--context={context(manifest)}"],
             "resources": _resources("2" if gpu else "4", memory, gpu),
         }
     }
 
 
-def _vllm(stored: str, served: str) -> Json:
+def context(manifest: Json) -> int:
+    """Tokens of the longest conversation that is served."""
+    return int(min(manifest["context"], max(_USUAL_CONTEXT, 2 * manifest["trained_tokens"])))
+
+
+def _vllm(manifest: Json, path: str) -> Json:
     """The project's vLLM runtime, which KServe picks by the model's format, on merged weights."""
-    model = _vllm_model("--served-model-name", served.partition("@")[0], served)
-    return {"model": {**model, "storage": {"path": stored}}}
+    version = manifest["version"]
+    model = _vllm_model(manifest, "--served-model-name", service_name(path), alias(path, version, "vllm"))
+    return {"model": {**model, "storage": {"path": f"{path}/{version}/merged"}}}
 
 
 def _vllm_adapter(manifest: Json, path: str, connection: str, image: str) -> Json:
     """The same with the base model, and the adapter as a model beside it."""
-    served = alias(path, manifest["version"])
-    modules = [f"{known}={_ADAPTER_MOUNT}/files" for known in (served.partition("@")[0], served)]
-    model = _vllm_model(
-        "--enable-lora",
-        f"--max-lora-rank={manifest['adapter_rank']}",
-        "--served-model-name",
-        "base",
-        "--lora-modules",
-        *modules,
-    )
+    names = (service_name(path), alias(path, manifest["version"], "vllm-adapter"))
+    modules = [f"{name}={_ADAPTER_MOUNT}/files" for name in names]
+    rank = next((rank for rank in _LORA_RANKS if rank >= manifest["adapter_rank"]), None)
+    if rank is None:
+        raise Tune16Error(
+            f"deploy.runtime vllm-adapter: vLLM serves adapters up to rank {_LORA_RANKS[-1]}, this one has "
+            f"{manifest['adapter_rank']}. Use runtime vllm."
+        )
+    options = ("--enable-lora", f"--max-lora-rank={rank}", "--served-model-name", "base", "--lora-modules")
+    model = _vllm_model(manifest, *options, *modules)
     mount = {"name": "adapter", "mountPath": _ADAPTER_MOUNT, "readOnly": True}
     return {
-        "model": {**model, **_base_storage(manifest["lineage"]["model"]), "volumeMounts": [mount]},
+        "model": {**model, **_base_storage(manifest), "volumeMounts": [mount]},
         "volumes": [{"name": "adapter", "emptyDir": {}}],
         "initContainers": [_fetch_adapter(path, manifest["version"], connection, image)],
     }
 
 
-def _vllm_model(*arguments: str) -> Json:
+def _vllm_model(manifest: Json, *arguments: str) -> Json:
     return {
         "modelFormat": {"name": "vLLM"},
-        "args": [f"--max-model-len={_LONGEST_CONTEXT}", *arguments],
+        "args": [f"--max-model-len={context(manifest)}", *arguments],
         "resources": _resources("4", "24Gi", {"nvidia.com/gpu": "1"}),
     }
 
 
-def _base_storage(model: str) -> Json:
+def _base_storage(manifest: Json) -> Json:
     """Where KServe fetches the base model from.
 
     Raises:
         Tune16Error: from there it cannot.
     """
-    base = parse(model, "model")
+    base = parse(manifest["lineage"]["model"], "model")
     if base.scheme == "hf":
         return {"storageUri": f"hf://{base.address}:{base.pin}"}
-    if base.scheme == "s3":
+    bucket = owner(manifest).removeprefix("s3://").partition("/")[0]
+    if base.scheme == "s3" and base.address.startswith(f"{bucket}/"):
         return {"storage": {"path": base.address.partition("/")[2]}}
     raise Tune16Error(
-        f"deploy.runtime vllm-adapter: KServe cannot fetch the base model {base}. Put it into S3, or use runtime vllm."
+        f"deploy.runtime vllm-adapter: KServe cannot fetch the base model {base}. Put it into the connection's "
+        "bucket, or use runtime vllm."
     )
 
 

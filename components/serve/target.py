@@ -35,7 +35,7 @@ def find_target(place: Path) -> Target:
     """
     if place.is_file():
         return _with_adapter(place)
-    for folder in (place, *sorted(place.glob("*/"), reverse=True)):
+    for folder in (place, *sorted(place.glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True)):
         for pattern in ("model-*.gguf", "*.gguf", "gguf/model-*.gguf", "steps/*/convert/gguf/model-*.gguf"):
             files = [file for file in sorted(folder.glob(pattern)) if file.name != _ADAPTER]
             if files:

@@ -82,13 +82,31 @@ class Model:
             "pad_token_id": self._tokenizer.eos_token_id,
         }
         with self._lock:
-            worker = threading.Thread(target=self._model.generate, kwargs=options)
-            worker.start()
+            generation = _Generation(self._model, options, streamer)
             try:
                 yield from streamer
             finally:
                 stopped.event.set()
-                worker.join()
+                generation.join()
+            if generation.error:
+                raise generation.error
+
+
+class _Generation(threading.Thread):
+    """A generation on its way; whatever becomes of it, its reader is told that it has ended."""
+
+    def __init__(self, model: Any, options: dict[str, Any], streamer: TextIteratorStreamer) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+        self._model, self._options, self._streamer = model, options, streamer
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._model.generate(**self._options)
+        except Exception as error:
+            self.error = error
+            self._streamer.end()
 
 
 def build(model: Model, alias: str) -> FastAPI:

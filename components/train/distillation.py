@@ -25,22 +25,23 @@ class GivenAnswersTrainer(DistillationTrainer):
         return self.accelerator.autocast()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch with the answers of the data: what comes before the first labelled token is the prompt."""
-        rows = [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]) != _IGNORED) for row in inputs]
-        cuts = [
-            (ids, learnt, max(1, int(learnt.int().argmax()))) for ids, learnt in rows
-        ]  # nothing predicts a first token
+        """TRL's batch, of which it learns where ``tool_mask`` is 1: the first token of a row stands for the prompt.
+
+        Prompts and answers are padded apart; so a batch is as wide as its longest row and no wider.
+        """
+        rows = [torch.tensor(row["input_ids"]) for row in inputs]
+        learnt = [(torch.tensor(row["labels"]) != _IGNORED).long() for row in inputs]
         fill = self._tokenizer.pad_token_id
         batch = {
-            "prompt_ids": pad([ids[:cut] for ids, _, cut in cuts], fill, "left"),
-            "prompt_mask": pad([torch.ones_like(ids[:cut]) for ids, _, cut in cuts], 0, "left"),
-            "completion_ids": pad([ids[cut:] for ids, _, cut in cuts], fill, "right"),
-            "completion_mask": pad([torch.ones_like(ids[cut:]) for ids, _, cut in cuts], 0, "right"),
-            "tool_mask": pad([learnt[cut:].long() for _, learnt, cut in cuts], 0, "right"),
+            "prompt_ids": pad([ids[:1] for ids in rows], fill, "left"),
+            "prompt_mask": pad([torch.ones_like(ids[:1]) for ids in rows], 0, "left"),
+            "completion_ids": pad([ids[1:] for ids in rows], fill, "right"),
+            "completion_mask": pad([torch.ones_like(ids[1:]) for ids in rows], 0, "right"),
+            "tool_mask": pad([mask[1:] for mask in learnt], 0, "right"),
         }
         batch["num_items_in_batch"] = batch["tool_mask"].sum()
         if self.model.training:
-            self.state.num_input_tokens_seen += sum(len(ids) for ids, _ in rows)
+            self.state.num_input_tokens_seen += sum(len(ids) for ids in rows)
         self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
         return {name: values.to(self.accelerator.device) for name, values in batch.items()}
 

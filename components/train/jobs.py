@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.config import ClusterConfig, TrainConfig
+from components.kubeapi import main_container
 
 Json = dict[str, Any]
 
@@ -67,7 +68,7 @@ def describe(
         cluster: which nodes; the pod's own selector may be of a queue that has no GPUs.
         has_patches: whether the cluster's TrainJob has ``runtimePatches``; older ones have ``podTemplateOverrides``.
     """
-    main = next(entry for entry in pod["spec"]["containers"] if entry["name"] == "main")
+    main = main_container(pod)
     resources = {name: dict(main.get("resources", {}).get(name, {})) for name in ("requests", "limits")}
     for amounts in resources.values():
         amounts[_GPU] = str(config.num_gpus)

@@ -15,7 +15,6 @@ from typing import Any
 import urllib3
 from kubernetes import client
 from kubernetes.client.rest import ApiException
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from components import kubeapi
 from components.config import ClusterConfig, TrainConfig
@@ -27,7 +26,6 @@ from components.train.scratch import ALIVE_SECONDS, Scratch
 
 POLL_SECONDS = 5.0
 _SILENCE_SECONDS = 1800  # without any news from pods that should be running; waiting in a queue does not count
-_PATIENCE_SECONDS = 600  # for an API that answers with passing faults
 _TIMEOUT_SECONDS = (10, 60)  # to connect, to read
 
 
@@ -63,7 +61,7 @@ def _served_kind() -> Kind:
             return kind
     raise Tune16Error(
         "train.num_nodes: this cluster has neither TrainJob nor PyTorchJob. Ask its administrator for the component "
-        "trainer of OpenShift AI, or set train_num_nodes to 1."
+        "trainer of OpenShift AI, or set num_nodes in train_options to 1."
     )
 
 
@@ -159,14 +157,7 @@ def _first_log(kind: Kind, namespace: str, job: str) -> list[str]:
 
 
 def _patiently(method: str, path: str, body: Any = None, **options: Any) -> Any:
-    """A request that may be repeated: hours of training do not end with an API that is away for some minutes."""
-    retrying = Retrying(
-        retry=retry_if_exception(kubeapi.passes),
-        stop=stop_after_delay(_PATIENCE_SECONDS),
-        wait=wait_fixed(POLL_SECONDS),
-        reraise=True,
-    )
-    return retrying(_request, method, path, body, **options)
+    return kubeapi.patiently(lambda: _request(method, path, body, **options), POLL_SECONDS)
 
 
 def _request(

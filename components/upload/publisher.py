@@ -21,6 +21,7 @@ from components.config import PROMOTED, UploadConfig
 from components.errors import Tune16Error
 from components.images import VERSION
 from components.outputs import REPORT, read_json, read_record, write_json
+from components.shapes import read_shape
 from components.steps import say
 
 _VERSION = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
@@ -64,6 +65,8 @@ def publish(merged: Path, gguf: Path, evaluation: Path, config: UploadConfig) ->
             "lineage": lineage,
             "scores": _scores(evaluation, gguf),
             "adapter_rank": settings["train"]["rank"],
+            "trained_tokens": settings["prepare"]["max_tokens"],
+            **_sizes(merged / "merged"),
             "gguf": [f"gguf/{name}" for name in _gguf_names(gguf)],
             "files": files,
         }
@@ -154,6 +157,16 @@ def _scores(evaluation: Path, gguf: Path) -> dict[str, Any]:
     scores = read_json(evaluation / "evaluation.json")
     files = read_json(gguf / "gguf.json")["files"]
     return {**{name: scores[name] for name in ("base", "tuned", "loss_difference")}, "gguf": files}
+
+
+def _sizes(model: Path) -> dict[str, int]:
+    """What a server has to know: the longest conversation, and the bytes of keys and values (16 bits) per token."""
+    config = read_json(model / "config.json")
+    shape = read_shape(config, str(model))
+    return {
+        "context": config.get("max_position_embeddings", 4096),
+        "cache_bytes_per_token": 2 * 2 * shape.num_layers * shape.key,
+    }
 
 
 def _gguf_names(gguf: Path) -> list[str]:

@@ -159,6 +159,7 @@ def test_a_question_streams_two_answers_and_sliders_and_votes_arrive(
         conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
         for model, name in ((base, "foundation"), (tuned, "fake")):
             assert model.asked == [{"model": name, "messages": conversation, "stream": True, **wanted}]
+        page.fill("#system textarea", "Be long.")  # too late for what was asked
         page.click("#chat-1 button[title=Like]")
         page.click("#chat-0 button[title=Dislike]")
         show(page, "chat-votes")
@@ -305,13 +306,15 @@ def test_what_is_served_is_found_in_every_kind_of_folder(tmp_path: Path) -> None
     gguf.mkdir(parents=True)
     for name, size in (("model-Q4_K_M.gguf", 10), ("model-Q8_0.gguf", 20), ("adapter.gguf", 99)):
         (gguf / name).write_bytes(b"x" * size)
-    weights = tmp_path / "runs" / "demo-1" / "steps" / "tune16-x" / "merge" / "merged" / "merged"
+    os.utime(run)
+    weights = tmp_path / "runs" / "zebra-1" / "steps" / "tune16-x" / "merge" / "merged" / "merged"
     weights.mkdir(parents=True)
     (weights / "config.json").write_text("{}")
     (weights / "model.safetensors").write_bytes(b"")
+    os.utime(tmp_path / "runs" / "zebra-1", (0, 0))
     newest = Target(gguf / "model-Q8_0.gguf", gguf / "adapter.gguf")
     assert find_target(tmp_path / "runs") == find_target(run) == find_target(gguf) == newest
     assert find_target(gguf / "model-Q4_K_M.gguf").model.name == "model-Q4_K_M.gguf"
-    assert find_target(tmp_path / "runs" / "demo-1") == find_target(weights) == Target(weights)
+    assert find_target(tmp_path / "runs" / "zebra-1") == find_target(weights) == Target(weights)
     with pytest.raises(Tune16Error, match="there is no model"):
         find_target(tmp_path / "nothing")

@@ -1,6 +1,7 @@
 """The step deploy against a Kubernetes API with server-side apply, and a KServe that is slow, fails or falls silent."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pytest
 from components.config import DeployConfig, Recipe, parse
 from components.deploy import deployer
 from components.deploy.deployer import deploy
-from components.deploy.objects import Placing, alias, describe, recorded, service_name
+from components.deploy.objects import Placing, alias, describe, service_name
 from components.errors import Tune16Error
 from tests.servers import KubernetesApi
 
@@ -26,7 +27,12 @@ OLD, NEW = "20260101T000000Z-aaaaaaaa", "20260201T000000Z-bbbbbbbb"
 POD = {
     "kind": "Pod",
     "metadata": {"name": "deploy-step", "namespace": "project"},
-    "spec": {"containers": [{"name": "main", "image": "registry.example.com/tools:0.1.0"}]},
+    "spec": {
+        "containers": [
+            {"name": "wait", "image": "argoexec"},
+            {"name": "main", "image": "registry.example.com/tools:0.1.0"},
+        ]
+    },
 }
 
 
@@ -36,7 +42,10 @@ def manifest(version: str = NEW, model: str = "hf://org/base@abc") -> dict[str, 
         "version": version,
         "address": f"s3://bucket/{PATH}/{version}",
         "lineage": {"model": model},
-        "adapter_rank": 64,
+        "adapter_rank": 48,
+        "context": 131072,
+        "trained_tokens": 1024,
+        "cache_bytes_per_token": 524288,
         "gguf": ["gguf/model-Q4_K_M.gguf"],
         "files": files,
     }
@@ -91,13 +100,21 @@ class Cluster:
     def service(self) -> dict[str, Any]:
         return self.api.objects[KEY]
 
+    @property
+    def remembered(self) -> str:
+        """The version that a failure would go back to."""
+        content = self.api.objects["v1", "configmaps", "project", f"{NAME}-served"]["data"]["inferenceservice.json"]
+        version: str = json.loads(content)["metadata"]["annotations"]["tune16.dev/version"]
+        return version
+
     def _reconcile(self, service: dict[str, Any]) -> None:
         version = service["metadata"]["annotations"]["tune16.dev/version"]
-        thread = threading.Thread(target=self._roll_out, args=(version,))
+        names = re.findall(r"[a-z0-9-]+@[\w.-]+", " ".join(service["spec"]["predictor"]["model"]["args"]))
+        thread = threading.Thread(target=self._roll_out, args=(version, names[-1]))
         self.waiting.append(thread)
         thread.start()
 
-    def _roll_out(self, version: str) -> None:
+    def _roll_out(self, version: str, served_name: str) -> None:
         time.sleep(self.delay)
         reason = self.behave(version)
         with self.api.lock:
@@ -120,7 +137,7 @@ class Cluster:
             if ready:
                 self.service["status"]["address"] = {"url": self.model.url}
             if not reason:
-                self.model.serves = alias(PATH, version)
+                self.model.serves = served_name
 
 
 @pytest.fixture
@@ -149,14 +166,14 @@ def test_the_first_version_is_served_when_it_is_ready_and_has_answered(
 ) -> None:
     cluster.delay = 0.3
     assert run() == cluster.model.url
-    assert f"serves {NAME}@{NEW}; asked who it is, it says: A model." in capsys.readouterr().out
+    assert f"serves {NAME}@{NEW}-llama.cpp; asked who it is, it says: A model." in capsys.readouterr().out
     metadata, predictor = cluster.service["metadata"], cluster.service["spec"]["predictor"]
     assert metadata["labels"]["modelregistry.opendatahub.io/model-version-id"] == "2"
     assert metadata["annotations"]["serving.kserve.io/deploymentMode"] == "RawDeployment"
     model = predictor["model"]
     assert model["runtime"] == "tune16-llama-cpp"
     assert model["storage"] == {"key": "tune16-connection", "path": f"{PATH}/{NEW}/gguf/model-Q4_K_M.gguf"}
-    assert model["resources"]["limits"] == {"cpu": "4", "memory": "7Gi"} and "tolerations" not in predictor
+    assert model["resources"]["limits"] == {"cpu": "4", "memory": "9Gi"} and "tolerations" not in predictor
 
 
 def test_what_people_added_stays_and_the_same_again_is_fine(cluster: Cluster) -> None:
@@ -166,7 +183,7 @@ def test_what_people_added_stays_and_the_same_again_is_fine(cluster: Cluster) ->
     run(version=NEW)
     run(version=NEW)
     assert cluster.service["metadata"]["labels"]["networking.kserve.io/visibility"] == "exposed"
-    assert recorded(cluster.service)["metadata"]["annotations"]["tune16.dev/version"] == NEW  # type: ignore[index]
+    assert cluster.remembered == NEW
 
 
 def test_another_server_takes_over_and_leaves_nothing_of_the_one_before(cluster: Cluster) -> None:
@@ -184,7 +201,7 @@ def test_a_field_that_somebody_else_has_set_is_a_conflict_and_nothing_changes(cl
         run(version=NEW)
     assert "\n" not in str(error.value)
     assert cluster.service["spec"]["predictor"]["model"]["storage"]["path"] == "elsewhere"
-    assert cluster.model.serves == alias(PATH, OLD)
+    assert cluster.model.serves == alias(PATH, OLD, "llama.cpp")
 
 
 def test_a_version_that_crashes_gives_way_to_the_one_before(
@@ -195,11 +212,11 @@ def test_a_version_that_crashes_gives_way_to_the_one_before(
     cluster.behave = lambda version: "CUDA out of memory" if version == NEW else ""
     with pytest.raises(Tune16Error) as error:
         run(version=NEW)
-    assert f"{NAME}@{NEW} was not serving within" in str(error.value)
+    assert f"{NAME}@{NEW}-llama.cpp was not serving within" in str(error.value)
     assert f"container kserve-container: CrashLoopBackOff CUDA out of memory. {OLD} serves on." in str(error.value)
     assert "waiting: container kserve-container: CrashLoopBackOff" in capsys.readouterr().out
     assert cluster.service["spec"] == before
-    assert recorded(cluster.service)["metadata"]["annotations"]["tune16.dev/version"] == OLD  # type: ignore[index]
+    assert cluster.remembered == OLD
 
 
 def test_a_first_version_that_never_answers_is_taken_away(cluster: Cluster) -> None:
@@ -215,11 +232,56 @@ def test_a_server_that_answers_nonsense_or_goes_on_with_the_old_version_does_not
     cluster.behave = lambda version: ""
     served = cluster.model.serves
     original = cluster._roll_out
-    cluster._roll_out = lambda version: None  # type: ignore[method-assign]  # KServe is asleep
+    cluster._roll_out = lambda version, served_name: None  # type: ignore[method-assign]  # KServe is asleep
     with pytest.raises(Tune16Error, match=f"still serves the version before. {OLD} serves on"):
         run(version=NEW)
     assert cluster.model.serves == served
     cluster._roll_out = original  # type: ignore[method-assign]
+
+
+def test_going_back_is_to_what_has_served_whatever_was_killed_in_between(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(version=OLD)
+    cluster.behave = lambda version: "CUDA out of memory" if version == NEW else ""
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(*_: object) -> str:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deployer, "_wait", killed)
+        with pytest.raises(KilledError):
+            run(version=NEW)
+    assert cluster.service["metadata"]["annotations"]["tune16.dev/version"] == NEW
+    with pytest.raises(Tune16Error, match=f"CUDA out of memory. {OLD} serves on"):
+        run(version=NEW)
+    assert cluster.service["metadata"]["annotations"]["tune16.dev/version"] == OLD
+    cluster.behave = lambda version: "the node is gone"
+    with pytest.raises(Tune16Error, match="It has served before, and stays applied"):
+        cluster.model.serves = ""
+        run(version=OLD)
+
+
+def test_the_same_version_on_another_server_has_to_answer_itself(cluster: Cluster) -> None:
+    run("llama.cpp", NEW)
+    cluster.behave = lambda version: "no such runtime"
+    with pytest.raises(Tune16Error, match=f"CrashLoopBackOff no such runtime. {NEW} serves on"):
+        run("vllm", NEW)
+    assert cluster.service["spec"]["predictor"]["model"]["runtime"] == "tune16-llama-cpp"
+
+
+def test_another_models_endpoint_of_the_same_name_is_left_alone(cluster: Cluster) -> None:
+    run(version=OLD)
+    found = {**manifest(), "address": f"s3://bucket/other/Llama-2 7B_chat/{NEW}"}
+    with pytest.raises(Tune16Error, match="belongs to s3://bucket/tune16/Llama-2 7B_chat. Choose another last part"):
+        deploy(found, "other/Llama-2 7B_chat", PLACING, DeployConfig(runtime="llama.cpp"))
+    del cluster.service["metadata"]["annotations"]["tune16.dev/path"]
+    with pytest.raises(Tune16Error, match="belongs to somebody else"):
+        run(version=NEW)
+    assert cluster.model.serves == alias(PATH, OLD, "llama.cpp")
 
 
 def test_an_api_that_is_away_for_a_moment_is_waited_for(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +332,7 @@ def test_what_cannot_be_served_is_refused_before_anything_changes(
 
 def test_vllm_with_weights_and_with_an_adapter() -> None:
     weights = describe(manifest(), PATH, "vllm", PLACING, POD)["spec"]["predictor"]
-    assert weights["model"]["args"][-3:] == ["--served-model-name", NAME, f"{NAME}@{NEW}"]
+    assert weights["model"]["args"][-3:] == ["--served-model-name", NAME, f"{NAME}@{NEW}-vllm"]
     assert weights["model"]["storage"] == {"key": "tune16-connection", "path": f"{PATH}/{NEW}/merged"}
     assert (
         weights["nodeSelector"] == {"gpu": "big"} and weights["model"]["resources"]["limits"]["nvidia.com/gpu"] == "1"
@@ -279,12 +341,20 @@ def test_vllm_with_weights_and_with_an_adapter() -> None:
     assert adapter["model"]["storageUri"] == "hf://org/base:abc" and "--max-lora-rank=64" in adapter["model"]["args"]
     (container,) = adapter["initContainers"]
     assert container["image"] == "registry.example.com/tools:0.1.0"
+    with pytest.raises(Tune16Error, match="up to rank 512, this one has 1000"):
+        describe(manifest() | {"adapter_rank": 1000}, PATH, "vllm-adapter", PLACING, POD)
+    with pytest.raises(Tune16Error, match="cannot fetch the base model s3://other/base"):
+        describe(manifest(model="s3://other/base#1"), PATH, "vllm-adapter", PLACING, POD)
     stored = describe(manifest(model="s3://bucket/models/base#1"), PATH, "vllm-adapter", PLACING, POD)
     assert stored["spec"]["predictor"]["model"]["storage"] == {"path": "models/base", "key": "tune16-connection"}
 
 
 def test_names_and_runtimes_that_do_not_fit_are_told_at_once() -> None:
-    assert service_name("a/Ünder_score..") == "nder-score" and service_name("a/" + "x" * 80) == "x" * 40
+    assert (
+        service_name("a/Ünder_score..") == "nder-score"
+        and service_name("a/7b-chat") == "model-7b-chat"
+        and service_name("a/" + "x" * 80) == "x" * 40
+    )
     with pytest.raises(
         Tune16Error, match="deploy.runtime llama.cpp serves a GGUF file, but convert.quantizations names"
     ):

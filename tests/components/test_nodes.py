@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import torch
 
-from components import s3
+from components import kubeapi, s3
 from components.config import ClusterConfig, PrepareConfig, QuantizeConfig, TrainConfig
 from components.errors import Tune16Error
 from components.merge.merger import read_deltas
@@ -181,7 +181,7 @@ def test_the_train_job_is_what_the_cluster_takes(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SSL_CERT_FILE", "/ca/ca.crt")
     serve_train_jobs(api, field)
-    pod, kind = nodes._own_pod(), nodes._served_kind()
+    pod, kind = kubeapi.own_pod(kubeapi.connect("")), nodes._served_kind()
     body = nodes.describe(
         kind, "job", pod, "s3://b/x", TrainConfig(num_nodes=3, num_gpus=2), CLUSTER, nodes._has_patches()
     )

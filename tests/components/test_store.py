@@ -34,13 +34,22 @@ def outputs(tmp_path: Path) -> tuple[Path, Path, Path]:
     for folder in (merged / "merged", merged / "adapter", gguf, evaluation):
         folder.mkdir(parents=True)
     (merged / "merged" / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    config = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64, **shape}
+    (merged / "merged" / "config.json").write_text(json.dumps(config))
     (merged / "adapter" / "adapter_model.safetensors").write_bytes(b"adapter")
     (merged / "adapter" / "report.html").write_text("training")
     (evaluation / "report.html").write_text("evaluation")
     (evaluation / "README.md").write_text("card")
     scores = {name: {} for name in ("base", "tuned", "loss_difference")} | {"champion": None}
     (evaluation / "evaluation.json").write_text(json.dumps(scores))
-    facts = {"model": "m", "teacher": "", "data": "d", "held_out_sha256": "h", "prepare": {}, "bits": 4}
+    facts = {"model": "m", "teacher": "", "data": "d", "held_out_sha256": "h", "prepare": {"max_tokens": 32}, "bits": 4}
     write_record(merged / "adapter", "train", TrainConfig(), **facts)
     write_record(merged, "merge", MergeConfig(), model="m")
     for name in ("model-Q8_0.gguf", "model-Q4_K_M.gguf", "adapter.gguf", "report.html"):
@@ -63,11 +72,19 @@ def test_published_versions_are_downloaded_whole(bucket: str, outputs: tuple[Pat
     assert names == {"merged", "gguf", "adapter", "report", "evaluation.json", "README.md", "config.json"}
     assert manifest["gguf"] == ["gguf/model-Q8_0.gguf", "gguf/model-Q4_K_M.gguf"], "in the order they were asked for"
     assert manifest["scores"]["gguf"] == {"Q8_0": {"loss": 1.5}} and manifest["adapter_rank"] == 64
+    assert manifest["context"] == 64 and manifest["cache_bytes_per_token"] == 2 * 2 * 3 * 8
 
 
 def retrain(outputs: tuple[Path, Path, Path], data: str, champion: str) -> None:
     """Make the outputs those of a run on other data that was compared with `champion`."""
-    facts = {"model": "m", "teacher": "", "data": data, "held_out_sha256": "h", "prepare": {}, "bits": 4}
+    facts = {
+        "model": "m",
+        "teacher": "",
+        "data": data,
+        "held_out_sha256": "h",
+        "prepare": {"max_tokens": 32},
+        "bits": 4,
+    }
     write_record(outputs[0] / "adapter", "train", TrainConfig(), **facts)
     scores = {name: {} for name in ("base", "tuned", "loss_difference")} | {"champion": {"version": champion}}
     (outputs[2] / "evaluation.json").write_text(json.dumps(scores))

@@ -183,4 +183,5 @@ def test_every_recipe_loads_fills_the_form_and_fits(path: Path) -> None:
     shape = known_shape(recipe.preflight.model)
     if recipe.setup != "demo":
         assert shape is not None
-        assert plan(shape, recipe).fits
+        teacher = known_shape(recipe.train.teacher) if recipe.train.teacher else None
+        assert plan(shape, recipe, teacher=teacher).fits
