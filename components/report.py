@@ -71,6 +71,11 @@ def picture(figure: "Figure", alternative: str) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="{escape(alternative)}">'
 
 
+def size(num_bytes: float) -> str:
+    """Bytes for people, in GiB, or in MiB where that says more."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
+
+
 def significant(value: float, digits: int = 4) -> float:
     """Round to significant digits: dashboards show metrics as raw doubles."""
     return float(f"{value:.{digits}g}")

@@ -19,6 +19,7 @@ from components import s3
 from components.errors import Tune16Error
 from components.outputs import new_folder
 from components.references import file_digest
+from components.steps import say
 
 MANIFEST = "manifest.json"
 SETTINGS = "config.json"
@@ -53,6 +54,14 @@ def champion_version(path: str) -> str:
     if champion is None:
         raise Tune16Error(f"s3://{s3.default_bucket()}/{path}: has no champion yet. Publish a version first.")
     return champion.version
+
+
+def still_champion(path: str, version: str, step: str) -> bool:
+    """Whether `version` is what the world should know and use; `step` says so where another run has come in between."""
+    champion = champion_version(path)
+    if champion != version:
+        say(step, f"{version} is no longer champion, {champion} is: nothing done")
+    return champion == version
 
 
 def append_champion(path: str, version: str) -> Champion:

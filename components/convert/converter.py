@@ -21,6 +21,7 @@ from components.convert.trial import MAX_NEW_TOKENS, Trial, try_file
 from components.errors import Tune16Error
 from components.outputs import new_folder, read_json, read_record, write_json, write_record
 from components.references import parse
+from components.report import size
 from components.steps import say
 
 SCORES_FILE = "gguf.json"
@@ -83,7 +84,7 @@ def _convert(tools: Path, merged: Path, folder: Path, scratch: Path) -> Path:
     staged = stage(merged / "merged", scratch / "staged")
     name = model_name(base.address, json.loads((staged / "config.json").read_text()))
     llamacpp.convert_weights(tools, staged, full, name)
-    say("convert", f"{FULL}: {full.stat().st_size / 2**30:.2f} GiB")
+    say("convert", f"{FULL}: {size(full.stat().st_size)}")
     adapter = stage_adapter(merged / "adapter", scratch / "adapter")
     llamacpp.convert_adapter(tools, adapter, staged, folder / "adapter.gguf")
     return full
@@ -126,7 +127,7 @@ def _try(file: Path, name: str, rows: list[dict[str, Any]]) -> Trial:
             say("convert", f"{name}: {number} of {len(rows)} prompts answered")
 
     trial = try_file(file, name, rows, advance)
-    say("convert", f"{name}: {trial.size / 2**30:.2f} GiB, loss {trial.loss:.4f}, {trial.speed:.1f} tokens/s")
+    say("convert", f"{name}: {size(trial.size)}, loss {trial.loss:.4f}, {trial.speed:.1f} tokens/s")
     return trial
 
 

@@ -54,7 +54,7 @@ def _run(script: Path, source: Path, *arguments: str | Path) -> None:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = next((line for line in lines if "is not supported" in line), "\n  ".join(lines[-_SHOWN_LINES:]))
         raise Tune16Error(
-            f"{source}: llama.cpp cannot convert it: {reason.removeprefix('ERROR:hf-to-gguf:')}\n  Leave "
+            f"llama.cpp cannot convert this model: {reason.removeprefix('ERROR:hf-to-gguf:')}\n  Leave "
             "convert_quantizations empty to publish the model without GGUF files."
         )
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from components.convert.trial import Trial
 
 _SHOWN_DIFFERENCES = 10
-_HEAD = ("File", "GiB", "Loss", "Loss against F16", "Same answers as F16", "Tokens/s on this CPU")
+_HEAD = ("File", "Size", "Loss", "Loss against F16", "Same answers as F16", "Tokens/s on this CPU")
 
 
 def write_report(
@@ -52,7 +52,7 @@ def _row(trial: "Trial", full: "Trial") -> tuple[Any, ...]:
     figures = trial.as_dict(full)
     return (
         trial.name,
-        f"{trial.size / 2**30:.3g}",
+        report.size(trial.size),
         figures["loss"],
         f"{trial.loss / full.loss - 1:+.1%}",
         f"{figures['same_answers']:.1%}",
@@ -63,11 +63,12 @@ def _row(trial: "Trial", full: "Trial") -> tuple[Any, ...]:
 def _plot(trials: list["Trial"]) -> Figure:
     figure = Figure(figsize=(8, 3.2))
     axes = figure.subplots()
-    sizes, losses = [trial.size / 2**30 for trial in trials], [trial.loss for trial in trials]
+    unit, bytes_per_unit = ("GiB", 2**30) if trials[0].size >= 2**30 else ("MiB", 2**20)
+    sizes, losses = [trial.size / bytes_per_unit for trial in trials], [trial.loss for trial in trials]
     axes.scatter(sizes, losses, s=60, color=["#9aa5b8", *["#1a7f37"] * (len(trials) - 1)], zorder=3)
     for trial, size, loss in zip(trials, sizes, losses, strict=True):
         axes.annotate(trial.name, (size, loss), xytext=(6, 6), textcoords="offset points", fontsize=9)
-    axes.set_xlabel("size in GiB")
+    axes.set_xlabel(f"size in {unit}")
     axes.set_ylabel("held-out loss")
     axes.margins(0.15, 0.25)
     axes.set_xlim(left=0)

@@ -26,7 +26,11 @@ def deploy(
     from components.deploy.objects import Placing
     from components.outputs import read_json
     from components.steps import step
+    from components.versions import still_champion
 
     with step("deploy"):
-        placing = Placing(connection, model_id, version_id, node_selector, tolerations)
-        return deploy(read_json(Path(manifest.path)), path, placing, DeployConfig.load(runtime=runtime))
+        published = read_json(Path(manifest.path))
+        if still_champion(path, published["version"], "deploy"):
+            placing = Placing(connection, model_id, version_id, node_selector, tolerations)
+            return deploy(published, path, placing, DeployConfig.load(runtime=runtime))
+    return ""

@@ -98,6 +98,17 @@ def test_the_next_version_is_the_next_champion(bucket: str, outputs: tuple[Path,
     assert second["lineage"]["champion"] == first["version"]
 
 
+def test_only_the_champion_is_registered_and_served(
+    bucket: str, outputs: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = publish(*outputs, UploadConfig(path=PATH))["version"]
+    assert versions.still_champion(PATH, first, "deploy")
+    retrain(outputs, "other data", first)
+    second = publish(*outputs, UploadConfig(path=PATH))["version"]
+    assert not versions.still_champion(PATH, first, "deploy")
+    assert f"deploy: {first} is no longer champion, {second} is: nothing done" in capsys.readouterr().out
+
+
 def test_a_champion_that_came_in_between_is_not_replaced(bucket: str, outputs: tuple[Path, Path, Path]) -> None:
     first = publish(*outputs, UploadConfig(path=PATH))
     retrain(outputs, "other data", "20200101T000000Z-00000000")
