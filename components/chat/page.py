@@ -121,9 +121,7 @@ def build_page(columns: list[Column], feedback: str) -> gr.Blocks:
         for chat, column in zip(chats, columns, strict=True):
             if feedback:
                 chat.like(_voter(column, feedback), [chat, systems], None)
-    queued: gr.Blocks = page.queue(
-        default_concurrency_limit=16, max_size=64
-    )  # by default one visitor waits for another
+    queued: gr.Blocks = page.queue(default_concurrency_limit=16, max_size=64)  # by default visitors wait in a line
     return queued
 
 

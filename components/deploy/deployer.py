@@ -132,7 +132,7 @@ def deploy(manifest: Json, path: str, placing: Placing, config: DeployConfig) ->
         service = _Service(api, body["metadata"]["namespace"], body["metadata"]["name"])
         before = service.read()
         _check_owner(before, manifest)
-        served = service.last_served()
+        served = service.last_served() if before else None  # what somebody has taken away stays away
         try:
             service.apply(body)
         except Exception as error:

@@ -265,6 +265,17 @@ def test_going_back_is_to_what_has_served_whatever_was_killed_in_between(
         run(version=OLD)
 
 
+def test_what_somebody_has_taken_away_stays_away(cluster: Cluster) -> None:
+    run(version=OLD)
+    with cluster.api.lock:
+        del cluster.api.objects[KEY]
+    cluster.behave = lambda version: "broken"
+    cluster.model.serves = ""
+    with pytest.raises(Tune16Error, match="It was removed; nothing was served before"):
+        run(version=NEW)
+    assert KEY not in cluster.api.objects
+
+
 def test_the_same_version_on_another_server_has_to_answer_itself(cluster: Cluster) -> None:
     run("llama.cpp", NEW)
     cluster.behave = lambda version: "no such runtime"
