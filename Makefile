@@ -21,9 +21,11 @@ run: $(BIN)/ready llama  ## Run a recipe here from end to end: RECIPE=demo, anot
 test: $(BIN)/ready llama .venv/checkov/ready lint  ## Lint, types and all tests
 	@$(BIN)/pytest
 
-llama: $(BIN)/ready  ## Build llama.cpp for GGUF files, once; without a C++ compiler, say so
-	@if command -v c++ > /dev/null; then $(MAKE) --no-print-directory $(BIN)/llama; \
-	  else echo "There is no C++ compiler: runs make no GGUF files. Install one (Debian: apt install g++) and run \`make llama\`."; fi
+llama: $(BIN)/ready  ## Build llama.cpp for GGUF files, once; where that cannot be done, say so
+	@if ! command -v c++ > /dev/null; then \
+	  echo "There is no C++ compiler: runs make no GGUF files. Install one (Debian: apt install g++) and run \`make llama\`."; \
+	elif ! $(MAKE) --no-print-directory $(BIN)/llama; then \
+	  echo "llama.cpp could not be built, as said above: runs make no GGUF files until \`make llama\` works."; fi
 
 lint: $(BIN)/ready  ## Lint and types only
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
