@@ -37,7 +37,8 @@ def chat(place: Path, tuned: str, base: str, feedback: str, host: str, port: int
     columns: list[Column] = []
     with ExitStack() as stack:
         if tuned:
-            columns = [Column(title, *_remote(url, tuned)) for title, url in _titled(base, tuned) if url]
+            titled = (("Base model", base), ("Tuned model", tuned))
+            columns = [Column(title, *_remote(url, tuned)) for title, url in titled if url]
         else:
             target = find_target(place)
             say("chat", f"loading {target.model}")
@@ -52,10 +53,6 @@ def chat(place: Path, tuned: str, base: str, feedback: str, host: str, port: int
             columns.append(Column("Tuned model", stack.enter_context(running(target, "tuned", context)), "tuned"))
         say("chat", f"http://{host}:{port}" + (f"; thumbs go to {feedback}" if feedback else ""))
         serve_page(columns, feedback, host, port)
-
-
-def _titled(base: str, tuned: str) -> list[tuple[str, str]]:
-    return [("Base model", base), ("Tuned model", tuned)]
 
 
 def _remote(address: str, tuned: str) -> tuple[Endpoint, str]:

@@ -4,7 +4,6 @@ llama.cpp writes the 16-bit file and the adapter's, and quantises; every file is
 rows and prompts, so that the report shows what each saving costs.
 """
 
-import json
 import math
 import shutil
 import tempfile
@@ -82,7 +81,7 @@ def _convert(tools: Path, merged: Path, folder: Path, scratch: Path) -> Path:
     full = scratch / f"model-{FULL}.gguf"
     base = parse(read_record(merged, "merge")["model"], "model")
     staged = stage(merged / "merged", scratch / "staged")
-    name = model_name(base.address, json.loads((staged / "config.json").read_text()))
+    name = model_name(base.address, read_json(staged / "config.json"))
     llamacpp.convert_weights(tools, staged, full, name)
     say("convert", f"{FULL}: {size(full.stat().st_size)}")
     adapter = stage_adapter(merged / "adapter", scratch / "adapter")

@@ -10,6 +10,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from components.outputs import read_json
+
 _TOKENIZER, _SENTENCEPIECE, _SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _BPE = 2  # a SentencePiece model's type
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of its pieces
@@ -22,7 +24,7 @@ def stage(model: Path, folder: Path) -> Path:
         if path.is_file():
             (folder / path.name).symlink_to(path.absolute())
     if (model / _TOKENIZER).is_file():
-        description = json.loads((model / _TOKENIZER).read_text(encoding="utf-8"))
+        description = read_json(model / _TOKENIZER)
         if description["model"].get("byte_fallback"):
             _write_settings(description, folder / _SETTINGS)
             if not (model / _SENTENCEPIECE).is_file():
@@ -39,7 +41,7 @@ def model_name(address: str, config: dict[str, Any]) -> str:
 
 def _write_settings(description: dict[str, Any], path: Path) -> None:
     """Add the added tokens, and whether a space goes before the text, to the tokenizer's settings."""
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = read_json(path) if path.exists() else {}
     settings["added_tokens_decoder"] = {str(token["id"]): token for token in description["added_tokens"]}
     scheme = (description.get("pre_tokenizer") or {}).get("prepend_scheme", "always")
     if scheme != "always":

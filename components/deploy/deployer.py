@@ -246,13 +246,12 @@ def _question(service: Json, served: str) -> tuple[str, str]:
         return "", "it has no address"
     # The address of a headless service lacks the pods' port; that of another has its own.
     ports = ["", f":{_PORT}"] if urlsplit(url).port is None and urlsplit(url).scheme == "http" else [""]
-    reasons = []
+    why = ""
     for port in ports:
         place, why = _ask(f"{url.rstrip('/')}{port}", served)
         if place:
             return place, ""
-        reasons.append(why)
-    return "", reasons[-1]
+    return "", why
 
 
 def _ask(url: str, served: str) -> tuple[str, str]:
