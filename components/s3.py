@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -151,13 +152,21 @@ def list_objects(bucket: str, prefix: str) -> list[StoredObject]:
 
 def read(bucket: str, key: str) -> bytes | None:
     """The content of a small object, or None where there is no such object."""
+    found = read_aged(bucket, key)
+    return found[0] if found else None
+
+
+def read_aged(bucket: str, key: str) -> tuple[bytes, float] | None:
+    """The content of a small object and its age in seconds by the server's own clock; None where there is none."""
     with explained(f"s3://{bucket}/{key}"):
         try:
-            return client().get_object(Bucket=bucket, Key=key)["Body"].read()
+            answer = client().get_object(Bucket=bucket, Key=key)
         except ClientError as error:
             if error.response["Error"].get("Code") in {"NoSuchKey", "404"}:
                 return None
             raise
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return answer["Body"].read(), (now - answer["LastModified"]).total_seconds()
 
 
 def create(bucket: str, key: str, content: bytes) -> bool:
