@@ -70,13 +70,14 @@ def train(
     teacher_weights: Annotated[
         Path | None, typer.Option(help="Output folder of quantize for the teacher, with method=distill.")
     ] = None,
+    path: Bucket = "",
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Train an adapter on a quantised model."""
+    """Train an adapter on a quantised model; started again, it goes on from its newest checkpoint."""
     from components.train.launch import train as train_adapter
 
     with step("train"):
-        train_adapter(weights, rows, output, _load(settings.TrainConfig, set_), teacher=teacher_weights)
+        train_adapter(weights, rows, output, _load(settings.TrainConfig, set_), teacher=teacher_weights, path=path)
 
 
 @app.command()

@@ -203,6 +203,13 @@ class TrainConfig(StepConfig):
     wandb_project: str = Field(
         "", description="Weights & Biases project to log to; empty is off. WANDB_MODE=offline works without network."
     )
+    checkpoint_minutes: float = Field(
+        5,
+        gt=0,
+        le=1440,
+        description="Longest time between checkpoints: the work that a killed run loses at most.",
+        json_schema_extra={"unit": "minutes"},
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of everything random.")
 
     @model_validator(mode="after")

@@ -24,6 +24,10 @@ EXPIRES_SECONDS = 40.0
 _LOOK_SECONDS = 1.0
 
 
+class TakenOverError(Tune16Error):
+    """Somebody else holds the lease now."""
+
+
 class Lease:
     """One lease that is held: its object's key, and whether it still counts."""
 
@@ -38,12 +42,15 @@ class Lease:
         """See that nobody has taken over; call it before anything that only the holder may do.
 
         Raises:
-            Tune16Error: somebody has, or the storage could not be told for too long that this process lives.
+            TakenOverError: somebody has.
+            Tune16Error: the storage could not be told for too long that this process lives, or it does not answer.
         """
         newest = _newest(self._bucket, self._prefix)
         if newest != self._number:
             who = (_read(self._bucket, self._prefix, newest) or ({}, 0.0))[0].get("holder", "another run")
-            raise Tune16Error(f"{self._what}: {who} has taken over, since this process was not heard of for a while.")
+            raise TakenOverError(
+                f"{self._what}: {who} has taken over, since this process was not heard of for a while."
+            )
         if time.monotonic() - self._renewed > EXPIRES_SECONDS:
             raise Tune16Error(f"{self._what}: the storage could not be reached for {EXPIRES_SECONDS:.0f} s.")
 

@@ -53,11 +53,12 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object of a listing: its key, size in bytes and ETag."""
+    """One object of a listing: its key, size in bytes, ETag, and when it was written, in seconds since 1970."""
 
     key: str
     size: int
     etag: str
+    modified: float
 
 
 def client() -> "S3Client":
@@ -146,7 +147,10 @@ def list_objects(bucket: str, prefix: str) -> list[StoredObject]:
     objects = []
     with explained(f"s3://{bucket}/{prefix}"):
         for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            objects += [StoredObject(o["Key"], o["Size"], o["ETag"]) for o in page.get("Contents", [])]
+            objects += [
+                StoredObject(found["Key"], found["Size"], found["ETag"], found["LastModified"].timestamp())
+                for found in page.get("Contents", [])
+            ]
     return sorted(objects, key=lambda stored: stored.key)
 
 

@@ -1,11 +1,23 @@
 """What every step says of itself while it runs: one line for each thing that happened, in a pod and on a terminal."""
 
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
 
 from components.cpus import limit_threads
 from components.errors import user_errors
+
+TERMINATED_EXIT_CODE = 143  # as a shell says of a process that SIGTERM has ended; 0 would be success to a pipeline
+
+
+@dataclass
+class Termination:
+    """Whether the process has been asked to end."""
+
+    is_asked: bool = False
 
 
 def say(step: str, text: str) -> None:
@@ -15,10 +27,39 @@ def say(step: str, text: str) -> None:
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Run one step: say when it starts and ends, and end it with one message and exit code 2 on a user's mistake."""
+    """Run one step: say when it starts and ends, and end it with one message and exit code 2 on a user's mistake.
+
+    SIGTERM ends it with exit code 143, and what it has begun to write is removed. Nothing depends on that: a pod may be
+    killed without any warning.
+    """
     started = time.monotonic()
     limit_threads()
     say(name, "started")
-    with user_errors():
+    with _on_sigterm(_end), user_errors():
         yield
     say(name, f"finished in {time.monotonic() - started:.1f} s")
+
+
+@contextmanager
+def deferred_termination() -> Iterator[Termination]:
+    """Let SIGTERM only be noted, for work that ends at a place of its own choice."""
+    termination = Termination()
+
+    def note(*_: object) -> None:
+        termination.is_asked = True
+
+    with _on_sigterm(note):
+        yield termination
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(TERMINATED_EXIT_CODE)
+
+
+@contextmanager
+def _on_sigterm(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

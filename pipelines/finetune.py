@@ -111,6 +111,7 @@ def finetune(
         node_selector=cluster_node_selector,
         tolerations=cluster_tolerations,
         options=train_options,
+        path=upload_path,
     )
     evaluated = evaluate(
         weights=quantized.outputs["weights"],

@@ -18,6 +18,7 @@ def train(
     node_selector: dict[str, str],
     tolerations: list[dict[str, Any]],
     options: dict[str, Any],
+    path: str,
     adapter: dsl.Output[dsl.Model],
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
@@ -33,9 +34,8 @@ def train(
     with step("train"):
         config = TrainConfig.load(options, epochs=epochs, learning_rate=learning_rate, rank=rank)
         cluster = ClusterConfig.load(node_selector=node_selector, tolerations=tolerations)
-        numbers = train_adapter(
-            Path(weights.path), Path(rows.path), Path(adapter.path), config, cluster, Path(teacher_weights.path)
-        )
+        folders = (Path(weights.path), Path(rows.path), Path(adapter.path))
+        numbers = train_adapter(*folders, config, cluster, Path(teacher_weights.path), path)
         copy_report(adapter.path, report.path)
         for name, value in numbers.items():
             metrics.log_metric(name, value)

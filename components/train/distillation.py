@@ -13,11 +13,12 @@ from trl import DistillationTrainer
 from trl.trainer.utils import pad
 
 from components.errors import Tune16Error
+from components.train.state import Resumable
 
 _IGNORED = -100  # the label of tokens that are not learnt
 
 
-class GivenAnswersTrainer(DistillationTrainer):
+class GivenAnswersTrainer(Resumable, DistillationTrainer):
     """A DistillationTrainer on rows with ``input_ids`` and ``labels``, of which only labelled tokens are learnt."""
 
     def compute_loss_context_manager(self) -> Any:

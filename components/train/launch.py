@@ -6,6 +6,7 @@ gradients are averaged over all trained tokens, so that 2 GPUs equal one with tw
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -19,7 +20,10 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from components.config import ClusterConfig, TrainConfig
 from components.errors import USER_ERROR_EXIT_CODE, Tune16Error
 from components.outputs import read_record
-from components.steps import say
+from components.steps import TERMINATED_EXIT_CODE, deferred_termination, say
+from components.train.checkpoints import Place
+
+_GRACE_SECONDS = 10  # that the others have to end by themselves once one process has
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,18 @@ def train(
     config: TrainConfig,
     cluster: ClusterConfig | None = None,
     teacher: Path | None = None,
+    path: str = "",
 ) -> dict[str, float]:
     """Train an adapter as :func:`components.train.trainer.train_adapter` does, on as many GPUs and nodes as asked for.
 
-    `cluster` says which nodes a job on several of them may have; `teacher` has the weights to learn from.
+    Args:
+        weights: output of the step quantize.
+        rows: output of the step prepare.
+        output: becomes the adapter's folder.
+        config: the settings.
+        cluster: which nodes a job on several of them may have.
+        teacher: the step quantize's output for the model to learn from.
+        path: ``prefix/model-name`` in the connection's bucket, for checkpoints; empty keeps them on disk only.
 
     Raises:
         Tune16Error: as there; there are fewer GPUs than asked for, or the cluster cannot run a job on several nodes.
@@ -50,38 +62,63 @@ def train(
     if config.num_nodes > 1:
         from components.train.nodes import train_on_nodes
 
-        train_on_nodes(weights, rows, output, config, cluster or ClusterConfig())
+        train_on_nodes(weights, rows, output, config, cluster or ClusterConfig(), path)
     elif config.num_gpus > 1:
-        train_in_processes(weights, rows, output, config, Group())
+        train_in_processes(weights, rows, output, config, Group(), path)
     else:
-        from components.train.trainer import train_adapter
+        from components.train.trainer import Lesson, train_adapter
 
         _check_gpus(config.num_gpus)
-        return train_adapter(weights, rows, output, config, teacher)
+        return train_adapter(Lesson(weights, rows, config, teacher), output, Place.of(output, path))
     metrics: dict[str, float] = read_record(output, "train")["metrics"]
     return metrics
 
 
-def train_in_processes(weights: Path, rows: Path, output: Path, config: TrainConfig, group: Group) -> None:
+def train_in_processes(
+    weights: Path, rows: Path, output: Path, config: TrainConfig, group: Group, path: str = ""
+) -> None:
     """Train in one process for each GPU of this node; without a GPU they share the CPU.
 
     Raises:
-        Tune16Error: there are fewer GPUs than ``num_gpus``, or a process met a user's mistake.
+        Tune16Error: there are fewer GPUs than ``num_gpus``, or a process met a user's mistake or was killed.
+        SystemExit: the process was asked to end; a checkpoint has been kept.
     """
     _check_gpus(config.num_gpus)
     group = group if group.port else Group(group.num_nodes, group.node, group.address, _free_port())
     say("train", f"{group.num_nodes * config.num_gpus} processes, of which {config.num_gpus} here")
     messages = multiprocessing.get_context("spawn").SimpleQueue()
-    try:
-        spawn(_work, (weights, rows, output, config, group, messages), nprocs=config.num_gpus)  # type: ignore[no-untyped-call]
-    except (ProcessExitedException, ProcessRaisedException) as error:
-        if not messages.empty():
-            raise Tune16Error(messages.get()) from None
-        raise RuntimeError(f"a training process ended unexpectedly: {error}") from error
+    arguments = (weights, rows, output, config, group, Place.of(output, path), messages)
+    with deferred_termination() as termination:
+        processes = spawn(_work, arguments, nprocs=config.num_gpus, join=False)  # type: ignore[no-untyped-call]
+        has_told = False
+        try:
+            while not processes.join(timeout=1, grace_period=_GRACE_SECONDS):
+                if termination.is_asked and not has_told:
+                    has_told = True
+                    for pid in processes.pids():
+                        os.kill(pid, signal.SIGTERM)
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            if not messages.empty():
+                raise Tune16Error(messages.get()) from None
+            if termination.is_asked:
+                raise SystemExit(TERMINATED_EXIT_CODE) from None
+            if killed_by := getattr(error, "signal_name", None):
+                raise Tune16Error(
+                    f"train: one of the training processes was killed ({killed_by}); the usual reason is a lack of "
+                    "memory. Start the run again: it goes on from its newest checkpoint."
+                ) from None
+            raise RuntimeError(f"a training process ended unexpectedly: {error}") from error
 
 
 def _work(
-    local_rank: int, weights: Path, rows: Path, output: Path, config: TrainConfig, group: Group, messages: Any
+    local_rank: int,
+    weights: Path,
+    rows: Path,
+    output: Path,
+    config: TrainConfig,
+    group: Group,
+    place: Place,
+    messages: Any,
 ) -> None:
     """One process of the group. All do the same; only the first one speaks, and only its output is kept."""
     rank = group.node * config.num_gpus + local_rank
@@ -96,14 +133,14 @@ def _work(
     }
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    from components.train.trainer import train_adapter
+    from components.train.trainer import Lesson, train_adapter
 
     with tempfile.TemporaryDirectory() as scratch:
         if rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (until the process ends)
             output = Path(scratch) / "adapter"
         try:
-            train_adapter(weights, rows, output, config)
+            train_adapter(Lesson(weights, rows, config), output, place)
         except Tune16Error as error:
             messages.put(str(error))
             raise SystemExit(USER_ERROR_EXIT_CODE) from None

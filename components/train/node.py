@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from components.errors import Tune16Error
+from components.steps import TERMINATED_EXIT_CODE
 from components.train.launch import Group, train_in_processes
 from components.train.scratch import ALIVE_SECONDS, Scratch
 
 _MASTER_PORT = 29500
-_TERMINATED = 143
 
 
 def train_as_node(source: str) -> None:
@@ -39,9 +39,9 @@ def _train(scratch: Scratch, node: int) -> None:
     address = _variable("MASTER_ADDR", "MASTER_ADDR", "127.0.0.1")
     port = int(_variable("MASTER_PORT", "MASTER_PORT", str(_MASTER_PORT)))
     with tempfile.TemporaryDirectory() as folder:
-        weights, rows, settings = scratch.fetch_inputs(Path(folder))
+        weights, rows, settings, path = scratch.fetch_inputs(Path(folder))
         output = Path(folder) / "adapter"
-        train_in_processes(weights, rows, output, settings, Group(settings.num_nodes, node, address, port))
+        train_in_processes(weights, rows, output, settings, Group(settings.num_nodes, node, address, port), path)
         if node == 0:
             scratch.put_adapter(output)
 
@@ -59,4 +59,4 @@ def _watch(scratch: Scratch) -> None:
             scratch.check_alive()
         except Tune16Error as error:
             print(f"error: {error}", flush=True)
-            os._exit(_TERMINATED)
+            os._exit(TERMINATED_EXIT_CODE)

@@ -29,7 +29,9 @@ _SILENCE_SECONDS = 1800  # without any news from pods that should be running; wa
 _TIMEOUT_SECONDS = (10, 60)  # to connect, to read
 
 
-def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig, cluster: ClusterConfig) -> None:
+def train_on_nodes(
+    weights: Path, rows: Path, output: Path, config: TrainConfig, cluster: ClusterConfig, path: str = ""
+) -> None:
     """Train on ``num_nodes`` nodes with ``num_gpus`` GPUs each, from within a pod of the cluster.
 
     Raises:
@@ -43,7 +45,7 @@ def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig,
         pod, kind = kubeapi.own_pod(api), _served_kind()
         namespace = pod["metadata"]["namespace"]
         body = describe(kind, job, pod, scratch.address, config, cluster, kind is TRAIN_JOB and _has_patches())
-        with scratch.holding(weights, rows, config), _running(kind, namespace, body):
+        with scratch.holding(weights, rows, config, path), _running(kind, namespace, body):
             _follow(kind, namespace, job, scratch)
             with new_folder(output) as folder:
                 scratch.fetch_adapter(folder)

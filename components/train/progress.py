@@ -17,12 +17,15 @@ class Progress(TrainerCallback):
 
     def __init__(self) -> None:
         self._started = self._said = time.monotonic()
+        self._first_step = self._first_token = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock."""
+        """Start the clock; a run may go on from a checkpoint, with steps and tokens of another process."""
         self._started = self._said = time.monotonic()
+        self._first_step = state.global_step
+        self._first_token = max((entry.get("num_tokens", 0) for entry in state.log_history), default=0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Say where it is if nothing has been said for a while."""
@@ -43,10 +46,10 @@ class Progress(TrainerCallback):
             self._say(f"step {state.global_step:,}/{state.max_steps:,}  held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
             elapsed = time.monotonic() - self._started
-            left = elapsed / state.global_step * (state.max_steps - state.global_step)
+            left = elapsed / (state.global_step - self._first_step) * (state.max_steps - state.global_step)
             self._say(
                 f"step {state.global_step:,}/{state.max_steps:,}  loss {float(logs['loss']):.4f}  "
-                f"{logs.get('num_tokens', 0) / elapsed:,.0f} tokens/s  {left / 60:.1f} min left  "
+                f"{(logs.get('num_tokens', 0) - self._first_token) / elapsed:,.0f} tokens/s  {left / 60:.1f} min left  "
                 f"{self.peak_memory():.1f} GiB",
             )
 

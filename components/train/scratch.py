@@ -9,6 +9,7 @@ Without a fresh ``alive`` the pods give up, so that a step that was killed leave
 pods and their logs may be gone by the time that the step looks.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,14 +52,15 @@ class Scratch:
         return f"s3://{self.bucket}/{self.prefix}"
 
     @contextmanager
-    def holding(self, weights: Path, rows: Path, config: TrainConfig) -> Iterator[None]:
+    def holding(self, weights: Path, rows: Path, config: TrainConfig, path: str = "") -> Iterator[None]:
         """The job's inputs in the bucket while it runs; what killed steps have left there goes too."""
         self._remove_leftovers()
         try:
             self.renew()
             s3.upload_folder(weights, self.bucket, f"{self.prefix}/weights")
             s3.upload_folder(rows, self.bucket, f"{self.prefix}/rows")
-            s3.create(self.bucket, f"{self.prefix}/{_CONFIG}", config.model_dump_json().encode())
+            content = json.dumps({"config": config.model_dump(), "path": path})
+            s3.create(self.bucket, f"{self.prefix}/{_CONFIG}", content.encode())
             yield
         finally:
             self._remove(self.prefix)
@@ -94,12 +96,12 @@ class Scratch:
         for stored in s3.list_objects(self.bucket, f"{self.prefix}/{_ERROR}"):
             raise Tune16Error((s3.read(self.bucket, stored.key) or b"").decode())
 
-    def fetch_inputs(self, folder: Path) -> tuple[Path, Path, TrainConfig]:
-        """Bring weights and rows below `folder`; returns both and the settings."""
+    def fetch_inputs(self, folder: Path) -> tuple[Path, Path, TrainConfig, str]:
+        """Bring weights and rows below `folder`; returns both, the settings, and the model's path in the bucket."""
         weights = fetch(parse(f"{self.address}/weights", "model"), folder / "weights", ["*"])
         rows = fetch(parse(f"{self.address}/rows", "data"), folder / "rows", ["*"])
-        content = s3.read(self.bucket, f"{self.prefix}/{_CONFIG}") or b"{}"
-        return weights, rows, TrainConfig.model_validate_json(content)
+        content = json.loads(s3.read(self.bucket, f"{self.prefix}/{_CONFIG}") or b"{}")
+        return weights, rows, TrainConfig.model_validate(content["config"]), content["path"]
 
     def put_adapter(self, folder: Path) -> None:
         """Keep the result."""

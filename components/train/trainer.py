@@ -1,10 +1,11 @@
 """The step train: QLoRA on the quantised base model with TRL, PEFT and bitsandbytes."""
 
-import json
 import math
-import os
 import tempfile
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,125 +18,179 @@ from trl import DistillationConfig, SFTConfig, SFTTrainer
 from components.config import QuantizeConfig, TrainConfig
 from components.errors import Tune16Error
 from components.gpus import Gpu, known_gpu
-from components.memory import HOST_MEMORY, Step
+from components.images import VERSION
+from components.memory import HOST_MEMORY, MemoryPlan, Step
 from components.models import available_memory, choose_dtype, load_base
-from components.outputs import new_folder, read_record, write_record
-from components.references import parse
+from components.outputs import new_folder, read_json, read_record, write_record
+from components.references import file_digest, parse
 from components.report import significant
 from components.shapes import read_shape
-from components.steps import say
+from components.steps import TERMINATED_EXIT_CODE, deferred_termination, say
+from components.tensors import weight_files
+from components.train.arguments import sequences_per_step, training_arguments
+from components.train.checkpoints import Checkpoints, Place
 from components.train.engine.engine import unsupported
 from components.train.engine.packing import packed_dataset
 from components.train.engine.trainer import EngineTrainer, fewest
 from components.train.progress import Progress
 from components.train.report import write_report
+from components.train.state import Resumable, agree_on_newest, is_first, read_passes
 
-_SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
-_OPTIMIZERS = {"paged_adamw_8bit": "paged_adamw_8bit", "adamw": "adamw_torch"}
 _MAX_EVALUATED_ROWS = 200
 
 
-def train_adapter(
-    model: Path, data: Path, output: Path, config: TrainConfig, teacher: Path | None = None
-) -> dict[str, float]:
-    """Train an adapter.
+@dataclass(frozen=True)
+class Lesson:
+    """What a run is made of: the outputs of the steps quantize and prepare, a teacher's weights, and the settings.
+
+    Raises:
+        Tune16Error: weights and rows are not of the same model.
+    """
+
+    weights: Path
+    rows: Path
+    config: TrainConfig
+    teacher: Path | None = None
+
+    def __post_init__(self) -> None:
+        of_data, of_weights = self.prepared["model"], self.quantized["model"]
+        if of_data != of_weights:
+            raise Tune16Error(
+                f"The data was tokenised for {of_data}, but the weights are of {of_weights}. Prepare the data again."
+            )
+
+    @cached_property
+    def prepared(self) -> dict[str, Any]:
+        """The record of the rows."""
+        return read_record(self.rows, "prepare")
+
+    @cached_property
+    def quantized(self) -> dict[str, Any]:
+        """The record of the weights."""
+        return read_record(self.weights, "quantize")
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest row in tokens."""
+        return int(self.prepared["config"]["max_tokens"])
+
+    @cached_property
+    def teachers_name(self) -> str:
+        """The model that is learnt from; empty where there is none."""
+        return str(read_record(self.teacher, "quantize")["model"]) if self.config.teacher and self.teacher else ""
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Number format of the computation."""
+        return choose_dtype(self.config.compute_dtype)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that decides the result: a checkpoint is of no other run than one with the same."""
+        settings = self.config.model_dump(exclude={"checkpoint_minutes", "wandb_project"})
+        folders = [self.weights, *([self.teacher] if self.teachers_name and self.teacher else [])]
+        return {
+            "model": self.quantized["model"],
+            "teacher": self.teachers_name,
+            "weights": [file_digest(file) for folder in folders for file in weight_files(folder)],
+            "data": self.prepared["data"],
+            "rows": [file_digest(self.rows / f"{name}.parquet") for name in ("train", "held_out")],
+            "settings": settings,
+            "number format": str(self.dtype),
+            "versions": [VERSION, *map(version, ("torch", "transformers", "trl", "peft", "bitsandbytes"))],
+        }
+
+
+def train_adapter(lesson: Lesson, output: Path, place: Place) -> dict[str, float]:
+    """Train an adapter, from the newest whole checkpoint of this very run if there is one.
 
     Args:
-        model: output of the step quantize.
-        data: output of the step prepare.
+        lesson: what the run is made of.
         output: becomes a folder with the adapter in PEFT's format, the tokenizer and ``report.html``.
-        config: adapter, optimiser, schedule and so on.
-        teacher: the step quantize's output for the model to learn from, where the method is distillation.
+        place: where checkpoints are kept.
 
     Returns:
         Rounded metrics: losses, steps, tokens, tokens/s, seconds and peak memory.
 
     Raises:
-        Tune16Error: inputs do not belong together, or a setting does not suit the model or the device.
+        Tune16Error: a setting does not suit the model or the device, or another process works on the same run.
+        SystemExit: the process was asked to end; a checkpoint has been kept.
     """
-    prepared, quantized = read_record(data, "prepare"), read_record(model, "quantize")
-    _check_same_model(prepared["model"], quantized["model"])
-    trackers = _trackers(config)
-    dtype = choose_dtype(config.compute_dtype)
-    with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        options = _options(config, dtype, trackers, Path(scratch))
-        if config.method == "distill":
-            trainer = _distillation_trainer(model, teacher, data, options, dtype, config)
-        else:
-            trainer = _build(model, data, prepared["config"]["max_tokens"], options, dtype, config)
-        _schedule(trainer, dtype, config)
-        trainer.train()
-        metrics = _metrics(trainer)
-        _save(trainer, folder, quantized["model"])
-        write_report(trainer.state.log_history, metrics, config, folder)
-        write_record(
-            folder,
-            "train",
-            config,
-            model=quantized["model"],
-            teacher=read_record(teacher, "quantize")["model"] if config.teacher and teacher else "",
-            bits=quantized["config"]["bits"],
-            compute_dtype=str(dtype).removeprefix("torch."),
-            data=prepared["data"],
-            held_out_sha256=prepared["held_out_sha256"],
-            prepare=prepared["config"],
-            metrics=metrics,
-        )
+    checkpoints = Checkpoints(lesson.facts(), place)
+    with checkpoints.held() if is_first() else nullcontext():
+        with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
+            trainer = _train(lesson, checkpoints, Path(scratch))
+            metrics = _metrics(trainer)
+            _save(trainer, folder, lesson.quantized["model"])
+            write_report(trainer.state.log_history, metrics, lesson.config, folder)
+            write_record(
+                folder,
+                "train",
+                lesson.config,
+                model=lesson.quantized["model"],
+                teacher=lesson.teachers_name,
+                bits=lesson.quantized["config"]["bits"],
+                compute_dtype=str(lesson.dtype).removeprefix("torch."),
+                data=lesson.prepared["data"],
+                held_out_sha256=lesson.prepared["held_out_sha256"],
+                prepare=lesson.prepared["config"],
+                metrics=metrics,
+                losses=_losses(trainer.state.log_history),
+            )
+        if is_first():
+            checkpoints.finish()
     return metrics
 
 
-def _check_same_model(of_data: str, of_weights: str) -> None:
-    if of_data != of_weights:
-        raise Tune16Error(
-            f"The data was tokenised for {of_data}, but the weights are of {of_weights}. Prepare the data again."
-        )
+def _train(lesson: Lesson, checkpoints: Checkpoints, scratch: Path) -> Resumable:
+    """Put the trainer together and let it train to the end, or until the process is asked to end."""
+    arguments = training_arguments(lesson.config, lesson.dtype, lesson.max_tokens, scratch)
+    newest = agree_on_newest(checkpoints, lesson.config.num_nodes > 1)
+    build = _distillation_trainer if lesson.config.method == "distill" else _sft_trainer
+    trainer = build(lesson, arguments, newest)
+    _schedule(trainer, lesson)
+    with deferred_termination() as termination:
+        trainer.protect(checkpoints, lesson.config.checkpoint_minutes * 60, termination)
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        if termination.is_asked:
+            checkpoints.wait()
+            raise SystemExit(TERMINATED_EXIT_CODE)
+    return trainer
 
 
-def _build(
-    model: Path, data: Path, max_tokens: int, options: dict[str, Any], dtype: torch.dtype, config: TrainConfig
-) -> SFTTrainer:
-    """Put the trainer together: model, adapter, rows, arguments."""
-    base = load_base(model, dtype)
-    arguments = SFTConfig(max_length=max_tokens, packing=config.packing, eval_packing=False, **options)
-    arguments._n_gpu = 1  # a process trains on its own card, however many it sees
-    has_bfloat16 = int(dtype == torch.bfloat16)
+def _sft_trainer(lesson: Lesson, arguments: SFTConfig, newest: Path | None) -> Resumable:
+    """The trainer on the answers of the data, with the engine where it can take this model."""
+    base = load_base(lesson.weights, lesson.dtype)
+    has_bfloat16 = int(lesson.dtype == torch.bfloat16)
     if fewest(has_bfloat16) != has_bfloat16:
         raise Tune16Error("train.compute_dtype: the nodes' cards differ, and some have no bfloat16. Set it to float16.")
     shared: dict[str, Any] = {
-        "processing_class": AutoTokenizer.from_pretrained(data / "tokenizer"),
-        "peft_config": _lora(config, base),
+        "processing_class": AutoTokenizer.from_pretrained(lesson.rows / "tokenizer"),
+        "peft_config": _lora(lesson.config, base),
         "callbacks": [Progress()],
     }
-    step = _step(model, max_tokens, dtype, config)
-    reason = unsupported(base, step.shape, max_tokens) if config.engine == "tune16" else "engine is trl"
-    if reason:
-        say("train", f"plain TRL and PEFT, as {reason}")
-        trainer = _plain_trainer(base, data, arguments, shared)
-    else:
-        trainer = _engine_trainer(base, data, arguments, step, config, shared)
-    return trainer
-
-
-def _schedule(trainer: Trainer, dtype: torch.dtype, config: TrainConfig) -> None:
-    """Set when the trainer logs and looks at the rows held out."""
-    trainer.remove_callback(PrinterCallback)  # Progress says it in a line
-    steps = math.ceil(len(trainer.train_dataset) / _sequences_per_step(trainer.args))
-    steps = max(1, math.ceil(steps * config.epochs))
-    trainer.args.eval_steps = max(1, steps // config.num_evaluations)
-    trainer.args.logging_steps = max(1, steps // 50)
-    say("train", f"{steps:,} steps, {dtype}")
-
-
-def _sequences_per_step(arguments: TrainingArguments) -> int:
-    batch: int = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return batch
-
-
-def _plain_trainer(base: Any, data: Path, arguments: SFTConfig, shared: dict[str, Any]) -> SFTTrainer:
-    rows, held_out = _rows(data, arguments)
-    trainer = SFTTrainer(model=base, args=arguments, train_dataset=rows, eval_dataset=held_out, **shared)
+    step = _step(lesson)
+    reason = unsupported(base, step.shape, lesson.max_tokens) if lesson.config.engine == "tune16" else "engine is trl"
+    if not reason:
+        return _engine_trainer(base, lesson, arguments, step, shared, newest)
+    say("train", f"plain TRL and PEFT, as {reason}")
+    rows, held_out = _rows(lesson.rows, arguments)
+    trainer = PlainTrainer(model=base, args=arguments, train_dataset=rows, eval_dataset=held_out, **shared)
     _keep_adapter_in_float32(trainer)
     return trainer
+
+
+class PlainTrainer(Resumable, SFTTrainer):
+    """TRL's own trainer, with checkpoints."""
+
+
+def _schedule(trainer: Trainer, lesson: Lesson) -> None:
+    """Set when the trainer logs and looks at the rows held out."""
+    trainer.remove_callback(PrinterCallback)  # Progress says it in a line
+    steps = math.ceil(len(trainer.train_dataset) / sequences_per_step(trainer.args))
+    steps = max(1, math.ceil(steps * lesson.config.epochs))
+    trainer.args.eval_steps = max(1, steps // lesson.config.num_evaluations)
+    trainer.args.logging_steps = max(1, steps // 50)
+    say("train", f"{steps:,} steps, {lesson.dtype}")
 
 
 def _rows(data: Path, arguments: TrainingArguments) -> tuple[Dataset, Dataset]:
@@ -149,9 +204,7 @@ def _rows(data: Path, arguments: TrainingArguments) -> tuple[Dataset, Dataset]:
     return rows, held_out.select(range(min(len(held_out), _MAX_EVALUATED_ROWS)))
 
 
-def _distillation_trainer(
-    model: Path, teacher: Path | None, data: Path, options: dict[str, Any], dtype: torch.dtype, config: TrainConfig
-) -> Trainer:
+def _distillation_trainer(lesson: Lesson, arguments: DistillationConfig, newest: Path | None) -> Resumable:
     """The trainer that learns from a teacher.
 
     Raises:
@@ -159,27 +212,25 @@ def _distillation_trainer(
     """
     from components.train.distillation import GivenAnswersTrainer, fit_teacher
 
-    if teacher is None or not read_record(teacher, "quantize")["model"]:
+    if lesson.teacher is None or not lesson.teachers_name:
         raise Tune16Error("train.teacher: its weights are not there. Run the step quantize with this teacher first.")
-    student = load_base(model, dtype)
-    arguments = DistillationConfig(beta=0.0, **options)  # forward KL
-    arguments._n_gpu = 1
-    rows, held_out = _rows(data, arguments)
-    left_over = len(rows) % _sequences_per_step(arguments)
+    student = load_base(lesson.weights, lesson.dtype)
+    rows, held_out = _rows(lesson.rows, arguments)
+    left_over = len(rows) % sequences_per_step(arguments)
     if left_over == len(rows):
         raise Tune16Error(
-            f"train: {len(rows)} rows are fewer than one step of {_sequences_per_step(arguments)}. Lower "
+            f"train: {len(rows)} rows are fewer than one step of {sequences_per_step(arguments)}. Lower "
             "train.micro_batch or train.gradient_accumulation."
         )
-    say("train", f"learning from {read_record(teacher, 'quantize')['model']}; {left_over} rows an epoch fill no step")
+    say("train", f"learning from {lesson.teachers_name}; {left_over} rows an epoch fill no step")
     trainer = GivenAnswersTrainer(
         model=student,
-        teacher_model=fit_teacher(load_base(teacher, dtype), student),
+        teacher_model=fit_teacher(load_base(lesson.teacher, lesson.dtype), student),
         args=arguments,
         train_dataset=rows,
         eval_dataset=held_out,
-        processing_class=AutoTokenizer.from_pretrained(data / "tokenizer"),
-        peft_config=_lora(config, student),
+        processing_class=AutoTokenizer.from_pretrained(lesson.rows / "tokenizer"),
+        peft_config=_lora(lesson.config, student),
         callbacks=[Progress()],
     )
     _keep_adapter_in_float32(trainer)
@@ -187,27 +238,23 @@ def _distillation_trainer(
 
 
 def _engine_trainer(
-    base: Any, data: Path, arguments: SFTConfig, step: Step, config: TrainConfig, shared: dict[str, Any]
+    base: Any, lesson: Lesson, arguments: SFTConfig, step: Step, shared: dict[str, Any], newest: Path | None
 ) -> EngineTrainer:
     """The engine's trainer: on a GPU a step is split into the passes that the memory plan finds fastest.
 
-    Without one a pass has as many tokens as the configuration's micro-batch.
+    A run that goes on keeps the passes it began with. Without a GPU a pass has as many tokens as the configuration's
+    micro-batch.
     """
+    config = lesson.config
     tokens, planned = config.micro_batch * step.max_tokens, None
     if torch.cuda.is_available():
-        planned = step.solve(fewest(available_memory()))
-        if not planned.fits:
-            raise Tune16Error(
-                f"train: rows of {step.max_tokens:,} tokens need {planned.total / 2**30:.1f} GiB of this GPU's "
-                f"{planned.available / 2**30:.1f}, and {planned.host / 2**30:.0f} of the {HOST_MEMORY // 2**30} GiB "
-                "that may wait in the host's memory. Lower prepare_max_tokens or train_rank; see `tune16 plan`."
-            )
+        planned = _plan(step, fewest(available_memory()), read_passes(newest) if newest else None)
         tokens, arguments.gradient_accumulation_steps = planned.pass_tokens, planned.num_passes
         for line in (planned if _card() else replace(planned, step_seconds=None)).lines():
             say("train", line)
     rows_per_pass = None if config.packing else config.micro_batch
-    rows, share = packed_dataset(data / "train.parquet", tokens, config.seed, rows_per_pass=rows_per_pass)
-    held_out, _ = packed_dataset(data / "held_out.parquet", tokens, config.seed, max_rows=_MAX_EVALUATED_ROWS)
+    rows, share = packed_dataset(lesson.rows / "train.parquet", tokens, config.seed, rows_per_pass=rows_per_pass)
+    held_out, _ = packed_dataset(lesson.rows / "held_out.parquet", tokens, config.seed, max_rows=_MAX_EVALUATED_ROWS)
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = 1
     arguments.packing = arguments.gradient_checkpointing = arguments.remove_unused_columns = False
     arguments.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -215,49 +262,39 @@ def _engine_trainer(
     return EngineTrainer(step, planned, model=base, args=arguments, train_dataset=rows, eval_dataset=held_out, **shared)
 
 
-def _step(model: Path, max_tokens: int, dtype: torch.dtype, config: TrainConfig) -> Step:
+def _plan(step: Step, available: int, begun_with: tuple[int, int] | None) -> MemoryPlan:
+    """The plan for this GPU, with the passes that the run has begun with, if it has.
+
+    Raises:
+        Tune16Error: the rows, or these passes, do not fit.
+    """
+    planned = step.fullest(*begun_with, available) if begun_with else step.solve(available)
+    if not planned.fits:
+        raise Tune16Error(
+            f"train: {'passes' if begun_with else 'rows'} of {planned.pass_tokens:,} tokens need "
+            f"{planned.total / 2**30:.1f} GiB of this GPU's {planned.available / 2**30:.1f}, and "
+            f"{planned.host / 2**30:.0f} of the {HOST_MEMORY // 2**30} GiB that may wait in the host's memory. "
+            + (
+                "The run began on a larger GPU: go on there, or remove its checkpoints."
+                if begun_with
+                else "Lower prepare_max_tokens or train_rank; see `tune16 plan`."
+            )
+        )
+    return planned
+
+
+def _step(lesson: Lesson) -> Step:
     """A training step on this quantised model, as the memory plan sees it."""
-    content = json.loads((model / "config.json").read_text())
+    content = read_json(lesson.weights / "config.json")
     content.pop("quantization_config", None)
-    bits = QuantizeConfig(bits=read_record(model, "quantize")["config"]["bits"])
-    return Step(read_shape(content, str(model)), bits, config, max_tokens, _card() or Gpu.usual(), dtype.itemsize)
+    bits = QuantizeConfig(bits=lesson.quantized["config"]["bits"])
+    shape = read_shape(content, str(lesson.weights))
+    return Step(shape, bits, lesson.config, lesson.max_tokens, _card() or Gpu.usual(), lesson.dtype.itemsize)
 
 
 def _card() -> Gpu | None:
     """The process's GPU, if it has one and its speed is known."""
     return known_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-
-
-def _options(config: TrainConfig, dtype: torch.dtype, trackers: list[str], scratch: Path) -> dict[str, Any]:
-    """The settings of TRL's trainers that have nothing to do with how they learn."""
-    on_gpu = torch.cuda.is_available()
-    optimizer = config.optimizer if config.optimizer != "auto" else ("paged_adamw_8bit" if on_gpu else "adamw")
-    return {
-        "output_dir": str(scratch),
-        "num_train_epochs": config.epochs,
-        "per_device_train_batch_size": config.micro_batch,
-        "per_device_eval_batch_size": config.micro_batch,
-        "gradient_accumulation_steps": config.gradient_accumulation,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": _SCHEDULES[config.schedule],
-        "warmup_steps": config.warmup_share,
-        "max_grad_norm": config.max_gradient_norm,
-        "weight_decay": config.weight_decay,
-        "optim": _OPTIMIZERS[optimizer],
-        "gradient_checkpointing": config.activation_checkpointing,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "use_cpu": not on_gpu,
-        "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ and not on_gpu else None,  # several processes on a CPU
-        "ddp_find_unused_parameters": False,
-        "dataloader_pin_memory": on_gpu,
-        "eval_strategy": "steps",
-        "save_strategy": "no",
-        "logging_nan_inf_filter": False,  # it waits for the GPU in every pass; _metrics refuses such losses
-        "report_to": trackers,
-        "disable_tqdm": True,
-        "seed": config.seed,
-    }
 
 
 def _lora(config: TrainConfig, base: Any) -> LoraConfig:
@@ -295,25 +332,7 @@ def _keep_adapter_in_float32(trainer: Trainer) -> None:
             parameter.data = parameter.data.float()
 
 
-def _trackers(config: TrainConfig) -> list[str]:
-    """MLflow where its server is named in the environment, Weights & Biases where a project is asked for.
-
-    Raises:
-        Tune16Error: Weights & Biases is asked for but nobody is logged in.
-    """
-    trackers = ["mlflow"] if os.environ.get("MLFLOW_TRACKING_URI") else []
-    if config.wandb_project:
-        if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-            raise Tune16Error(
-                "train.wandb_project: is set, but there is no WANDB_API_KEY in the environment. Put it into the "
-                "Secret that cluster_tokens names, or set WANDB_MODE=offline."
-            )
-        os.environ["WANDB_PROJECT"] = config.wandb_project
-        trackers.append("wandb")
-    return trackers
-
-
-def _metrics(trainer: Trainer) -> dict[str, float]:
+def _metrics(trainer: Resumable) -> dict[str, float]:
     """The run in numbers, rounded for people."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -322,7 +341,6 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
         raise Tune16Error(
             "train: the loss is no number any more. Lower train_learning_rate, or set compute_dtype to float32."
         )
-    seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     num_tokens = max(entry.get("num_tokens", 0) for entry in history)
     metrics = {
         "train_loss_first": losses[0],
@@ -330,11 +348,20 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
         "held_out_loss": held_out[-1],
         "steps": trainer.state.global_step,
         "tokens": num_tokens,
-        "tokens_per_second": num_tokens / seconds,
-        "seconds": seconds,
+        "tokens_per_second": num_tokens / trainer.seconds,
+        "seconds": trainer.seconds,
         "peak_memory_gib": Progress.peak_memory(),
     }
     return {name: significant(value) for name, value in metrics.items()}
+
+
+def _losses(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What was logged of the losses, step by step."""
+    return [
+        {k: entry[k] for k in ("step", "loss", "eval_loss") if k in entry}
+        for entry in history
+        if "loss" in entry or "eval_loss" in entry
+    ]
 
 
 def _save(trainer: Trainer, folder: Path, model: str) -> None:

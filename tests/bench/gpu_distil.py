@@ -15,7 +15,7 @@ import torch
 
 from components.config import Recipe, TrainConfig, parse
 from components.memory import GIBIBYTE, plan
-from components.train.trainer import train_adapter
+from components.train.launch import train
 from tests.bench.random_models import MAX_TOKENS, shape_of, write_checkpoint, write_rows
 
 BUDGET = 14.2
@@ -53,7 +53,7 @@ def _measure(student: Path, teacher: Path, rows: Path, micro_batch: int, output:
     found = {"micro_batch": micro_batch, "planned_gib": round(planned.total / GIBIBYTE, 2)}
     torch.cuda.reset_peak_memory_stats()
     try:
-        metrics = train_adapter(student, rows, output, TrainConfig.load(settings), teacher)
+        metrics = train(student, rows, output, TrainConfig.load(settings), teacher=teacher)
         found |= {name: metrics[name] for name in ("tokens_per_second", "train_loss_first", "train_loss_last")}
     except torch.cuda.OutOfMemoryError:
         found["out_of_memory"] = 1

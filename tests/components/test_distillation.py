@@ -23,7 +23,7 @@ from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint, quantize_teacher
 from components.shapes import known_shape
 from components.train.distillation import fit_teacher
-from components.train.trainer import train_adapter
+from components.train.launch import train
 
 SETTINGS: dict[str, Any] = {
     "method": "distill",
@@ -75,12 +75,12 @@ def test_a_student_comes_closer_to_its_teacher_and_is_evaluated_as_any_model(
     lesson: dict[str, Path], tmp_path: Path
 ) -> None:
     inputs = (lesson["weights"], lesson["rows"])
-    metrics = train_adapter(*inputs, tmp_path / "adapter", config(lesson), lesson["teacher"])
+    metrics = train(*inputs, tmp_path / "adapter", config(lesson), teacher=lesson["teacher"])
     assert metrics["train_loss_last"] < 0.9 * metrics["train_loss_first"]
     assert metrics["tokens"] > 0 and metrics["held_out_loss"] < metrics["train_loss_first"]
     record = json.loads((tmp_path / "adapter" / "tune16.json").read_text())
     assert record["teacher"] == str(lesson["base"]) and record["config"]["method"] == "distill"
-    again = train_adapter(*inputs, tmp_path / "again", config(lesson), lesson["teacher"])
+    again = train(*inputs, tmp_path / "again", config(lesson), teacher=lesson["teacher"])
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     assert again["held_out_loss"] == metrics["held_out_loss"]
     assert all(torch.equal(first[name], second[name]) for name in first), "the same seed gives the same adapter"
@@ -108,12 +108,12 @@ def _divergence(lesson: dict[str, Path], student: Path) -> float:
 def test_what_is_missing_or_too_little_is_told(lesson: dict[str, Path], tmp_path: Path) -> None:
     inputs = (lesson["weights"], lesson["rows"], tmp_path / "adapter")
     with pytest.raises(Tune16Error, match="train.teacher: its weights are not there. Run the step quantize"):
-        train_adapter(*inputs, config(lesson), None)
+        train(*inputs, config(lesson))
     quantize_teacher("", tmp_path / "none")
     with pytest.raises(Tune16Error, match="train.teacher: its weights are not there"):
-        train_adapter(*inputs, config(lesson), tmp_path / "none")
+        train(*inputs, config(lesson), teacher=tmp_path / "none")
     with pytest.raises(Tune16Error, match="rows are fewer than one step of 4,000|rows are fewer than one step of 4000"):
-        train_adapter(*inputs, config(lesson, gradient_accumulation=1000), lesson["teacher"])
+        train(*inputs, config(lesson, gradient_accumulation=1000), teacher=lesson["teacher"])
 
 
 @pytest.mark.slow

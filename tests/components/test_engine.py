@@ -25,7 +25,7 @@ from components.train.engine import attention, blocks, kernels, loss
 from components.train.engine.attention import Segments
 from components.train.engine.engine import Engine, Pass, unsupported
 from components.train.engine.packing import pack, packed_dataset
-from components.train.trainer import train_adapter
+from components.train.launch import train
 from tests.conftest import ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT looks on the Hub for it
@@ -342,6 +342,6 @@ def test_training_has_the_losses_of_plain_trl(quantized: Callable[..., Path], ro
         config = TrainConfig.load(
             engine=name, epochs=20, rank=8, dropout=0, micro_batch=1000, packing=False, learning_rate=2e-3
         )
-        metrics = train_adapter(quantized("llama"), rows, tmp_path / name, config)
+        metrics = train(quantized("llama"), rows, tmp_path / name, config)
         losses[name] = [metrics["train_loss_first"], metrics["train_loss_last"], metrics["held_out_loss"]]
     assert losses["tune16"] == pytest.approx(losses["trl"], rel=1e-4)

@@ -22,7 +22,6 @@ from components.quantize.checkpoint import quantize_checkpoint
 from components.train import nodes
 from components.train.launch import train
 from components.train.scratch import Scratch
-from components.train.trainer import train_adapter
 from tests.manifests.test_manifests import CRDS, custom_schemas
 from tests.servers import KubernetesApi
 
@@ -155,9 +154,7 @@ def test_two_nodes_equal_one_process_with_twice_the_batch(
     started = Nodes(api)
     two = train(*inputs, tmp_path / "two", TrainConfig(**{**SETTINGS, "micro_batch": 1, "num_nodes": 2}))
     said = capsys.readouterr().out
-    one = train_adapter(
-        *inputs, tmp_path / "one", TrainConfig(**{**SETTINGS, "micro_batch": 1, "gradient_accumulation": 2})
-    )
+    one = train(*inputs, tmp_path / "one", TrainConfig(**{**SETTINGS, "micro_batch": 1, "gradient_accumulation": 2}))
     assert two["train_loss_last"] == pytest.approx(one["train_loss_last"], rel=2e-4)
     left, right = read_deltas(tmp_path / "one"), read_deltas(tmp_path / "two")
     for name, delta in left.items():

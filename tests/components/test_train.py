@@ -21,7 +21,6 @@ from components.quantize.checkpoint import quantize_checkpoint
 from components.references import file_digest
 from components.shapes import read_shape
 from components.train.launch import train
-from components.train.trainer import train_adapter
 from tests.conftest import ARCHITECTURES
 
 pytestmark = [
@@ -49,7 +48,7 @@ class Made:
         self.config = TrainConfig(**{**SETTINGS, **settings})
         prepare_dataset(str(orders), str(base), self.rows, PrepareConfig(max_tokens=128, held_out_share=0.1))
         quantize_checkpoint(str(base), self.weights, QuantizeConfig.load(bits=bits))
-        self.metrics = train_adapter(self.weights, self.rows, self.adapter, self.config)
+        self.metrics = train(self.weights, self.rows, self.adapter, self.config)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def test_a_users_mistake_in_one_of_two_processes_is_told_once(made: Callable[...
 
 def test_the_same_seed_gives_the_same_adapter(made: Callable[..., Made], tmp_path: Path) -> None:
     run = made("llama")
-    again = train_adapter(run.weights, run.rows, tmp_path / "again", run.config)
+    again = train(run.weights, run.rows, tmp_path / "again", run.config)
     assert again["held_out_loss"] == run.metrics["held_out_loss"]
     weights = "adapter_model.safetensors"
     assert file_digest(tmp_path / "again" / weights) == file_digest(run.adapter / weights)
@@ -147,7 +146,7 @@ def test_training_with_and_without_packing_agrees(made: Callable[..., Made], tmp
     losses = []
     for packing in (True, False):
         config = run.config.model_copy(update={"packing": packing, "micro_batch": 12, "epochs": 1.0, "dropout": 0.0})
-        losses.append(train_adapter(run.weights, data, tmp_path / str(packing), config)["train_loss_first"])
+        losses.append(train(run.weights, data, tmp_path / str(packing), config)["train_loss_first"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -226,7 +225,7 @@ def test_adapters_that_do_not_belong_are_refused(
     with pytest.raises(Tune16Error, match="belongs to the base model"):
         evaluate_adapter(other.weights, run.adapter, run.rows, tmp_path / "out", EvaluateConfig())
     with pytest.raises(Tune16Error, match="was tokenised for"):
-        train_adapter(other.weights, run.rows, tmp_path / "out", run.config)
+        train(other.weights, run.rows, tmp_path / "out", run.config)
     wider = make_model("llama", dtype=torch.float16, hidden_size=128)
     with pytest.raises(Tune16Error, match="belongs to another base model"):
         merge_weights(wider, run.adapter, tmp_path / "merged")
@@ -237,7 +236,7 @@ def test_unknown_target_modules_are_named(made: Callable[..., Made], tmp_path: P
     run = made("llama")
     config = run.config.model_copy(update={"target_modules": "q_proj,w_pack"})
     with pytest.raises(Tune16Error, match="no linear layer 'w_pack'. It has: all-linear, down_proj"):
-        train_adapter(run.weights, run.rows, tmp_path / "out", config)
+        train(run.weights, run.rows, tmp_path / "out", config)
 
 
 def test_evaluation(made: Callable[..., Made], tmp_path: Path) -> None:
@@ -272,11 +271,11 @@ def test_weights_and_biases_offline_and_mlflow(
     config = run.config.model_copy(update={"wandb_project": "tests", "epochs": 0.1})
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(Tune16Error, match="there is no WANDB_API_KEY"):
-        train_adapter(run.weights, run.rows, tmp_path / "out", config)
+        train(run.weights, run.rows, tmp_path / "out", config)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train_adapter(run.weights, run.rows, tmp_path / "out", config)
+    train(run.weights, run.rows, tmp_path / "out", config)
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 

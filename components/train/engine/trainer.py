@@ -10,12 +10,13 @@ from components.memory import MemoryPlan, Step
 from components.models import device
 from components.steps import say
 from components.train.engine.engine import Engine, Pass
+from components.train.state import Resumable
 
 _STEPS_TO_SETTLE = 3
 _COLUMNS = ("input_ids", "shift_labels", "position_ids")
 
 
-class EngineTrainer(SFTTrainer):
+class EngineTrainer(Resumable, SFTTrainer):
     """Trains on data sets of passes (:func:`components.train.engine.packing.packed_dataset`), one pass per batch.
 
     The loss is the mean over all trained tokens of a step, whatever the number of passes, rows and processes. Several
@@ -66,6 +67,23 @@ class EngineTrainer(SFTTrainer):
                 self._settle()
         loss: torch.Tensor = sums[0] * weight * self.args.world_size  # the Trainer takes the processes' mean
         return loss
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter, which is one tensor."""
+        return {"values": self.engine.values.data}
+
+    @property
+    def passes(self) -> tuple[int, int] | None:
+        """Tokens of a pass and passes of a step, where the memory plan has chosen them."""
+        return (self._planned.pass_tokens, self._planned.num_passes) if self._planned else None
+
+    def counts(self) -> dict[str, Any]:
+        """The sums over this process's passes since the last log entry."""
+        return {"totals": self._totals.tolist()}
+
+    def set_counts(self, counts: dict[str, Any]) -> None:
+        """Put them back."""
+        self._totals.copy_(torch.tensor(counts["totals"], dtype=self._totals.dtype))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """None: the Trainer's own count looks at every parameter in every pass."""

@@ -1,0 +1,358 @@
+"""Checkpoints of a training run: each whole or absent, and found again by whoever starts the same run anew.
+
+    <folder>/<run key>/step-00000120/                           state.safetensors, state.json, trainer_state.json,
+                                                                and checkpoint.json: their sizes and SHA-256
+    s3://bucket/<prefix>/checkpoints/<run key>/step-00000120/   the same, checkpoint.json last
+
+The run key is a hash of everything that decides the result, so that a run never goes on from another one's state. A
+pipeline step gets no warning before it is killed; what is written here every few minutes is all that will be left.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components import s3
+from components.errors import Tune16Error
+from components.lease import Lease, TakenOverError, held
+from components.outputs import new_folder, read_json, write_json
+from components.references import file_digest
+from components.steps import say
+
+FOLDER_VARIABLE = "TUNE16_CHECKPOINTS"  # where checkpoints are kept on a disk that outlives the step: a mounted PVC
+SEAL = "checkpoint.json"
+_LOCK, _FETCH_LOCK = ".lock", ".fetch"
+_NUM_KEPT = 2  # the second newest stands in where the newest is found damaged
+_STALE_SECONDS = 7 * 86400.0
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the checkpoints of all runs are kept: a folder, and a prefix in the connection's bucket (empty: none)."""
+
+    folder: Path
+    prefix: str = ""
+
+    @classmethod
+    def of(cls, output: Path, path: str) -> "Place":
+        """Beside the output or on the disk that :data:`FOLDER_VARIABLE` names, and by the prefix of the model's path.
+
+        Args:
+            output: folder of the adapter.
+            path: ``prefix/model-name`` in the connection's bucket, or empty.
+        """
+        own = os.environ.get(FOLDER_VARIABLE)
+        return cls(Path(own) if own else output.with_name(f".{output.name}.checkpoints"), path.rpartition("/")[0])
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    They are written and copied to S3 by threads in the background. What goes wrong there is said and ends nothing: the
+    run is more valuable than its checkpoint.
+
+    Args:
+        made_of: everything that decides the result; its hash is the run key.
+        place: where they are kept.
+    """
+
+    def __init__(self, made_of: dict[str, Any], place: Place) -> None:
+        self._made_of = made_of
+        self.key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = place.folder / self.key
+        self.prefix = f"{place.prefix}/checkpoints/{self.key}" if place.prefix else ""
+        self._lease: Lease | None = None
+        self._writer, self._uploader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._uploading: Future[None] | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only process that works on this run; what is under way in the background is finished at the end.
+
+        Raises:
+            Tune16Error: another process, which is alive, works on it.
+        """
+        what = f"train: the run {self.key}, with the same model, data and settings"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(_locked(self.folder / _LOCK, refusal=f"{what}: another process on this disk is at it."))
+            self._lease = stack.enter_context(held(self.prefix, what) if self.prefix else nullcontext())
+            _remove_remains(self.folder)
+            try:
+                yield
+            finally:
+                self._writer.shutdown()
+                self._uploader.shutdown()
+                if not _steps(self.folder):
+                    _remove_run(self.folder)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the last checkpoint is still being written to disk."""
+        return self._writing is not None and not self._writing.done()
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Keep a checkpoint, in the background; waits only where the one before is not on disk yet.
+
+        Args:
+            step: steps that have been done.
+            write: writes the files into a new folder.
+
+        Raises:
+            Tune16Error: another process has taken the run over.
+        """
+        if self._writing:
+            self._writing.result()
+        self._check_lease()
+        self._writing = self._writer.submit(self._write, step, write)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is kept, in S3 as well."""
+        for work in (self._writing, self._uploading):
+            if work:
+                work.result()
+        self._upload_newest()
+
+    def newest(self, in_s3_only: bool = False) -> Path | None:
+        """The newest whole checkpoint, brought to this disk; says which was taken, and which were not and why.
+
+        Args:
+            in_s3_only: take none that lies on this disk alone, since other nodes need it too.
+        """
+        local, remote = set(_steps(self.folder)), self._remote_steps()
+        for step in sorted(local | remote, reverse=True):
+            for place in ("this disk", "S3"):
+                if (place == "this disk" and (in_s3_only or step not in local)) or (
+                    place == "S3" and step not in remote
+                ):
+                    continue
+                try:
+                    path = self._checked(step) if place == "this disk" else self.fetch(step)
+                except (DamagedError, Tune16Error) as error:
+                    say("train", f"skipped the checkpoint of step {step:,} on {place}: {error}")
+                    continue
+                say("train", f"going on from the checkpoint of step {step:,} on {place}")
+                return path
+        return None
+
+    def fetch(self, step: int) -> Path:
+        """The checkpoint of a step, from S3 where this disk has no whole one.
+
+        Raises:
+            DamagedError: it is not what was kept.
+            Tune16Error: the storage cannot be read.
+        """
+        with _locked(self.folder / _FETCH_LOCK):
+            try:
+                return self._checked(step)
+            except DamagedError:
+                path = self.folder / _name(step)
+            with new_folder(path) as partial:
+                for stored in s3.list_objects(s3.default_bucket(), f"{self.prefix}/{path.name}/"):
+                    s3.download(s3.default_bucket(), stored.key, partial / Path(stored.key).name)
+                check(partial, step, self._made_of)
+        return path
+
+    def finish(self) -> None:
+        """The run has its result: on a disk that goes with it nothing is kept, elsewhere the last one is, for a week.
+
+        The result may yet be lost with its pod before the pipeline has stored it.
+        """
+        self.wait()
+        if FOLDER_VARIABLE not in os.environ:
+            _remove_run(self.folder)
+        if self.prefix:
+            _remove_stale(self.prefix.rpartition("/")[0])
+
+    def _check_lease(self) -> None:
+        try:
+            if self._lease:
+                self._lease.check()
+        except TakenOverError:
+            raise
+        except Tune16Error as error:
+            say("train", f"the storage does not answer, so the checkpoint may stay on this disk: {error}")
+
+    def _write(self, step: int, write: Callable[[Path], None]) -> None:
+        path = self.folder / _name(step)
+        try:
+            with new_folder(path) as partial:
+                write(partial)
+                write_json(partial / SEAL, {"step": step, "made_of": self._made_of, "files": _describe(partial)})
+                _sync(partial)
+                check(partial, step, self._made_of)
+            _sync(self.folder)
+        except (OSError, DamagedError) as error:
+            say("train", f"the checkpoint of step {step:,} could not be kept ({error}); training goes on")
+            return
+        say("train", f"checkpoint of step {step:,} kept, {_size(path) / 2**20:,.0f} MiB")
+        self._remove_old()
+        if self.prefix and (self._uploading is None or self._uploading.done()):
+            self._uploading = self._uploader.submit(self._upload_newest)
+
+    def _upload_newest(self) -> None:
+        """Copy the newest checkpoint to S3, its seal last, unless it is there already."""
+        steps = sorted(_steps(self.folder))
+        if not self.prefix or not steps:
+            return
+        path = self.folder / _name(steps[-1])
+        try:
+            remote = self._remote_steps()
+            if steps[-1] in remote:
+                return
+            for file in sorted(path.iterdir(), key=lambda file: file.name == SEAL):
+                s3.upload(file, s3.default_bucket(), f"{self.prefix}/{path.name}/{file.name}")
+            for step in sorted(remote)[: 1 - _NUM_KEPT or None]:
+                _remove_objects(f"{self.prefix}/{_name(step)}/")
+        except (OSError, Tune16Error) as error:
+            say("train", f"the checkpoint of step {steps[-1]:,} is on this disk only: {error}")
+
+    def _checked(self, step: int) -> Path:
+        path = self.folder / _name(step)
+        check(path, step, self._made_of)
+        return path
+
+    def _remote_steps(self) -> set[int]:
+        """Steps of which S3 has a sealed checkpoint."""
+        if not self.prefix:
+            return set()
+        keys = [stored.key for stored in s3.list_objects(s3.default_bucket(), f"{self.prefix}/step-")]
+        return {step_of(Path(key).parent) for key in keys if key.endswith(f"/{SEAL}")}
+
+    def _remove_old(self) -> None:
+        """Keep the newest ones, and the one that is on its way to S3: a name that is gone ends no upload silently."""
+        if self._uploading is None or self._uploading.done():
+            for step in sorted(_steps(self.folder))[:-_NUM_KEPT]:
+                _remove_folder(self.folder / _name(step))
+
+
+def check(path: Path, step: int, made_of: dict[str, Any]) -> None:
+    """See that a checkpoint is whole and this run's.
+
+    Raises:
+        DamagedError: it is not; says why.
+    """
+    try:
+        seal = read_json(path / SEAL)
+        files, other = seal["files"], seal["made_of"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"its {SEAL} cannot be read ({type(error).__name__})") from None
+    if other != made_of:
+        names = sorted(name for name in made_of | other if made_of.get(name) != other.get(name))
+        raise DamagedError(f"it belongs to another run, with other {', '.join(names)}")
+    if seal["step"] != step:
+        raise DamagedError(f"it is of step {seal['step']:,}")
+    for file in files:
+        target = path / file["path"]
+        if not target.is_file():
+            raise DamagedError(f"its file {file['path']} is missing")
+        if target.stat().st_size != file["size"] or file_digest(target) != file["sha256"]:
+            raise DamagedError(f"its file {file['path']} is damaged: the SHA-256 differs")
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _describe(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {"path": file.name, "size": file.stat().st_size, "sha256": file_digest(file)}
+        for file in sorted(folder.iterdir())
+    ]
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _steps(folder: Path) -> list[int]:
+    return [step_of(path) for path in folder.glob("step-*")]
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder and its files to the disk itself: a node that fails loses what only its memory has."""
+    for path in (*folder.glob("*"), folder):
+        if path.is_file() or path == folder:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _remove_folder(path: Path) -> None:
+    """Take a checkpoint away: out of sight at once, then file by file."""
+    hidden = path.with_name(f".{path.name}.old")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _remove_run(folder: Path) -> None:
+    """Take a run's folder away, and the folder of all runs once it is empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()
+
+
+def _remove_remains(folder: Path) -> None:
+    """What killed processes have begun to write or to remove, and the runs of long ago beside this one."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
+    for run in folder.parent.iterdir():
+        if run != folder and run.is_dir() and time.time() - run.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def _remove_stale(prefix: str) -> None:
+    """Take away the checkpoints in S3 of runs that have said nothing for a week."""
+    try:
+        newest: dict[str, float] = {}
+        for stored in s3.list_objects(s3.default_bucket(), f"{prefix}/"):
+            run = stored.key.removeprefix(f"{prefix}/").partition("/")[0]
+            newest[run] = max(newest.get(run, 0.0), stored.modified)
+        for run, modified in newest.items():
+            if time.time() - modified > _STALE_SECONDS:
+                _remove_objects(f"{prefix}/{run}/")
+    except Tune16Error as error:
+        say("train", f"old checkpoints were not removed: {error}")
+
+
+def _remove_objects(prefix: str) -> None:
+    """Remove a checkpoint from S3, its seal first, so that nobody takes the rest for one."""
+    keys = [stored.key for stored in s3.list_objects(s3.default_bucket(), prefix)]
+    for key in sorted(keys, key=lambda key: not key.endswith(SEAL)):
+        s3.delete(s3.default_bucket(), key)
+
+
+@contextmanager
+def _locked(path: Path, refusal: str = "") -> Iterator[None]:
+    """Hold a file's lock, which the system takes back from a process that dies.
+
+    Raises:
+        Tune16Error: another process holds it, and there is a `refusal` for that; without one it is waited for.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            raise Tune16Error(f"{refusal} Wait for its end, or stop it.") from None
+        yield

@@ -1,0 +1,129 @@
+"""kill -9 of training at random moments: the run that is started again ends with the same adapter and the same losses.
+
+A third of the kills strike while a checkpoint is being written, a third within an evaluation, the others anywhere.
+"""
+
+import argparse
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes  # noqa: F401  (all that children need is imported before they are forked)
+import datasets  # noqa: F401
+import peft  # noqa: F401
+
+from components.config import TrainConfig
+from components.outputs import read_record
+from components.references import file_digest
+from components.train.engine import trainer as engine_trainer
+from components.train.launch import train
+from components.train.trainer import train_adapter  # noqa: F401
+from tests.faults.harness import Moment, after, child, report, write_lesson
+
+SETTINGS: dict[str, Any] = {
+    "epochs": 2,
+    "rank": 8,
+    "dropout": 0.05,
+    "micro_batch": 2,
+    "num_evaluations": 6,
+    "checkpoint_minutes": 0.001,
+}
+
+
+def main() -> int:
+    """Kill, start again, compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num", type=int, default=20, help="kills per seed")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    rng = random.Random(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        assert child(lambda: write_lesson(folder), folder / "log") == 0, (folder / "log").read_text()
+        outcomes = [
+            outcome
+            for seed in range(options.seeds)
+            for outcome in _of_seed(folder, TrainConfig(seed=seed, **SETTINGS), options.num, rng)
+        ]
+    same = sum(outcome["same"] for outcome in outcomes)
+    figures = {
+        "kills": len(outcomes),
+        "killed before the end": sum(outcome["killed"] for outcome in outcomes),
+        "inside a save": sum(outcome["in_save"] for outcome in outcomes),
+        "inside an evaluation": sum(outcome["in_evaluation"] for outcome in outcomes),
+        "went on from a checkpoint": sum(outcome["resumed"] for outcome in outcomes),
+        "same adapter and losses": same,
+    }
+    return report("kill_training", figures, same == len(outcomes) == options.num * options.seeds, options.output)
+
+
+def _of_seed(folder: Path, config: TrainConfig, num: int, rng: random.Random) -> list[dict[str, bool]]:
+    work = folder / f"seed-{config.seed}"
+    work.mkdir()
+    started = time.monotonic()
+    assert child(lambda: _train(folder, work / "undisturbed", config), work / "log") == 0, (work / "log").read_text()
+    seconds = time.monotonic() - started
+    wanted = _result(work / "undisturbed")
+    outcomes = []
+    for number in range(num):
+        outcome = _kill(folder, work / str(number), config, wanted, _moment(work / str(number), number, seconds, rng))
+        outcomes.append(outcome)
+        print(f"seed {config.seed}, kill {number + 1} of {num}: {outcome}", flush=True)
+        shutil.rmtree(work / str(number))
+    return outcomes
+
+
+def _kill(folder: Path, work: Path, config: TrainConfig, wanted: Any, moment: Moment) -> dict[str, bool]:
+    work.mkdir()
+    log = work / "log"
+    code = child(lambda: _train(folder, work / "adapter", config, work / "evaluating"), log, moment)
+    outcome = {
+        "killed": code == -9,
+        "in_save": any(work.glob(".adapter.checkpoints/*/.step-*.partial")),
+        "in_evaluation": (work / "evaluating").exists(),
+    }
+    assert code != -9 or not (work / "adapter").exists(), "a killed run has left an output"
+    code = child(lambda: _train(folder, work / "adapter", config), log)
+    text = log.read_text()
+    outcome["resumed"] = "going on from" in text
+    outcome["same"] = code == 0 and _result(work / "adapter") == wanted
+    if not outcome["same"]:
+        print(text)
+    return outcome
+
+
+def _moment(work: Path, number: int, seconds: float, rng: random.Random) -> Moment:
+    """Anywhere, within a save, or within an evaluation, none of which is the first."""
+    if number % 3 == 0:
+        return after(rng.uniform(0.1, seconds))
+    earliest = rng.uniform(0.4, 0.9) * seconds
+    if number % 3 == 1:
+        return lambda now: now > earliest and any(work.glob(".adapter.checkpoints/*/.step-*.partial"))
+    return lambda now: now > earliest and (work / "evaluating").exists()
+
+
+def _train(folder: Path, output: Path, config: TrainConfig, marker: Path | None = None) -> None:
+    if marker:
+        evaluate = engine_trainer.EngineTrainer.evaluate
+
+        def marked(*arguments: Any, **options: Any) -> Any:
+            marker.touch()
+            try:
+                return evaluate(*arguments, **options)
+            finally:
+                marker.unlink()
+
+        engine_trainer.EngineTrainer.evaluate = marked  # type: ignore[method-assign]
+    train(folder / "weights", folder / "rows", output, config)
+
+
+def _result(adapter: Path) -> Any:
+    return file_digest(adapter / "adapter_model.safetensors"), read_record(adapter, "train")["losses"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
