@@ -25,6 +25,12 @@ class GivenAnswersTrainer(Resumable, DistillationTrainer):
         """Mixed precision, which TRL's own loss goes around."""
         return self.accelerator.autocast()
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's sampler, whose order depends on the epoch alone: a run that goes on has not drawn those before."""
+        sampler = super()._get_train_sampler(dataset)
+        sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(sampler.seed + epoch)
+        return sampler
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, of which it learns where ``tool_mask`` is 1: the first token of a row stands for the prompt.
 

@@ -1,0 +1,235 @@
+"""A run that was stopped and started again: the same adapter, from the newest whole checkpoint, by one process."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components import s3
+from components.config import PrepareConfig, QuantizeConfig, TrainConfig
+from components.errors import Tune16Error
+from components.outputs import read_record
+from components.prepare.dataset import prepare_dataset
+from components.quantize.checkpoint import quantize_checkpoint
+from components.references import file_digest
+from components.steps import TERMINATED_EXIT_CODE
+from components.train.checkpoints import FOLDER_VARIABLE, SEAL, Checkpoints, Place
+from components.train.launch import train
+from components.train.progress import Progress
+
+training = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),  # PEFT looks on the Hub for a local base
+]
+PATH = "team/model"
+FACTS = {"model": "a", "data": "b"}
+SETTINGS: dict[str, Any] = {"epochs": 2, "rank": 8, "micro_batch": 2, "num_evaluations": 3}
+
+
+@pytest.fixture(scope="module")
+def lesson(make_model: Callable[..., Path], orders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Rows, weights, and a teacher's weights of the same family."""
+    folder = tmp_path_factory.mktemp("lesson")
+    models = {"weights": make_model("llama"), "teacher": make_model("llama", hidden_size=96)}
+    for name, model in models.items():
+        quantize_checkpoint(str(model), folder / name, QuantizeConfig())
+    data = folder / "orders.jsonl"
+    data.write_text("".join(orders.read_text().splitlines(keepends=True)[:60]))
+    prepare_dataset(
+        str(data), str(models["weights"]), folder / "rows", PrepareConfig(max_tokens=128, held_out_share=0.1)
+    )
+    return {name: folder / name for name in ("weights", "teacher", "rows")}
+
+
+def _train(lesson: dict[str, Path], output: Path, path: str = "", **settings: Any) -> tuple[str, Any]:
+    """Train; returns the adapter's SHA-256 and all logged losses."""
+    config = TrainConfig(**SETTINGS, **settings)
+    teacher = lesson["teacher"] if config.teacher else None
+    train(lesson["weights"], lesson["rows"], output, config, teacher=teacher, path=path)
+    return file_digest(output / "adapter_model.safetensors"), read_record(output, "train")["losses"]
+
+
+def _ask_to_end_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM once this step has been logged."""
+    on_log = Progress.on_log
+
+    def logged(self: Progress, args: Any, state: Any, control: Any, logs: Any = None, **options: Any) -> None:
+        on_log(self, args, state, control, logs, **options)
+        if state.global_step == step and "loss" in logs:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "on_log", logged)
+
+
+class TestTraining:
+    pytestmark = training
+
+    @pytest.mark.parametrize(
+        ("share", "settings"),
+        [
+            (0.7, {"gradient_accumulation": 2}),
+            (0.3, {"engine": "trl", "gradient_accumulation": 2}),
+            (0.7, {"engine": "trl", "packing": False}),
+            (0.7, {"method": "distill", "teacher": "the teacher"}),
+        ],
+        ids=["engine", "plain", "plain, not packed", "distillation"],
+    )
+    def test_stopped_and_started_again_it_ends_with_the_same_adapter(
+        self,
+        lesson: dict[str, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        settings: dict[str, Any],
+        share: float,
+    ) -> None:
+        wanted = _train(lesson, tmp_path / "undisturbed", **settings)
+        steps = wanted[1][-1]["step"]
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            _ask_to_end_at(round(steps * share), patch)
+            _train(lesson, tmp_path / "adapter", **settings)
+        assert ended.value.code == TERMINATED_EXIT_CODE
+        assert not (tmp_path / "adapter").exists()
+        capsys.readouterr()
+        assert _train(lesson, tmp_path / "adapter", **settings) == wanted
+        assert "going on from the checkpoint of step" in capsys.readouterr().out
+        assert not list(tmp_path.glob(".*"))
+
+    def test_two_processes_go_on_together(
+        self, lesson: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
+    ) -> None:
+        wanted = _train(lesson, tmp_path / "undisturbed", num_gpus=2)
+
+        def end() -> None:
+            while not list(tmp_path.glob(".adapter.checkpoints/*/step-*")):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        watching = threading.Thread(target=end)
+        watching.start()
+        with pytest.raises(SystemExit) as ended:
+            _train(lesson, tmp_path / "adapter", PATH, num_gpus=2, checkpoint_minutes=0.001)
+        watching.join()
+        assert ended.value.code == TERMINATED_EXIT_CODE
+        assert _train(lesson, tmp_path / "adapter", PATH, num_gpus=2) == wanted
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Checkpoints:
+    """Checkpoints of the steps 1 to 3, of which two stay."""
+    checkpoints = Checkpoints(FACTS, Place(tmp_path / "kept"))
+    with checkpoints.held():
+        for step in (1, 2, 3):
+            checkpoints.save(step, lambda folder: _write(folder, 1000))
+            checkpoints.wait()
+    return checkpoints
+
+
+def _write(folder: Path, size: int) -> None:
+    for name in ("state.safetensors", "state.json"):
+        (folder / name).write_bytes(os.urandom(size))
+
+
+def test_the_newest_is_taken_and_old_ones_go(kept: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [path.name for path in sorted(kept.folder.glob("step-*"))] == ["step-00000002", "step-00000003"]
+    assert kept.newest() == kept.folder / "step-00000003"
+    assert "train: going on from the checkpoint of step 3 on this disk" in capsys.readouterr().out
+    assert Checkpoints({**FACTS, "data": "c"}, Place(kept.folder.parent)).newest() is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: os.truncate(path / "state.safetensors", 500), "its file state.safetensors is damaged"),
+        (lambda path: (path / "state.safetensors").write_bytes(bytes(1000)), "state.safetensors is damaged"),
+        (lambda path: (path / "state.json").unlink(), "its file state.json is missing"),
+        (lambda path: (path / SEAL).unlink(), "its checkpoint.json cannot be read"),
+        (lambda path: os.truncate(path / SEAL, 20), "its checkpoint.json cannot be read"),
+        (lambda path: _change(path / SEAL, made_of={**FACTS, "model": "other"}), "another run, with other model"),
+        (lambda path: _change(path / SEAL, made_of={**FACTS, "data": "other"}), "another run, with other data"),
+        (lambda path: _change(path / SEAL, step=2), "it is of step 2"),
+    ],
+)
+def test_a_damaged_one_is_passed_over_and_said(
+    kept: Checkpoints, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], reason: str
+) -> None:
+    damage(kept.folder / "step-00000003")
+    assert kept.newest() == kept.folder / "step-00000002"
+    out = capsys.readouterr().out
+    assert "train: skipped the checkpoint of step 3 on this disk: " in out and reason in out
+
+
+def _change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_disk_that_is_gone_is_made_up_for_from_s3(
+    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Checkpoints(FACTS, Place(tmp_path / "one", "team"))
+    with first.held():
+        first.save(7, lambda folder: _write(folder, 1000))
+        first.wait()
+    keys = [stored.key for stored in s3.list_objects(bucket, "team/checkpoints/")]
+    assert f"team/checkpoints/{first.key}/step-00000007/{SEAL}" in keys
+    second = Checkpoints(FACTS, Place(tmp_path / "two", "team"))
+    with second.held():
+        newest = second.newest()
+    assert newest is not None
+    assert (newest / "state.json").read_bytes() == (
+        tmp_path / "one" / first.key / newest.name / "state.json"
+    ).read_bytes()
+    assert "going on from the checkpoint of step 7 on S3" in capsys.readouterr().out
+    s3.write(bucket, f"team/checkpoints/{first.key}/step-00000007/state.json", b"{}")
+    shutil.rmtree(tmp_path / "two")
+    with second.held():
+        assert second.newest() is None
+    assert "skipped the checkpoint of step 7 on S3: its file state.json is damaged" in capsys.readouterr().out
+
+
+def test_one_process_works_on_a_run(bucket: str, tmp_path: Path) -> None:
+    with Checkpoints(FACTS, Place(tmp_path / "one", "team")).held():
+        with (
+            pytest.raises(Tune16Error, match="another process on this disk is at it"),
+            Checkpoints(FACTS, Place(tmp_path / "one")).held(),
+        ):
+            pass
+        with (
+            pytest.raises(Tune16Error, match="train: the run .* is at it. Wait for its end, or stop it"),
+            Checkpoints(FACTS, Place(tmp_path / "two", "team")).held(),
+        ):
+            pass
+        with Checkpoints({**FACTS, "data": "c"}, Place(tmp_path / "one", "team")).held():
+            pass
+
+
+def test_a_disk_without_room_ends_no_training(kept: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(folder: Path) -> None:
+        (folder / "state.json").write_bytes(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with kept.held():
+        kept.save(4, fails)
+        kept.wait()
+    assert "the checkpoint of step 4 could not be kept" in capsys.readouterr().out
+    assert kept.newest() == kept.folder / "step-00000003"
+
+
+def test_a_finished_run_leaves_nothing_beside_its_output_but_a_volume_keeps_the_last(
+    kept: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "kept"))
+    assert Place.of(tmp_path / "adapter", PATH) == Place(tmp_path / "kept", "team")
+    kept.finish()
+    assert kept.newest()
+    monkeypatch.delenv(FOLDER_VARIABLE)
+    kept.finish()
+    assert not (tmp_path / "kept").exists()
