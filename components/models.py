@@ -86,5 +86,8 @@ def _compute_in(model: Any, dtype: torch.dtype) -> None:
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+            # Where a CPU has AVX512-BF16, the first evaluation would repack the weights for a kernel that has no
+            # gradient, and the steps after it would learn nothing.
+            module.support_avx512bf16_for_cpu = False
             module.weight.quant_state.dtype = dtype
     model.config.use_cache = False

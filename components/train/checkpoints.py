@@ -75,7 +75,8 @@ class Checkpoints:
         self.folder = place.folder / self.key
         self.prefix = f"{place.prefix}/checkpoints/{self.key}" if place.prefix else ""
         self._lease: Lease | None = None
-        self._writer, self._uploader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writer: ThreadPoolExecutor
+        self._uploader: ThreadPoolExecutor
         self._writing: Future[None] | None = None
         self._uploading: Future[None] | None = None
 
@@ -93,10 +94,9 @@ class Checkpoints:
             self._lease = stack.enter_context(held(self.prefix, what) if self.prefix else nullcontext())
             _remove_remains(self.folder)
             try:
-                yield
+                with ThreadPoolExecutor(1) as self._uploader, ThreadPoolExecutor(1) as self._writer:
+                    yield
             finally:
-                self._writer.shutdown()
-                self._uploader.shutdown()
                 if not _steps(self.folder):
                     _remove_run(self.folder)
 

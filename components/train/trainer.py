@@ -152,7 +152,8 @@ def _train(lesson: Lesson, checkpoints: Checkpoints, scratch: Path) -> Resumable
         trainer.protect(checkpoints, lesson.config.checkpoint_minutes * 60, termination)
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
         if termination.is_asked:
-            checkpoints.wait()
+            if is_first():
+                checkpoints.wait()
             raise SystemExit(TERMINATED_EXIT_CODE)
     return trainer
 

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {"epochs": 2, "rank": 8, "micro_batch": 2, "num_evalu
 def lesson(make_model: Callable[..., Path], orders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Rows, weights, and a teacher's weights of the same family."""
     folder = tmp_path_factory.mktemp("lesson")
-    models = {"weights": make_model("llama"), "teacher": make_model("llama", hidden_size=96)}
+    models = {"weights": make_model("llama"), "teacher": make_model("llama", hidden_size=128)}
     for name, model in models.items():
         quantize_checkpoint(str(model), folder / name, QuantizeConfig())
     data = folder / "orders.jsonl"
