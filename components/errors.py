@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from components.redaction import protect_output
+
 USER_ERROR_EXIT_CODE = 2
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -19,8 +21,10 @@ def user_errors() -> Iterator[None]:
     """Turn a :class:`Tune16Error` into one message on stderr and exit code 2; let our own bugs show their traceback.
 
     A full disk counts as the user's: wherever it strikes, the output folder in the making has been removed by then
-    (see :func:`components.outputs.new_folder`) and an earlier output stays whole.
+    (see :func:`components.outputs.new_folder`) and an earlier output stays whole. Neither message nor traceback shows
+    a secret.
     """
+    protect_output()
     try:
         yield
     except Tune16Error as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from components.config import StepConfig
 from components.errors import Tune16Error
+from components.redaction import redacted_content
 
 RECORD = "tune16.json"
 REPORT = "report.html"
@@ -73,8 +74,8 @@ def copy_report(folder: str, target: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write `content` as indented JSON, without secrets."""
+    path.write_text(json.dumps(redacted_content(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from components.redaction import redacted
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -25,9 +27,9 @@ mark { background: #c9ecd2; color: inherit; } img { max-width: 100%; }
 
 
 def page(title: str, lead: str, *parts: str) -> str:
-    """A whole page from its title, one sentence, and parts that are HTML already."""
+    """A whole page from its title, one sentence, and parts that are HTML already; without secrets."""
     body = "\n".join(parts)
-    return (
+    return redacted(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>"
         f'<p class="lead">{escape(lead)}</p>\n{body}\n</body></html>\n'

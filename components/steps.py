@@ -1,6 +1,9 @@
 """What every step says of itself while it runs: one line for each thing that happened, in a pod and on a terminal."""
 
+import os
+import select
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +13,7 @@ from types import FrameType
 from components.cpus import limit_threads
 from components.errors import user_errors
 
+PARENT_VARIABLE = "TUNE16_PARENT"  # the process without which a step has nobody to work for: a run on this machine
 TERMINATED_EXIT_CODE = 143  # as a shell says of a process that SIGTERM has ended; 0 would be success to a pipeline
 
 
@@ -33,6 +37,7 @@ def step(name: str) -> Iterator[None]:
     killed without any warning.
     """
     started = time.monotonic()
+    _end_with_parent()
     limit_threads()
     say(name, "started")
     with _on_sigterm(_end), user_errors():
@@ -50,6 +55,18 @@ def deferred_termination() -> Iterator[Termination]:
 
     with _on_sigterm(note):
         yield termination
+
+
+def _end_with_parent() -> None:
+    """Die with the process that runs this pipeline: it is killed alone, and nobody would wait for its steps."""
+    if PARENT_VARIABLE in os.environ:
+        parent = os.pidfd_open(int(os.environ[PARENT_VARIABLE]))
+
+        def watch() -> None:
+            select.select([parent], [], [])  # readable once the process has ended
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _end(*_: object) -> None:

@@ -42,16 +42,22 @@ def run(
     recipe: RecipeName = "demo",
     set_: Settings = [],  # noqa: B006
     folder: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
+    new: Annotated[
+        bool, typer.Option("--new", help="Begin another run, even if this one was interrupted.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the pipeline on this machine, from data set to uploaded model."""
-    from pipelines.local import run_locally
+    """Run the pipeline on this machine, from data set to uploaded model; an interrupted run is gone on with."""
+    from pipelines.local import find_interrupted, run_locally
 
     settings = override(find_recipe(recipe), set_)
-    name = f"{Path(recipe).stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     out = Console(highlight=False, file=sys.stderr if as_json else sys.stdout)  # kfp gets another stdout
+    interrupted = None if new else find_interrupted(folder, settings)
+    if interrupted:
+        out.print(f"going on with the run {interrupted}, which was interrupted; --new begins another", soft_wrap=True)
+    place = interrupted or folder / f"{Path(recipe).stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     result = run_locally(
-        settings, (folder / name).absolute(), lambda step, text: out.print(f"[bold cyan]{step:>9}[/] {escape(text)}")
+        settings, place.absolute(), lambda step, text: out.print(f"[bold cyan]{step:>9}[/] {escape(text)}")
     )
     if as_json:
         print(json.dumps({**asdict(result), "folder": str(result.folder), "report": str(result.report)}, indent=2))

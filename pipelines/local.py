@@ -1,7 +1,12 @@
-"""A pipeline run on this machine: the very same pipeline function, its steps as processes, an S3 server beside it."""
+"""A pipeline run on this machine: the very same pipeline function, its steps as processes, an S3 server beside it.
+
+A run that was interrupted is gone on with: kfp's cache knows the steps that were complete, and their outputs lie in the
+run's folder. Training itself goes on from its newest checkpoint, in the run's bucket.
+"""
 
 import contextlib
-import json
+import fcntl
+import io
 import os
 import re
 import shutil
@@ -16,12 +21,18 @@ from kfp import local
 
 from components.config import CONFIG_OF_STEP, Recipe, form_values
 from components.errors import Tune16Error
+from components.images import VERSION
+from components.outputs import new_folder, read_json, write_json
+from components.redaction import redacted
+from components.steps import PARENT_VARIABLE
 from pipelines.finetune import finetune
 from pipelines.s3server import S3Server
 
 BUCKET = "tune16"
 LOG = "pipeline.log"
 REPORT = "report.html"
+_STATE = "run.json"  # what the run was asked for, and whether it has come to its end
+_LOCK = ".lock"
 
 _LINE = re.compile(r"(?P<step>[a-z]+): (?P<text>.*)")
 _SETUP = "demo"  # who speaks while the demo's base model is made
@@ -54,28 +65,76 @@ class LocalRun:
 
 
 def run_locally(recipe: Recipe, folder: Path, show: Callable[[str, str], None]) -> LocalRun:
-    """Run the pipeline here.
+    """Run the pipeline here, from the first step that is not complete.
 
     Args:
         recipe: what to run; with ``setup: demo`` the demo's model and rows are put into the bucket first.
-        folder: new folder for the log, the steps' outputs and the report.
+        folder: folder for the log, the steps' outputs and the report: a new one, or an interrupted run's.
         show: is told each line that a step says, with the step's name.
 
     Raises:
-        Tune16Error: a step ended with a user's mistake, whose message this carries.
+        Tune16Error: a step ended with a user's mistake, whose message this carries, or another process is at this run.
     """
+    from components import s3
+
     run = LocalRun(folder)
     started = time.monotonic()
-    folder.mkdir(parents=True)
-    with storage(folder / "s3"), (folder / LOG).open("w", encoding="utf-8") as log:
-        listener = _Listener(run, log, show)
-        with contextlib.redirect_stdout(listener):
-            if recipe.setup == "demo":
-                put_demo(folder / "demo")
-            _run_pipeline(recipe, folder, listener)
-    _collect(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _held(folder), storage(folder / "s3"), s3.environment({PARENT_VARIABLE: str(os.getpid())}):
+        _recall(run)
+        _write_state(folder, recipe, finished=False)
+        with (folder / LOG).open("a", encoding="utf-8") as log:
+            listener = _Listener(run, log, show)
+            with contextlib.redirect_stdout(listener):
+                if recipe.setup == "demo":
+                    put_demo(folder / "demo")
+                _run_pipeline(recipe, folder, listener)
+        _collect(run)
+        _write_state(folder, recipe, finished=True)
     run.seconds = time.monotonic() - started
     return run
+
+
+def find_interrupted(runs: Path, recipe: Recipe) -> Path | None:
+    """The newest run of this very recipe that has not come to its end and that no process is at."""
+    wanted = _state(recipe, finished=False)
+    for state in sorted(runs.glob(f"*/{_STATE}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(Tune16Error, ValueError), _held(state.parent):
+            if read_json(state) == wanted:
+                return state.parent
+    return None
+
+
+def _state(recipe: Recipe, finished: bool) -> dict[str, Any]:
+    return {"recipe": recipe.model_dump(mode="json"), "tune16": VERSION, "finished": finished}
+
+
+def _write_state(folder: Path, recipe: Recipe, finished: bool) -> None:
+    partial = folder / f".{_STATE}"
+    write_json(partial, _state(recipe, finished))
+    partial.rename(folder / _STATE)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Be the only process at a run; the system takes the lock back from one that dies.
+
+    Raises:
+        Tune16Error: another process is at it.
+    """
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Tune16Error(f"{folder}: another process is at this run. Wait for its end, or stop it.") from None
+        yield
+
+
+def _recall(run: LocalRun) -> None:
+    """What the steps said before the run was interrupted: those that are complete will not say it again."""
+    log = run.folder / LOG
+    if log.is_file():
+        _Listener(run, io.StringIO(), lambda step, text: None).write(log.read_text(encoding="utf-8", errors="replace"))
 
 
 @contextlib.contextmanager
@@ -87,7 +146,8 @@ def storage(folder: Path) -> Iterator[None]:
     from components import s3
 
     with S3Server(folder) as server, s3.environment(server.environment(BUCKET)):
-        s3.client().create_bucket(Bucket=BUCKET)
+        if not any(found["Name"] == BUCKET for found in s3.client().list_buckets()["Buckets"]):
+            s3.client().create_bucket(Bucket=BUCKET)
         yield
 
 
@@ -97,13 +157,16 @@ def put_demo(folder: Path) -> None:
     from pipelines.demo.base import build_base
     from pipelines.demo.generate import ORDERS
 
-    build_base(folder / "model")
-    shutil.copyfile(ORDERS, folder / ORDERS.name)
+    if not folder.exists():
+        with new_folder(folder) as partial:
+            build_base(partial / "model")
+            shutil.copyfile(ORDERS, partial / ORDERS.name)
     s3.upload_folder(folder, s3.default_bucket(), "demo")
 
 
 def _run_pipeline(recipe: Recipe, folder: Path, listener: "_Listener") -> None:
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "steps"), raise_on_error=True)
+    root = str(folder / "steps")
+    local.init(local.SubprocessRunner(use_venv=False), root, raise_on_error=True, enable_caching=True)
     arguments = form_values(recipe, finetune.component_spec.inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # kfp warns of images, limits and secrets, which mean nothing here
@@ -127,8 +190,9 @@ class _Listener:
 
     def write(self, text: str) -> int:
         """Take text as it comes, whole lines or not."""
-        self._log.write(text)
-        self._line += text
+        safe = redacted(text)
+        self._log.write(safe)
+        self._line += safe
         *lines, self._line = self._line.split("\n")
         for line in lines:
             self._hear(line.removeprefix(_INDENT))
@@ -160,12 +224,15 @@ class _Listener:
 
 def _collect(run: LocalRun) -> None:
     """Bring the report to the top of the run's folder and read the scores and the published address."""
-    outputs = next((run.folder / "steps").glob("tune16-*"))
-    shutil.copyfile(outputs / "evaluate" / "report", run.report)
-    run.evaluation = json.loads((outputs / "evaluate" / "evaluation" / "evaluation.json").read_text())
-    manifest = outputs / "upload" / "manifest"
-    if manifest.is_file():
-        run.address = json.loads(manifest.read_text())["address"]
+    shutil.copyfile(_output(run, "evaluate/report"), run.report)
+    run.evaluation = read_json(_output(run, "evaluate/evaluation") / "evaluation.json")
+    if "upload" in run.steps:
+        run.address = read_json(_output(run, "upload/manifest"))["address"]
+
+
+def _output(run: LocalRun, name: str) -> Path:
+    """A step's output: each attempt has a folder of its own, and the last one that made it counts."""
+    return max(run.folder.glob(f"steps/tune16-*/{name}"))
 
 
 def _plain(text: str) -> str:

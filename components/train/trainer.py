@@ -372,6 +372,7 @@ def _save(trainer: Trainer, folder: Path, model: str) -> None:
     config = adapter.peft_config["default"]
     config.base_model_name_or_path = reference.address if reference.scheme == "hf" else str(reference)
     config.revision = reference.pin if reference.scheme == "hf" else None
+    config.target_modules = sorted(config.target_modules)  # PEFT keeps a set, whose order is another in each process
     adapter.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the step evaluate writes a full one
     trainer.processing_class.save_pretrained(folder)

@@ -8,6 +8,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,6 @@ def main() -> int:
     same = sum(outcome["same"] for outcome in outcomes)
     figures = {
         "kills": len(outcomes),
-        "killed before the end": sum(outcome["killed"] for outcome in outcomes),
         "inside a save": sum(outcome["in_save"] for outcome in outcomes),
         "inside an evaluation": sum(outcome["in_evaluation"] for outcome in outcomes),
         "went on from a checkpoint": sum(outcome["resumed"] for outcome in outcomes),
@@ -70,23 +70,25 @@ def _of_seed(folder: Path, config: TrainConfig, num: int, rng: random.Random) ->
     wanted = _result(work / "undisturbed")
     outcomes = []
     for number in range(num):
-        outcome = _kill(folder, work / str(number), config, wanted, _moment(work / str(number), number, seconds, rng))
+        moments = _moments(work / str(number), number, seconds, rng)
+        outcome = _kill(folder, work / str(number), config, wanted, moments)
         outcomes.append(outcome)
         print(f"seed {config.seed}, kill {number + 1} of {num}: {outcome}", flush=True)
         shutil.rmtree(work / str(number))
     return outcomes
 
 
-def _kill(folder: Path, work: Path, config: TrainConfig, wanted: Any, moment: Moment) -> dict[str, bool]:
-    work.mkdir()
-    log = work / "log"
-    code = child(lambda: _train(folder, work / "adapter", config, work / "evaluating"), log, moment)
+def _kill(folder: Path, work: Path, config: TrainConfig, wanted: Any, moments: Iterator[Moment]) -> dict[str, bool]:
+    log, code = work / "log", 0
+    while code != -9:  # the moment may lie behind the end of the run
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        code = child(lambda: _train(folder, work / "adapter", config, work / "evaluating"), log, next(moments))
     outcome = {
-        "killed": code == -9,
         "in_save": any(work.glob(".adapter.checkpoints/*/.step-*.partial")),
         "in_evaluation": (work / "evaluating").exists(),
     }
-    assert code != -9 or not (work / "adapter").exists(), "a killed run has left an output"
+    assert not (work / "adapter").exists(), "a killed run has left an output"
     code = child(lambda: _train(folder, work / "adapter", config), log)
     text = log.read_text()
     outcome["resumed"] = "going on from" in text
@@ -96,14 +98,16 @@ def _kill(folder: Path, work: Path, config: TrainConfig, wanted: Any, moment: Mo
     return outcome
 
 
-def _moment(work: Path, number: int, seconds: float, rng: random.Random) -> Moment:
+def _moments(work: Path, number: int, seconds: float, rng: random.Random) -> Iterator[Moment]:
     """Anywhere, within a save, or within an evaluation, none of which is the first."""
-    if number % 3 == 0:
-        return after(rng.uniform(0.1, seconds))
-    earliest = rng.uniform(0.4, 0.9) * seconds
-    if number % 3 == 1:
-        return lambda now: now > earliest and any(work.glob(".adapter.checkpoints/*/.step-*.partial"))
-    return lambda now: now > earliest and (work / "evaluating").exists()
+    while True:
+        earliest = rng.uniform(0.3, 0.8) * seconds
+        if number % 3 == 0:
+            yield after(rng.uniform(0.1, seconds))
+        elif number % 3 == 1:
+            yield lambda now, start=earliest: now > start and any(work.glob(".adapter.checkpoints/*/.step-*.partial"))
+        else:
+            yield lambda now, start=earliest: now > start and (work / "evaluating").exists()
 
 
 def _train(folder: Path, output: Path, config: TrainConfig, marker: Path | None = None) -> None:
