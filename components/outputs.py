@@ -73,6 +73,13 @@ def copy_report(folder: str, target: str) -> None:
     shutil.copyfile(Path(folder) / REPORT, target)
 
 
+def log_metrics(metrics: Any, numbers: dict[str, float]) -> None:
+    """Put numbers into a pipeline's Metrics artifact, and into its file: kfp's own cache takes none without a file."""
+    for name, value in numbers.items():
+        metrics.log_metric(name, value)
+    write_json(Path(metrics.path), numbers)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, without secrets."""
     path.write_text(json.dumps(redacted_content(content), indent=2, ensure_ascii=False) + "\n")

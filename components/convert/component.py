@@ -19,12 +19,11 @@ def convert(
 
     from components.config import ConvertConfig
     from components.convert.converter import convert_model
-    from components.outputs import copy_report
+    from components.outputs import copy_report, log_metrics
     from components.steps import step
 
     with step("convert"):
         config = ConvertConfig.load(quantizations=quantizations)
         made = convert_model(Path(merged.path), Path(rows.path), Path(gguf.path), config)
         copy_report(gguf.path, report.path)
-        for trial in made:
-            metrics.log_metric(f"{trial.name}_loss", trial.as_dict(made[0])["loss"])
+        log_metrics(metrics, {f"{trial.name}_loss": trial.as_dict(made[0])["loss"] for trial in made})

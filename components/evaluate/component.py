@@ -24,7 +24,7 @@ def evaluate(
 
     from components.config import EvaluateConfig
     from components.evaluate.evaluation import evaluate_adapter
-    from components.outputs import copy_report
+    from components.outputs import copy_report, log_metrics
     from components.steps import step
 
     with step("evaluate"):
@@ -32,6 +32,5 @@ def evaluate(
         inputs = (Path(weights.path), Path(adapter.path), Path(rows.path))
         result = evaluate_adapter(*inputs, Path(evaluation.path), config, path, champion)
         copy_report(evaluation.path, report.path)
-        for name, value in result.metrics().items():
-            metrics.log_metric(name, value)
+        log_metrics(metrics, result.metrics())
     return result.verdict

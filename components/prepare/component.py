@@ -21,7 +21,7 @@ def prepare(
     from pathlib import Path
 
     from components.config import PrepareConfig
-    from components.outputs import copy_report
+    from components.outputs import copy_report, log_metrics
     from components.prepare.dataset import prepare_dataset
     from components.steps import step
 
@@ -29,5 +29,4 @@ def prepare(
         config = PrepareConfig.load(options, max_tokens=max_tokens)
         counts = prepare_dataset(data, model, Path(rows.path), config)
         copy_report(rows.path, report.path)
-        for name, value in vars(counts).items():
-            metrics.log_metric(name, value)
+        log_metrics(metrics, vars(counts))

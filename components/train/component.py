@@ -27,7 +27,7 @@ def train(
     from pathlib import Path
 
     from components.config import ClusterConfig, TrainConfig
-    from components.outputs import copy_report
+    from components.outputs import copy_report, log_metrics
     from components.steps import step
     from components.train.launch import train as train_adapter
 
@@ -37,5 +37,4 @@ def train(
         folders = (Path(weights.path), Path(rows.path), Path(adapter.path))
         numbers = train_adapter(*folders, config, cluster, Path(teacher_weights.path), path)
         copy_report(adapter.path, report.path)
-        for name, value in numbers.items():
-            metrics.log_metric(name, value)
+        log_metrics(metrics, numbers)

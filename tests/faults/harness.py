@@ -76,7 +76,7 @@ def report(name: str, figures: dict[str, Any], is_reached: bool, output: Path | 
     return 0 if is_reached else 1
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, seed: int = 7) -> None:
     """A tiny random Llama with the demo's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -85,7 +85,7 @@ def write_model(folder: Path) -> None:
     from pipelines.demo.generate import CORPUS
 
     tokenizer = _train_tokenizer(CORPUS.read_text())
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -100,14 +100,14 @@ def write_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_lesson(folder: Path, num_rows: int = 160) -> None:
+def write_lesson(folder: Path, num_rows: int = 160, seed: int = 7) -> None:
     """The model, quantised (``weights``), and the demo's first rows, prepared (``rows``)."""
     from components.config import PrepareConfig, QuantizeConfig
     from components.prepare.dataset import prepare_dataset
     from components.quantize.checkpoint import quantize_checkpoint
     from pipelines.demo.generate import ORDERS
 
-    write_model(folder / "model")
+    write_model(folder / "model", seed)
     data = folder / "orders.jsonl"
     data.write_text("".join(ORDERS.read_text().splitlines(keepends=True)[:num_rows]))
     model = str(folder / "model")
