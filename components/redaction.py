@@ -17,8 +17,6 @@ from typing import Any, TextIO
 from urllib.parse import quote, quote_plus
 
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|CREDENTIALS?|KEY|KEY_ID)$|SECRET|PASSWORD|PASSWD", re.IGNORECASE)
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|KEY|KEY_ID)$|SECRET|PASSWORD", re.IGNORECASE
-)
 _SHORTEST = 8  # characters; shorter values are parts of ordinary words and numbers
 _LONGEST_WORD = 11  # letters: password and minioadmin are words, not secrets
 _PLACES = re.compile(
