@@ -54,6 +54,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
     Raises:
         Tune16Error: the folder holds no model that can be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     torch.set_flush_denormal(True)  # masked attention makes denormals, which a CPU multiplies a hundred times slower
@@ -66,7 +67,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Tune16Error(f"{folder}: the model cannot be loaded: {str(error).splitlines()[0]}") from error
     _compute_in(model, dtype)
     return model

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 import httpx2 as httpx
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -39,6 +39,8 @@ COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
 DATA_FILES = tuple(f"*{suffix}{compression}" for suffix in DATA_SUFFIXES for compression in COMPRESSIONS)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
+_LARGEST_DOCUMENT = 64 << 20  # bytes of a model's JSON file; the index of the largest models has some megabytes
+_TOKENIZER = "tokenizer.json"  # larger than the others, and read by a library that sets limits itself
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HTTPS_MODEL_FILES = (
     "config.json",
@@ -90,6 +92,12 @@ def parse(name: str, kind: Kind) -> Reference:
         bucket, _, key = address.partition("/")
         return Reference(kind, "s3", f"{bucket or s3.default_bucket()}/{key.strip('/')}", pin)
     if scheme in ("https", "http"):
+        host = address.partition("/")[0]
+        if "@" in host:
+            raise Tune16Error(
+                f"{scheme}://{host.rpartition('@')[2]}: an address with a password would be shown in parameters "
+                "and reports. Put the files into the connection's bucket and name them as s3:///folder."
+            )
         return Reference(kind, scheme, address.rstrip("/"), pin)  # type: ignore[arg-type]
     if scheme == "file":
         return Reference(kind, "file", address, pin)
@@ -136,8 +144,18 @@ def fetch(reference: Reference, folder: Path, patterns: Iterable[str]) -> Path:
         The folder with the files, or the file where the reference is a single one.
 
     Raises:
-        Tune16Error: it is missing or unreachable, or its content is no longer what the reference says.
+        Tune16Error: it is missing or unreachable, its content is no longer what the reference says, or it has files
+            that no honest model has: names or links that lead out of its folder, a JSON file without end.
     """
+    path = _fetch(reference, folder, tuple(patterns))
+    if reference.kind == "model":
+        for document in path.glob("*.json"):
+            if document.name != _TOKENIZER:
+                read_document(document)
+    return path
+
+
+def _fetch(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> Path:
     if reference.scheme == "hf":
         with _hub_errors(reference):
             return Path(
@@ -151,34 +169,53 @@ def fetch(reference: Reference, folder: Path, patterns: Iterable[str]) -> Path:
     if reference.pin and pin(replace(reference, pin="")) != reference:
         raise Tune16Error(f"{reference}: its content changed since the run began. Start the run again.")
     if reference.scheme == "file":
-        path = Path(reference.address)
-        _check_names(reference, [name for name, _ in _files(path)])
-        return path
+        _check_names(reference, [name for name, _ in _files(reference)])
+        return Path(reference.address)
     if reference.scheme == "s3":
-        return _fetch_s3(reference, folder, tuple(patterns))
-    return _fetch_https(reference, folder, tuple(patterns))
+        return _fetch_s3(reference, folder, patterns)
+    return _fetch_https(reference, folder, patterns)
 
 
 def read_config(reference: Reference, folder: Path) -> dict[str, object]:
     """The model's config.json.
 
     Raises:
-        Tune16Error: the model has none, or it is no JSON.
+        Tune16Error: the model has none, or it is no JSON object.
     """
     path = fetch(reference, folder, ["config.json"]) / "config.json"
+    if not path.is_file():
+        raise Tune16Error(f"{reference}: no model folder, it has no config.json.")
+    return read_document(path)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON object out of a model's folder, where anybody may have written it.
+
+    Raises:
+        Tune16Error: it is something else, or larger or deeper than such a file ever is.
+    """
+    size = path.stat().st_size
+    if size > _LARGEST_DOCUMENT:
+        raise Tune16Error(
+            f"{path}: has {size / 2**20:,.0f} MiB, far more than a model's {path.name} ever has. Refused."
+        )
     try:
-        content: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Tune16Error(f"{reference}: no model folder, it has no config.json.") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise Tune16Error(f"{path}: is nested too deeply to be a model's {path.name}. Refused.") from None
     except ValueError as error:
-        raise Tune16Error(f"{reference}: its config.json is no JSON ({error}).") from None
+        raise Tune16Error(f"{path}: is no JSON ({error}). Fetch the model again.") from None
+    if not isinstance(content, dict):
+        raise Tune16Error(f"{path}: is no JSON object. Fetch the model again.")
     return content
 
 
 def _check_names(reference: Reference, names: list[str]) -> None:
-    """Refuse a model without safetensors weights, and an empty place."""
+    """Refuse an empty place, names that lead out of their folder, and a model without safetensors weights."""
     if not names:
         raise Tune16Error(f"{reference}: nothing is there. Check the address.")
+    for name in names:
+        _check_name(name)
     if reference.kind == "model" and not any(name.endswith(".safetensors") for name in names):
         pickles = sorted(name for name in names if name.endswith(_PICKLES))
         if pickles:
@@ -192,7 +229,7 @@ def _check_names(reference: Reference, names: list[str]) -> None:
 def _entries(reference: Reference) -> Iterator[tuple[str, str]]:
     """Name and content mark (ETag or SHA-256) of every file behind a reference that is not on Hugging Face."""
     if reference.scheme == "file":
-        yield from _files(Path(reference.address), digest=True)
+        yield from _files(reference, digest=True)
     elif reference.scheme == "s3":
         key = _bucket_and_key(reference)[1]
         for stored in _s3_objects(reference):
@@ -202,15 +239,25 @@ def _entries(reference: Reference) -> Iterator[tuple[str, str]]:
             yield name, _https_mark(reference, name)
 
 
-def _files(path: Path, digest: bool = False) -> Iterator[tuple[str, str]]:
+def _files(reference: Reference, digest: bool = False) -> Iterator[tuple[str, str]]:
+    path = Path(reference.address)
     if path.is_file():
         yield path.name, file_digest(path) if digest else ""
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
             if file.is_file():
+                if reference.kind == "model":
+                    _check_link(file, path)
                 yield str(file.relative_to(path)), file_digest(file) if digest else ""
     else:
         raise Tune16Error(f"{path}: there is no such file or folder.")
+
+
+def _check_link(file: Path, folder: Path) -> None:
+    """Refuse a link out of a folder, whose target would go into the model; the Hub's own cache links to its blobs."""
+    home = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    if not file.resolve().is_relative_to(home.resolve()):
+        raise Tune16Error(f"{file}: is a link to {file.resolve()}, outside the folder. Copy the file into the folder.")
 
 
 def file_digest(path: Path) -> str:
@@ -247,10 +294,14 @@ def _fetch_s3(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> 
 
 def _inside(folder: Path, name: str) -> Path:
     """`folder / name`, refused where it would lie outside."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise Tune16Error(f"{name!r} would be written outside {folder}; refused.")
-    return path
+    _check_name(name)
+    return folder / name
+
+
+def _check_name(name: str) -> None:
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise Tune16Error(f"{name!r}: a file of this name would be written outside its folder. Refused.")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -263,9 +314,19 @@ def _https_names(reference: Reference) -> list[str]:
         return [""]
     names = [name for name in _HTTPS_MODEL_FILES if _https_exists(f"{_url(reference)}/{name}")]
     if "model.safetensors.index.json" in names:
-        index = _https_get(f"{_url(reference)}/model.safetensors.index.json").json()
-        names += sorted(set(index["weight_map"].values()))
+        names += _https_weights(f"{_url(reference)}/model.safetensors.index.json")
     return names
+
+
+def _https_weights(url: str) -> list[str]:
+    """The weight files that the index at `url` names."""
+    try:
+        names = sorted(set(_https_get(url).json()["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Tune16Error(f"{url}: is no index of safetensors files. Check the address.") from None
+    for name in names:
+        _check_name(str(name))
+    return [str(name) for name in names]
 
 
 def _url(reference: Reference, name: str = "") -> str:
@@ -276,14 +337,13 @@ def _https_mark(reference: Reference, name: str) -> str:
     """A strong ETag where the server gives one, else the SHA-256 of what it sends."""
     url = _url(reference, name)
     with _http_errors(url):
-        headers = httpx.head(url, follow_redirects=True, timeout=30).raise_for_status().headers
+        headers = _answered(httpx.head(url, follow_redirects=True, timeout=30)).headers
         etag = headers.get("etag", "")
         if etag and not etag.startswith("W/"):
             return str(etag)
         digest = hashlib.sha256()
-        with httpx.stream("GET", url, follow_redirects=True, timeout=60) as response:
-            for block in response.raise_for_status().iter_bytes():
-                digest.update(block)
+        for block in _https_blocks(url):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -292,13 +352,13 @@ def _https_exists(url: str) -> bool:
         response = httpx.head(url, follow_redirects=True, timeout=30)
         if response.status_code == httpx.codes.NOT_FOUND:
             return False
-        response.raise_for_status()
+        _answered(response)
     return True
 
 
 def _https_get(url: str) -> httpx.Response:
     with _http_errors(url):
-        return httpx.get(url, follow_redirects=True, timeout=30).raise_for_status()
+        return _answered(httpx.get(url, follow_redirects=True, timeout=30))
 
 
 def _fetch_https(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> Path:
@@ -314,11 +374,30 @@ def _fetch_https(reference: Reference, folder: Path, patterns: tuple[str, ...]) 
 
 
 def _https_download(url: str, target: Path) -> None:
-    with _http_errors(url), httpx.stream("GET", url, follow_redirects=True, timeout=60) as response:
-        response.raise_for_status()
-        with target.open("wb") as file:
-            for block in response.iter_bytes(1 << 20):
-                file.write(block)
+    with _http_errors(url), target.open("wb") as file:
+        for block in _https_blocks(url):
+            file.write(block)
+
+
+def _https_blocks(url: str) -> Iterator[bytes]:
+    """The file as it lies on the server: unpacked on the way, a small one could fill the disk."""
+    plain = {"Accept-Encoding": "identity"}
+    with httpx.stream("GET", url, headers=plain, follow_redirects=True, timeout=60) as response:
+        yield from _answered(response).iter_raw(1 << 20)
+
+
+def _answered(response: httpx.Response) -> httpx.Response:
+    """A good answer that came over TLS if it was asked for over TLS.
+
+    Raises:
+        httpx.HTTPStatusError: the server refuses.
+        Tune16Error: it has sent us on to where anybody could change the content.
+    """
+    if response.url.scheme == "http" and any(earlier.url.scheme == "https" for earlier in response.history):
+        raise Tune16Error(
+            f"{response.history[0].url}: leads to {response.url}, without encryption. Name an address that stays https."
+        )
+    return response.raise_for_status()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 
 from components.errors import Tune16Error
+from components.references import read_document
 from components.steps import say
 
 SINGLE_FILE = "model.safetensors"
@@ -83,7 +84,10 @@ def weight_files(folder: Path) -> list[Path]:
         Tune16Error: one is missing, or the index names one outside the folder.
     """
     if (folder / INDEX_FILE).is_file():
-        names = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
+        weight_map = read_document(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise Tune16Error(f"{folder / INDEX_FILE}: names no files. Fetch the model again.")
+        names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise Tune16Error(f"{folder / INDEX_FILE}: names the file {outside[0]!r}, which is not in the folder.")
@@ -99,7 +103,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of one file, in the order of their bytes.
 
     Raises:
-        Tune16Error: the file is cut short or no safetensors file.
+        Tune16Error: the file is cut short or no safetensors file, or its header says what cannot be.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -107,21 +111,48 @@ def read_header(file: Path) -> list[StoredTensor]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LARGEST_HEADER + 1
         if length > min(size - 8, _LARGEST_HEADER):
             raise Tune16Error(f"{file}: no safetensors file, or cut short. Fetch the model again.")
-        try:
-            header = json.loads(stream.read(length))
-            tensors = [
-                StoredTensor(
-                    name, file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-                )
-                for name, entry in header.items()
-                if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Tune16Error(f"{file}: its safetensors header cannot be read ({error!r}).") from None
-    tensors.sort(key=lambda tensor: tensor.offset)
-    if tensors and tensors[-1].offset + tensors[-1].num_bytes > size:
-        raise Tune16Error(f"{file}: cut short inside the tensor {tensors[-1].name}. Fetch the model again.")
+        content = stream.read(length)
+    try:
+        header = json.loads(content, object_pairs_hook=_without_duplicates)
+        tensors = [_stored(name, file, header[name], 8 + length) for name in header if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Tune16Error(
+            f"{file}: its safetensors header cannot be read ({error!r}). Fetch the model again."
+        ) from None
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise Tune16Error(f"{file}: the tensor {tensor.name} does not begin where the one before ends. Refused.")
+        end += tensor.num_bytes
+        if end > size:
+            raise Tune16Error(f"{file}: cut short inside the tensor {tensor.name}. Fetch the model again.")
+    if end < size:
+        raise Tune16Error(f"{file}: has {size - end:,} bytes that are no tensor's. Refused.")
     return tensors
+
+
+def _stored(name: str, file: Path, entry: dict[str, Any], start: int) -> StoredTensor:
+    """One tensor of a header.
+
+    Raises:
+        ValueError: its shape, number format and place do not agree.
+    """
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name}: shape and place are whole numbers from 0")
+    stored = StoredTensor(name, file, _DTYPES[entry["dtype"]], tuple(shape), start + begin)
+    if stored.num_bytes != end - begin:
+        raise ValueError(f"{name}: {entry['dtype']} of shape {shape} takes {stored.num_bytes} bytes, not {end - begin}")
+    return stored
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys readers would choose among each in its own way where one came twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name comes twice")
+    return content
 
 
 def rewrite(source: Path, target: Path, work: Work, step: str) -> int:

@@ -1,7 +1,13 @@
 import errno
+import os
+import re
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 
 from components.config import MergeConfig
 from components.errors import Tune16Error, user_errors
@@ -46,3 +52,47 @@ def test_a_full_disk_is_told_and_bugs_are_not_hidden(capsys: pytest.CaptureFixtu
     assert "error: The disk is full" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError), user_errors():
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: The disk is full .* Make room .*TMPDIR"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "error: The disk is full"),
+        (OSError(errno.EROFS, "Read-only file system", "/data/out"), "error: /data/out: Read-only file system. Choose"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/data/out"),
+            "error: /data/out: Permission denied. Choose",
+        ),
+        (MemoryError(), r"error: There is not enough memory \(MemoryError\). Give the step more"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "error: There is not enough memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "error: A process .* was killed"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            r"error: No usable temporary directory found in \['/tmp'\]: make room",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_told_in_one_line(
+    error: Exception, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        raise error
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert re.match(message, told) and told.count("\n") == 1
+
+
+def test_what_libraries_say_of_memory_and_killed_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), user_errors():
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert "error: There is not enough memory" in capsys.readouterr().err
+    with pytest.raises(SystemExit), user_errors(), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(os.kill, 0, 0).result()
+        pool.submit(signal.raise_signal, signal.SIGKILL).result()
+    assert "error: A process of this step was killed" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_a_bug() -> None:
+    with pytest.raises(FileNotFoundError), user_errors():
+        Path("/nowhere").read_text()

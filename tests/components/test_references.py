@@ -1,17 +1,27 @@
 """Names of models and data sets, with a web server that speaks the Hub's API as far as the client asks."""
 
 import json
+import os
+import pickle
+import shutil
+import ssl
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
+from components import s3
 from components.config import PreflightConfig, Recipe, TrainConfig
 from components.errors import Tune16Error
+from components.models import load_base
 from components.preflight.checks import as_markdown, check
-from components.references import DATA_FILES, MODEL_FILES, Reference, fetch, parse, pin
+from components.prepare.dataset import load_tokenizer
+from components.references import DATA_FILES, MODEL_FILES, Reference, _inside, fetch, parse, pin, read_config
+from tests.servers import make_certificate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -124,8 +134,6 @@ class Hub(BaseHTTPRequestHandler):
 def hub(
     make_model: Callable[..., Path], orders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    import shutil
-
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -200,3 +208,186 @@ def test_preflight(hub: str, orders: Path, make_model: Callable[..., Path]) -> N
         check(Recipe(preflight=small))
     with pytest.raises(Tune16Error, match="LlamaForCausalLM has no linear layer 'qkv'"):
         check(Recipe(preflight=place, train=TrainConfig(target_modules="qkv")))
+
+
+# Hostile models
+
+
+@pytest.fixture
+def model(make_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a model folder, to spoil."""
+    return shutil.copytree(make_model("llama"), tmp_path / "spoilt")
+
+
+NAMES = ("../out.json", "/etc/out.json", "a/../../out.json", "..\\out.json", "a\0.json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_lead_outside_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(Tune16Error, match="outside its folder. Refused"):
+        _inside(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["../out.json", "..\\out.json"])
+def test_such_names_in_a_bucket_are_refused(name: str, bucket: str, tmp_path: Path) -> None:
+    s3.write(bucket, f"models/evil/{name}", b"{}")
+    for act in (pin, lambda reference: fetch(reference, tmp_path / "x", MODEL_FILES)):
+        with pytest.raises(Tune16Error, match="outside its folder. Refused"):
+            act(parse(f"s3://{bucket}/models/evil", "model"))
+    assert not (tmp_path / "out.json").exists() and not list(tmp_path.rglob("*out.json"))
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/out.safetensors"])
+def test_such_names_in_an_index_on_the_web_are_refused(name: str, hub: str, tmp_path: Path) -> None:
+    index = {"weight_map": {"a": name}}
+    (tmp_path / "hub" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(Tune16Error, match="outside its folder. Refused"):
+        fetch(parse(f"{hub}/files", "model"), tmp_path / "model", MODEL_FILES)
+    (tmp_path / "hub" / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(Tune16Error, match="is no index of safetensors files"):
+        fetch(parse(f"{hub}/files", "model"), tmp_path / "model", MODEL_FILES)
+
+
+def test_a_link_out_of_a_model_folder_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("private")
+    (model / "notes.txt").symlink_to(tmp_path / "key")
+    for act in (pin, lambda reference: fetch(reference, tmp_path / "x", MODEL_FILES)):
+        with pytest.raises(Tune16Error, match=r"notes.txt: is a link to .*/key, outside the folder"):
+            act(parse(str(model), "model"))
+
+
+def test_a_snapshot_in_the_hubs_cache_links_to_its_blobs(model: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    blobs = shutil.copytree(model, tmp_path / "models--org--name" / "blobs")
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(Path("..") / ".." / "blobs" / blob.name)
+    assert pin(parse(str(snapshot), "model")) and read_config(parse(str(snapshot), "model"), tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "is nested too deeply"),
+        ('{"a":' * 100_000, "is nested too deeply"),
+        ("{", "is no JSON"),
+        ("[]", "is no JSON object"),
+        ("\xff", "is no JSON"),
+    ],
+)
+def test_documents_that_are_none_are_refused(
+    name: str, content: str, message: str, model: Path, tmp_path: Path
+) -> None:
+    (model / name).write_text(content, encoding="latin-1")
+    with pytest.raises(Tune16Error, match=message):
+        read_config(parse(str(model), "model"), tmp_path / "x")
+
+
+def test_a_document_without_end_is_refused_unread(model: Path, tmp_path: Path) -> None:
+    with (model / "config.json").open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(Tune16Error, match=r"has 1,024 MiB, far more than a model's config.json ever has"):
+        read_config(parse(str(model), "model"), tmp_path / "x")
+
+
+class Bomb:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_of_pickle_and_safetensors_only_safetensors_are_read(model: Path, tmp_path: Path) -> None:
+    wanted = load_base(model, torch.float32).state_dict()
+    for name in ("pytorch_model.bin", "model.pt", "training_args.bin"):
+        (model / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    found = load_base(model, torch.float32).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    for weights in model.glob("*.safetensors*"):
+        weights.unlink()
+    with pytest.raises(Tune16Error, match="the model cannot be loaded"):
+        load_base(model, torch.float32)
+    with pytest.raises(Tune16Error, match=r"as pickle only"):
+        pin(parse(str(model), "model"))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_that_comes_with_a_model_does_not_run(model: Path, tmp_path: Path) -> None:
+    code = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Evil: pass\n"
+    for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py"):
+        (model / name).write_text(code)
+    own = {"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
+    _change(model / "config.json", auto_map=own)
+    _change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_evil.Evil"] * 2})
+    load_tokenizer(str(model), "auto", tmp_path / "x")
+    load_base(model, torch.float32)
+    _change(model / "config.json", model_type="evil", architectures=["Evil"])
+    with pytest.raises(Tune16Error, match="the model cannot be loaded"):
+        load_base(model, torch.float32)
+    with pytest.raises(Tune16Error):
+        load_tokenizer(str(model), "auto", tmp_path / "x")
+    assert not (tmp_path / "ran").exists()
+
+
+def _change(document: Path, **changes: object) -> None:
+    document.write_text(json.dumps(json.loads(document.read_text()) | changes))
+
+
+# Hostile servers
+
+
+class Turncoat(BaseHTTPRequestHandler):
+    """Sends on to where `leads` says, or breaks off in the middle of what it has announced."""
+
+    leads = ""
+
+    def do_GET(self) -> None:
+        self.send_response(302 if self.leads else 200)
+        if self.leads:
+            self.send_header("Location", self.leads)
+        self.send_header("Content-Length", "0" if self.leads else "1000")
+        self.end_headers()
+        if not self.leads and self.command == "GET":
+            self.wfile.write(b"{}\n")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def _serving(context: ssl.SSLContext | None = None, **attributes: object) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Turncoat,), attributes))
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"{'https' if context else 'http'}://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_that_ends_early_is_refused(tmp_path: Path) -> None:
+    with _serving() as address, pytest.raises(Tune16Error, match=r"cannot be reached \(.*incomplete|without sending"):
+        fetch(parse(f"{address}/rows.jsonl", "data"), tmp_path / "x", DATA_FILES)
+
+
+def test_https_does_not_lead_to_http(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority, certificate, key = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    with _serving(context, leads=f"{hub}/files/rows.jsonl") as address:
+        for act in (pin, lambda reference: fetch(reference, tmp_path / "x", DATA_FILES)):
+            with pytest.raises(Tune16Error, match=r"leads to http://.*, without encryption"):
+                act(parse(f"{address}/rows.jsonl", "data"))
+
+
+def test_an_address_with_a_password_is_refused() -> None:
+    with pytest.raises(Tune16Error, match=r"https://host: an address with a password") as refused:
+        parse("https://me:pa55word@host/rows.jsonl", "data")
+    assert "pa55word" not in str(refused.value)

@@ -1,3 +1,6 @@
+import json
+import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -68,4 +71,75 @@ def test_an_index_may_not_point_outside_nor_at_nothing(tmp_path: Path) -> None:
         weight_files(tmp_path)
     index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(Tune16Error, match=r"model-1\.safetensors is missing"):
+        weight_files(tmp_path)
+
+
+def _write(path: Path, header: str, num_bytes: int) -> Path:
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(num_bytes))
+    return path
+
+
+def _entry(begin: int, end: int, shape: object = (4,), dtype: str = "U8") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": _entry(0, 4), "b": _entry(2, 6)}, "b does not begin where the one before ends"),
+        ({"a": _entry(0, 4), "b": _entry(0, 4)}, "does not begin where the one before ends"),
+        ({"a": _entry(2, 6)}, "a does not begin where the one before ends"),
+        ({"a": _entry(-4, 0), "b": _entry(0, 8, [8])}, "whole numbers from 0"),
+        ({"a": _entry(0, 8, [-8])}, "whole numbers from 0"),
+        ({"a": _entry(0, 8, [True])}, "whole numbers from 0"),
+        ({"a": _entry(0, 8, [8.0])}, "whole numbers from 0"),
+        ({"a": _entry(0, 8, [2**62, 2**62])}, "takes .* bytes, not 8"),
+        ({"a": _entry(0, 2**60, [2**60])}, "cut short inside the tensor a"),
+        ({"a": _entry(0, 8, [8], "F32")}, "takes 32 bytes, not 8"),
+        ({"a": _entry(0, 8, [8], "F5")}, "cannot be read"),
+        ({"a": _entry(0, 4)}, "has 4 bytes that are no tensor's"),
+        ({"a": 3}, "cannot be read"),
+        ({"a": {"dtype": "U8"}}, "cannot be read"),
+        ([], "bytes that are no tensor's"),
+        ({"a": {**_entry(0, 8, [8]), "data_offsets": [0, 4, 8]}}, "cannot be read"),
+    ],
+)
+def test_headers_that_cannot_be_are_refused(tmp_path: Path, header: object, message: str) -> None:
+    with pytest.raises(Tune16Error, match=message):
+        read_header(_write(tmp_path / "x.safetensors", json.dumps(header), 8))
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    entry = json.dumps(_entry(0, 8, [8]))
+    with pytest.raises(Tune16Error, match="a name comes twice"):
+        read_header(_write(tmp_path / "x.safetensors", f'{{"a": {entry}, "a": {entry}}}', 8))
+
+
+def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Tune16Error, match="cannot be read"):
+        read_header(_write(tmp_path / "x.safetensors", '{"a":' * 100_000, 8))
+
+
+@pytest.mark.parametrize("length", [2**60, 2**64 - 1, 10**9])
+def test_nothing_is_allocated_for_a_header_that_is_not_there(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{}")
+    tracemalloc.start()
+    with pytest.raises(Tune16Error, match="no safetensors file, or cut short"):
+        read_header(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", "{", '{"weight_map": {"a": 1}}', '{"weight_map": []}', "[" * 100_000])
+def test_an_index_that_is_none_is_refused(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(Tune16Error, match=r"model.safetensors.index.json: (names no files|is no|is nested)"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "/etc/passwd", "a/../b", "a\\b", "a\0b"])
+def test_no_weight_file_is_taken_from_elsewhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(Tune16Error, match=r"not in the folder|is missing"):
         weight_files(tmp_path)
