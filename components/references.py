@@ -92,12 +92,7 @@ def parse(name: str, kind: Kind) -> Reference:
         bucket, _, key = address.partition("/")
         return Reference(kind, "s3", f"{bucket or s3.default_bucket()}/{key.strip('/')}", pin)
     if scheme in ("https", "http"):
-        host = address.partition("/")[0]
-        if "@" in host:
-            raise Tune16Error(
-                f"{scheme}://{host.rpartition('@')[2]}: an address with a password would be shown in parameters "
-                "and reports. Put the files into the connection's bucket and name them as s3:///folder."
-            )
+        _check_address(scheme, address)
         return Reference(kind, scheme, address.rstrip("/"), pin)  # type: ignore[arg-type]
     if scheme == "file":
         return Reference(kind, "file", address, pin)
@@ -107,6 +102,19 @@ def parse(name: str, kind: Kind) -> Reference:
             "s3://bucket/folder."
         )
     raise Tune16Error(f"{name}: '{scheme}://' is not supported. Use a Hugging Face id, s3://, https:// or a path.")
+
+
+def _check_address(scheme: str, address: str) -> None:
+    """Refuse what is no URL, and one with a password; neither is quoted, since a password may stand in either."""
+    try:
+        url = httpx.URL(f"{scheme}://{address}")
+    except httpx.InvalidURL:
+        raise Tune16Error(f"The {scheme}:// address is not valid. Write it as {scheme}://host/folder.") from None
+    if url.userinfo:
+        raise Tune16Error(
+            f"{scheme}://{url.host}: an address with a password would be shown in parameters and reports. Put the "
+            "files into the connection's bucket and name them as s3:///folder."
+        )
 
 
 def pin(reference: Reference) -> Reference:

@@ -391,3 +391,6 @@ def test_an_address_with_a_password_is_refused() -> None:
     with pytest.raises(Tune16Error, match=r"https://host: an address with a password") as refused:
         parse("https://me:pa55word@host/rows.jsonl", "data")
     assert "pa55word" not in str(refused.value)
+    with pytest.raises(Tune16Error, match="https:// address is not valid") as refused:
+        parse("https://me:pa55/word@host/rows.jsonl", "data")
+    assert "pa55" not in str(refused.value)
