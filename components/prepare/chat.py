@@ -45,6 +45,17 @@ _SPECIAL_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
 
+# What each template writes around the contents. Within a content it would be read as the template's own.
+TEMPLATE_TOKENS = {
+    "llama2": ("<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+    "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),
+    "llama3": ("<|begin_of_text|>", "<|end_of_text|>", *_SPECIAL_TOKENS["llama3"]),
+    "qwen2": ("<|endoftext|>", *_SPECIAL_TOKENS["qwen2"]),
+    "qwen3": ("<|endoftext|>", *_SPECIAL_TOKENS["qwen3"]),
+    "phi3": ("<|system|>", "<|endoftext|>", *_SPECIAL_TOKENS["phi3"]),
+    "chatml": _SPECIAL_TOKENS["chatml"],
+}
+
 
 class _Generation(Extension):
     """The block tag ``{% generation %}``: surrounds what is inside with marks."""

@@ -1,37 +1,105 @@
-"""What is wrong with a data set: every fault with its place, gathered in one pass and told at once."""
+"""What is wrong with a data set: every fault with its place, gathered while it is read and told at once."""
 
 from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from components.errors import Tune16Error
+from components.prepare.rules import RULES, SEVERITIES, Severity
 
-_SHOWN = 20
+SHOWN = 20  # places per rule that are told; all are counted
+
+Place = tuple[str, int]  # the file's name, and the line (Parquet: the row) from 1; line 0 is the whole file
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault: where it is, which rule it breaks, and what is wrong."""
+
+    file: str
+    line: int
+    path: str
+    rule: str
+    message: str
+
+    @property
+    def place(self) -> str:
+        """``file:line: json.path``, as far as there is a line and a path."""
+        return f"{self.file}{f':{self.line}' if self.line else ''}{f': {self.path}' if self.path else ''}"
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message} [{self.rule}]"
 
 
 class Findings:
-    """Faults of a data set: the first ones in full, all of them counted by rule."""
+    """Faults of a data set: of each rule the first ones in full, all of them counted.
+
+    `notes` are sentences on what was not looked at. `num_rows` are the rows that were looked at.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._shown: list[str] = []
+        self.notes: list[str] = []
+        self.num_rows = 0
+        self.num_shown = SHOWN
+        self._shown: dict[str, list[Finding]] = {}
 
-    def add(self, place: tuple[str, int], rule: str, message: str) -> None:
-        """Note one fault at ``(file, line)``; line 0 stands for the whole file."""
+    def add(self, place: Place, rule: str, message: str, path: str = "") -> None:
+        """Note one fault at `place`, and at the JSON path `path` there."""
         self.counts[rule] += 1
-        if len(self._shown) < _SHOWN:
-            file, line = place
-            self._shown.append(f"{file}{f':{line}' if line else ''}: {message} [{rule}]")
+        shown = self._shown.setdefault(rule, [])
+        if len(shown) < self.num_shown:
+            shown.append(Finding(*place, path, rule, message))
+
+    def count(self, rule: str, more: int) -> None:
+        """Count faults whose places are not told."""
+        self.counts[rule] += more
+
+    def rules(self, severity: Severity) -> list[str]:
+        """The broken rules of one severity, as they stand in the table of rules."""
+        return [name for name, rule in RULES.items() if rule.severity == severity and self.counts[name]]
+
+    def shown(self, rule: str) -> list[Finding]:
+        """The first faults of `rule`."""
+        return self._shown.get(rule, [])
+
+    def summary(self, rule: str) -> str:
+        """One line on one broken rule: how often, where first, what to do."""
+        first = f", first at {self.shown(rule)[0].place}" if self.shown(rule) else ""
+        return f"{self.counts[rule]:,} x {rule}, {self.share(rule)} of the rows{first}. {RULES[rule].remedy}"
+
+    def share(self, rule: str) -> str:
+        """The share of all rows that break `rule`, in per cent; empty where no row was read."""
+        return f"{self.counts[rule] / self.num_rows:.2%}" if self.num_rows else ""
 
     def refuse(self, name: str) -> None:
-        """End the step where there is any fault.
+        """Refuse the data set where there is any error.
 
         Raises:
-            Tune16Error: the faults, each with file and line.
+            Tune16Error: the errors, each with file, line and JSON path, and the remedy of each rule.
         """
-        if not self.counts:
+        rules = self.rules("error")
+        if not rules:
             return
-        total = self.counts.total()
-        lines = [f"{name}: {total} fault{'s' if total > 1 else ''} in the data set.", *self._shown]
-        if total > len(self._shown):
-            rules = ", ".join(f"{count} x {rule}" for rule, count in self.counts.most_common())
-            lines.append(f"… and {total - len(self._shown)} more; all of them: {rules}.")
+        total = sum(self.counts[rule] for rule in rules)
+        lines = [f"{name}: {total} fault{'s' if total > 1 else ''} in the data set."]
+        lines += [str(finding) for rule in rules for finding in self.shown(rule)]
+        for rule in rules:
+            hidden = self.counts[rule] - len(self.shown(rule))
+            more = f", {hidden:,} of them not shown" if hidden else ""
+            lines.append(f"{self.counts[rule]} x {rule}{more}: {RULES[rule].remedy}")
         raise Tune16Error("\n  ".join(lines))
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything for machines."""
+        rules = {
+            rule: {
+                "severity": severity,
+                "count": self.counts[rule],
+                "remedy": RULES[rule].remedy,
+                "places": [asdict(finding) for finding in self.shown(rule)],
+            }
+            for severity in SEVERITIES
+            for rule in self.rules(severity)
+        }
+        return {"rows": self.num_rows, "rules": rules, "notes": self.notes}

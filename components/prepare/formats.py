@@ -1,13 +1,18 @@
-"""Rows of every known form, turned into one: a list of messages with roles system, user and assistant."""
+"""Rows of every known form, turned into one: a list of messages with roles system, user and assistant.
 
-import itertools
-import math
+JSON paths count from 0, as jq and every programming language do: ``messages[0].content`` is the first message's.
+"""
+
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from components.errors import Tune16Error
 from components.prepare.chat import MARK_END, MARK_START, Messages
+from components.prepare.findings import Place
+from components.prepare.sensitive import quoted
+
+Row = dict[str, Any]
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -18,18 +23,43 @@ _SHAREGPT_ROLES = {
     "model": "assistant",
 }
 _LLAMA2_TURN = re.compile(r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=<s>|\[INST\])|\Z)", re.DOTALL)
+_LISTS = {"messages": "messages", "sharegpt": "conversations", "prompt_completion": "completion"}
+_LISTED = 20  # keys that a message lists
+_ROLES = ("system", "user", "assistant")
+_OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 _LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 
 
-class BadRowError(Exception):
-    """A row that cannot be used: the rule it breaks and what is wrong with it."""
+# The keys of each form, and others that often go with them and mean nothing here: these are not worth a warning.
+_BESIDE = {"id", "idx", "index", "source", "category", "dataset", "lang", "language", "tags", "metadata"}
+_KEYS = {
+    "messages": {"messages", "prompt", "prompt_id"},
+    "sharegpt": {"conversations"},
+    "alpaca": {"instruction", "input", "output", "system", "text"},
+    "prompt_completion": {"prompt", "completion"},
+    "llama2_text": {"text"},
+    "oasst": {
+        *("message_tree_id", "message_id", "parent_id", "role", "text", "rank", "user_id", "created_date", "emojis"),
+        *("review_count", "review_result", "deleted", "synthetic", "model_name", "detoxify", "tree_state", "labels"),
+    },
+}
+KNOWN_KEYS = {form: keys | _BESIDE for form, keys in _KEYS.items()}
 
-    def __init__(self, rule: str, message: str) -> None:
+
+class BadRowError(Exception):
+    """A row that cannot be used: the rule it breaks, what is wrong with it, and the JSON path of that.
+
+    `number` is the message's place in the conversation, from 0; a message tree's messages stand on lines of their own.
+    """
+
+    def __init__(self, rule: str, message: str, path: str = "", number: int = 0) -> None:
         super().__init__(message)
         self.rule = rule
+        self.path = path
+        self.number = number
 
 
-def detect_format(row: dict[str, Any], name: str) -> str:
+def detect_format(row: Row, name: str) -> str:
     """The form of a data set, from the keys of its first row.
 
     Raises:
@@ -49,43 +79,51 @@ def detect_format(row: dict[str, Any], name: str) -> str:
     if "text" in keys:
         return "llama2_text"
     raise Tune16Error(
-        f"{name}: the rows have the keys {', '.join(sorted(keys))}, which is no known form. Known: messages; "
+        f"{name}: the rows have the keys {_listed(keys)}, which is no known form. Known: messages; "
         "conversations (ShareGPT); instruction, input, output (Alpaca); prompt, completion; text in [INST] form; "
         "oasst1's message trees."
     )
 
 
-def best_threads(rows: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """OpenAssistant's message trees, one message a row, as the best-ranked conversation of each tree.
-
-    A tree's rows stand together, parents before children. Trees whose first question nobody answered give nothing.
-    """
-    for _, tree in itertools.groupby(rows, key=lambda placed: placed[1].get("message_tree_id")):
-        placed = list(tree)
-        children: dict[Any, list[dict[str, Any]]] = {}
-        for _, row in placed:
-            children.setdefault(row.get("parent_id"), []).append(row)
-        thread: list[dict[str, Any]] = []
-        while replies := children.get(thread[-1].get("message_id") if thread else None):
-            thread.append(min(replies, key=lambda row: math.inf if row.get("rank") is None else row["rank"]))
-        if thread and thread[-1].get("role") != "assistant":
-            thread.pop()
-        if thread:
-            yield placed[0][0], {"messages": thread}
+def _listed(keys: set[str]) -> str:
+    shown = [quoted(key)[1:-1] for key in sorted(keys)[:_LISTED]]
+    return ", ".join(shown) + (f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else "")
 
 
-def to_messages(row: dict[str, Any], form: str) -> Messages:
+def to_messages(row: Row, form: str) -> Messages:
     """Turn one row into a checked conversation.
 
     Raises:
         BadRowError: the row has not this form, roles are out of order, or there is nothing to learn in it.
     """
     messages = _CONVERTERS[form](row)
-    _check(messages)
+    _check(messages, row, form)
     return messages
 
 
-def _check(messages: Messages) -> None:
+def locate(place: Place, row: Row, form: str, number: int) -> tuple[Place, str]:
+    """Where the content of a conversation's message `number` stands: its place and its JSON path.
+
+    A row that cannot be read has the place of its first faulty message, and its own path.
+    """
+    if form == "oasst":
+        return row["places"][number], "text"
+    if form == "sharegpt":
+        return place, f"conversations[{number}].value"
+    if form == "messages":
+        return place, f"messages[{number}].content"
+    if form == "alpaca":
+        return place, [*(["system"] if row.get("system") else []), "instruction", "output"][number]
+    if form == "llama2_text":
+        return place, "text"
+    if isinstance(row["prompt"], str):
+        return place, ("prompt", "completion")[number]
+    length = len(row["prompt"])
+    key, number = ("prompt", number) if number < length else ("completion", number - length)
+    return place, f"{key}[{number}].content"
+
+
+def _check(messages: Messages, row: Row, form: str) -> None:
     """System first if at all, then user and assistant in turn, the assistant last, and no message empty."""
     expected = "user"
     for number, message in enumerate(messages):
@@ -93,52 +131,66 @@ def _check(messages: Messages) -> None:
         if role == "system" and number == 0:
             pass
         elif role != expected:
-            raise BadRowError("roles-out-of-order", f"message {number + 1} is from {role!r}, but {expected!r} is due.")
+            raise _bad_message("roles-out-of-order", f"is from {role!r}, but {expected!r} is due.", row, form, number)
         else:
             expected = "assistant" if expected == "user" else "user"
         if not content or content.isspace():
-            raise BadRowError("empty-content", f"message {number + 1} ({role}) is empty.")
+            raise _bad_message("empty-content", f"the message ({role}) is empty.", row, form, number)
         if MARK_START in content or MARK_END in content:
-            raise BadRowError("noncharacter", f"message {number + 1} has a Unicode noncharacter (U+FDD0 or U+FDD1).")
+            raise _bad_message("noncharacter", "has a Unicode noncharacter (U+FDD0 or U+FDD1).", row, form, number)
     if not messages or messages[-1]["role"] != "assistant":
-        raise BadRowError("no-answer", "the conversation has no answer at its end.")
+        raise BadRowError("no-answer", "the conversation has no answer at its end.", _LISTS.get(form, ""))
 
 
-def _from_messages(row: dict[str, Any]) -> Messages:
-    return _message_list(row.get("messages"), "messages")
+def _bad_message(rule: str, message: str, row: Row, form: str, number: int) -> BadRowError:
+    return BadRowError(rule, message, locate(("", 0), row, form, number)[1], number)
 
 
-def _message_list(value: Any, key: str) -> Messages:
-    if not isinstance(value, list):
-        raise BadRowError("wrong-type", f"'{key}' is {_kind(value)}, a list of messages is needed.")
+def _from_messages(row: Row) -> Messages:
+    return _message_list(row, "messages")
+
+
+def _message_list(row: Row, key: str) -> Messages:
     messages = []
-    for number, item in enumerate(value, 1):
-        if not isinstance(item, dict):
-            raise BadRowError("wrong-type", f"{key}[{number}] is {_kind(item)}, an object is needed.")
+    for number, item in enumerate(_items(row, key)):
         role = item.get("role")
-        if role not in ("system", "user", "assistant"):
-            raise BadRowError("unknown-role", f"{key}[{number}].role is {role!r}; known: system, user, assistant.")
-        messages.append({"role": role, "content": _text(item, "content", f"{key}[{number}].")})
+        if role not in _ROLES:
+            raise _unknown_role(item, "role", _ROLES, f"{key}[{number}].", number)
+        messages.append({"role": role, "content": _text(item, "content", f"{key}[{number}].", number)})
     return messages
 
 
-def _from_sharegpt(row: dict[str, Any]) -> Messages:
-    turns = row.get("conversations")
-    if not isinstance(turns, list):
-        raise BadRowError("wrong-type", f"'conversations' is {_kind(turns)}, a list of turns is needed.")
+def _items(row: Row, key: str) -> list[Row]:
+    """The list of objects under `key`."""
+    value = row.get(key)
+    if key not in row:
+        raise BadRowError("missing-key", "it is missing.", key)
+    if not isinstance(value, list):
+        raise BadRowError("wrong-type", f"it is {kind_of(value)}, a list of messages is needed.", key)
+    for number, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise BadRowError("wrong-type", f"it is {kind_of(item)}, an object is needed.", f"{key}[{number}]", number)
+    return value
+
+
+def _unknown_role(item: Row, key: str, known: Iterable[str], where: str, number: int) -> BadRowError:
+    if key not in item:
+        return BadRowError("missing-key", "it is missing.", f"{where}{key}", number)
+    message = f"the role is {quoted(item[key])}; known: {', '.join(known)}."
+    return BadRowError("unknown-role", message, f"{where}{key}", number)
+
+
+def _from_sharegpt(row: Row) -> Messages:
     messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise BadRowError("wrong-type", f"conversations[{number}] is {_kind(turn)}, an object is needed.")
+    for number, turn in enumerate(_items(row, "conversations")):
         role = _SHAREGPT_ROLES.get(str(turn.get("from")))
         if role is None:
-            known = ", ".join(_SHAREGPT_ROLES)
-            raise BadRowError("unknown-role", f"conversations[{number}].from is {turn.get('from')!r}; known: {known}.")
-        messages.append({"role": role, "content": _text(turn, "value", f"conversations[{number}].")})
+            raise _unknown_role(turn, "from", _SHAREGPT_ROLES, f"conversations[{number}].", number)
+        messages.append({"role": role, "content": _text(turn, "value", f"conversations[{number}].", number)})
     return messages
 
 
-def _from_alpaca(row: dict[str, Any]) -> Messages:
+def _from_alpaca(row: Row) -> Messages:
     question = _text(row, "instruction")
     if row.get("input"):
         question = f"{question}\n\n{_text(row, 'input')}"
@@ -150,16 +202,16 @@ def _from_alpaca(row: dict[str, Any]) -> Messages:
     ]
 
 
-def _from_prompt_completion(row: dict[str, Any]) -> Messages:
+def _from_prompt_completion(row: Row) -> Messages:
     if isinstance(row.get("prompt"), list):
-        return _message_list(row["prompt"], "prompt") + _message_list(row.get("completion"), "completion")
+        return _message_list(row, "prompt") + _message_list(row, "completion")
     return [
         {"role": "user", "content": _text(row, "prompt")},
         {"role": "assistant", "content": _text(row, "completion")},
     ]
 
 
-def _from_llama2_text(row: dict[str, Any]) -> Messages:
+def _from_llama2_text(row: Row) -> Messages:
     """Text that is in Llama-2's chat form already: taken apart, so that no token of the template stands twice."""
     text = _text(row, "text")
     messages: Messages = []
@@ -174,39 +226,37 @@ def _from_llama2_text(row: dict[str, Any]) -> Messages:
         messages.append({"role": "assistant", "content": answer.strip()})
         position = match.end()
     if text[position:].strip() or not messages:
-        raise BadRowError(
-            "not-llama2-text", f"no [INST] question [/INST] answer at character {position + 1} of 'text'."
-        )
+        raise BadRowError("not-llama2-text", f"no [INST] question [/INST] answer at character {position + 1}.", "text")
     if not messages[-1]["content"]:
-        raise BadRowError("no-answer", "the conversation has no answer at its end.")
+        raise BadRowError("no-answer", "the conversation has no answer at its end.", "text")
     return messages
 
 
-def _from_oasst(row: dict[str, Any]) -> Messages:
-    roles = {"prompter": "user", "assistant": "assistant"}
+def _from_oasst(row: Row) -> Messages:
     messages = []
-    for message in row["messages"]:
-        role = roles.get(str(message.get("role")))
+    for number, message in enumerate(row["messages"]):
+        role = _OASST_ROLES.get(str(message.get("role")))
         if role is None:
-            raise BadRowError("unknown-role", f"role is {message.get('role')!r}; known: {', '.join(roles)}.")
-        messages.append({"role": role, "content": _text(message, "text")})
+            raise _unknown_role(message, "role", _OASST_ROLES, "", number)
+        messages.append({"role": role, "content": _text(message, "text", "", number)})
     return messages
 
 
-def _text(item: dict[str, Any], key: str, where: str = "") -> str:
+def _text(item: Row, key: str, where: str = "", number: int = 0) -> str:
     value = item.get(key)
     if isinstance(value, str):
         return value
     if key not in item:
-        raise BadRowError("missing-key", f"'{where}{key}' is missing.")
-    raise BadRowError("wrong-type", f"'{where}{key}' is {_kind(value)}, text is needed.")
+        raise BadRowError("missing-key", "it is missing.", f"{where}{key}", number)
+    raise BadRowError("wrong-type", f"it is {kind_of(value)}, text is needed.", f"{where}{key}", number)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """The type of a value, for a message."""
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-_CONVERTERS: dict[str, Callable[[dict[str, Any]], Messages]] = {
+_CONVERTERS: dict[str, Callable[[Row], Messages]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,

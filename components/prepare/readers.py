@@ -4,36 +4,28 @@ Every row comes with the place it stands at, ``file:line`` (``file:row`` for Par
 but the row at hand.
 """
 
-import bz2
 import csv
-import gzip
-import io
 import json
-import lzma
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
 
 from components.errors import Tune16Error
-from components.prepare.findings import Findings
-from components.references import COMPRESSIONS, DATA_SUFFIXES
+from components.prepare.files import DAMAGED, LARGEST_ROW, BombError, open_data, read_lines, refuse_bomb, split_suffix
+from components.prepare.findings import Findings, Place
+from components.prepare.sensitive import path_key, quoted
+from components.prepare.strictjson import StrictDecoder
 
 Row = dict[str, Any]
-Place = tuple[str, int]
 
 _BLOCK = 1 << 20
-_LARGEST_ROW = 64 << 20
-_OPENERS: dict[str, Callable[..., Any]] = {
-    "": open,
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": zstandard.open,
-}
+_PARQUET_BATCH = 256  # rows; a dictionary lets few bytes stand for many long values
+_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE_OR_COMMA = re.compile(r"[ \t\r\n,]*")
 
 
 def read_rows(files: list[Path], findings: Findings) -> Iterator[tuple[Place, Row]]:
@@ -42,80 +34,62 @@ def read_rows(files: list[Path], findings: Findings) -> Iterator[tuple[Place, Ro
         suffix, compression = split_suffix(path)
         try:
             yield from _READERS[suffix](path, compression, findings)
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError) as error:
-            findings.add((path.name, 0), "broken-compression", f"the {compression} file is damaged: {error}")
-        except pyarrow.ArrowException as error:
-            findings.add((path.name, 0), "broken-parquet", f"the Parquet file is damaged: {error}")
-
-
-def split_suffix(path: Path) -> tuple[str, str]:
-    """The format's suffix and the compression's (or empty) of a data file.
-
-    Raises:
-        Tune16Error: neither is known.
-    """
-    name = path.name.lower()
-    for suffix in DATA_SUFFIXES:
-        for compression in COMPRESSIONS:
-            if name.endswith(suffix + compression):
-                return suffix, compression
-    raise Tune16Error(
-        f"{path}: unknown kind of file. Data sets are {', '.join(DATA_SUFFIXES)}, also with "
-        f"{', '.join(filter(None, COMPRESSIONS))}."
-    )
-
-
-def _open(path: Path, compression: str) -> io.BufferedReader:
-    """Open a file to read bytes and lines, unpacked on the way."""
-    return io.BufferedReader(_OPENERS[compression](path, "rb"))
-
-
-def _lines(path: Path, compression: str, findings: Findings) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a text file, with those left out that are not UTF-8."""
-    with _open(path, compression) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            try:
-                yield number, line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                findings.add(
-                    (path.name, number), "not-utf-8", f"byte {error.start + 1} is not UTF-8. Save the file as UTF-8."
-                )
+        except BombError as error:
+            findings.add((path.name, 0), "zip-bomb", str(error))
+        except DAMAGED as error:
+            findings.add((path.name, 0), "broken-compression", f"the {compression} file is damaged: {error}.")
+        except OSError as error:
+            if compression != ".bz2" or error.errno:
+                raise
+            findings.add((path.name, 0), "broken-compression", f"the .bz2 file is damaged: {error}.")
 
 
 def _read_jsonl(path: Path, compression: str, findings: Findings) -> Iterator[tuple[Place, Row]]:
-    loads = json.loads
-    for number, line in _lines(path, compression, findings):
+    if _first_character(path, compression) == b"[":
+        findings.add((path.name, 1), "array-in-jsonl", "the file is a JSON array, not one row a line.")
+        yield from _read_array(path, compression, findings)
+        return
+    json_ = StrictDecoder()
+    for number, line in read_lines(path, compression, findings):
         if line.isspace():
             continue
         try:
-            row = loads(line)
-        except (ValueError, RecursionError) as error:
-            findings.add((path.name, number), "broken-json", f"no JSON: {error}")
-            continue
-        yield from _row((path.name, number), row, findings)
+            row = json_.decode(line)
+        except RecursionError:
+            findings.add((path.name, number), "too-deep", "the row is nested too deep to be read.")
+        except ValueError as error:
+            if line.endswith("\n"):
+                findings.add((path.name, number), "broken-json", f"no JSON: {_reason(error)}.")
+            else:
+                findings.add(
+                    (path.name, number), "truncated", f"the last line does not end, and is no JSON: {_reason(error)}."
+                )
+        else:
+            yield from _row((path.name, number), row, json_, findings)
 
 
 def _read_json(path: Path, compression: str, findings: Findings) -> Iterator[tuple[Place, Row]]:
     """A JSON file is an array of rows, or JSON lines under another name."""
-    with _open(path, compression) as file:
-        start = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    reader = _read_array if start == b"[" else _read_jsonl
+    reader = _read_array if _first_character(path, compression) == b"[" else _read_jsonl
     yield from reader(path, compression, findings)
+
+
+def _first_character(path: Path, compression: str) -> bytes:
+    with open_data(path, compression) as file:
+        return file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
 def _read_array(path: Path, compression: str, findings: Findings) -> Iterator[tuple[Place, Row]]:
     """The elements of one JSON array, decoded as the text streams by."""
-    decode = json.JSONDecoder().raw_decode
+    json_ = StrictDecoder()
     text, line, inside = "", 1, False
-    lines = _lines(path, compression, findings)
+    lines = read_lines(path, compression, findings)
     while True:
         block, ended = _take(lines)
         text += block
         position = 0
         while True:
-            skip = len(text) - len(text[position:].lstrip(" \t\r\n," if inside else " \t\r\n"))
+            skip = (_SPACE_OR_COMMA if inside else _SPACE).match(text, position).end()  # type: ignore[union-attr]
             line += text.count("\n", position, skip)
             position = skip
             if position == len(text):
@@ -124,21 +98,45 @@ def _read_array(path: Path, compression: str, findings: Findings) -> Iterator[tu
                 position, inside = position + 1, True
                 continue
             if text[position] == "]":
+                _refuse_rest(text[position + 1 :], (path.name, line), lines, findings)
                 return
             try:
-                row, end = decode(text, position)
+                row, end = json_.raw_decode(text, position)
             except (ValueError, RecursionError) as error:
-                if ended or len(text) - position > _LARGEST_ROW:
-                    findings.add((path.name, line), "broken-json", f"no JSON: {error}")
+                if ended or len(text) - position > LARGEST_ROW or isinstance(error, RecursionError):
+                    _tell_array_end((path.name, line), error, text, findings)
                     return
                 break
-            yield from _row((path.name, line), row, findings)
+            yield from _row((path.name, line), row, json_, findings)
             line += text.count("\n", position, end)
             position = end
         text = text[position:]
         if ended:
-            findings.add((path.name, line), "broken-json", "the array does not end: ']' is missing.")
+            findings.add((path.name, line), "truncated", "the array does not end: ']' is missing.")
             return
+
+
+def _tell_array_end(place: Place, error: Exception, text: str, findings: Findings) -> None:
+    """Where an element cannot be decoded, nothing tells where the next one begins."""
+    after = "The rows after it were not read"
+    if isinstance(error, RecursionError):
+        findings.add(place, "too-deep", f"the row is nested too deep to be read. {after}.")
+    elif isinstance(error, json.JSONDecodeError) and (
+        error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+    ):
+        findings.add(place, "truncated", f"the array ends within this row: {error.msg}.")
+    else:
+        findings.add(place, "broken-json", f"no JSON: {_reason(error)}. {after}.")
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _refuse_rest(text: str, place: Place, lines: Iterator[tuple[int, str]], findings: Findings) -> None:
+    """Nothing but space may follow the array."""
+    if text.strip() or any(not line.isspace() for _, line in lines):
+        findings.add(place, "broken-json", "text follows the end of the array.")
 
 
 def _take(lines: Iterator[tuple[int, str]]) -> tuple[str, bool]:
@@ -154,41 +152,101 @@ def _take(lines: Iterator[tuple[int, str]]) -> tuple[str, bool]:
 
 
 def _read_csv(path: Path, compression: str, findings: Findings) -> Iterator[tuple[Place, Row]]:
-    csv.field_size_limit(_LARGEST_ROW)
-    reader = csv.reader(line for _, line in _lines(path, compression, findings))
-    start = 1
+    csv.field_size_limit(LARGEST_ROW)
+    record = _Record(read_lines(path, compression, findings))
+    reader = csv.reader(record)
+    place = (path.name, 1)
     try:
         header = next(reader, [])
-        start = reader.line_num + 1
-        for values in reader:
-            place = (path.name, start)
-            start = reader.line_num + 1
-            if not values:
-                continue
-            if len(values) != len(header):
+        _tell_doubled(header, place, findings)
+        while True:
+            record.start()
+            values = next(reader, None)
+            place = (path.name, record.first)
+            if values is None:
+                break
+            if record.is_cut and (record.num_quotes % 2 or len(values) < len(header)):
+                findings.add(place, "truncated", "the last row does not end.")
+            elif values and len(values) != len(header):
                 findings.add(place, "wrong-columns", f"{len(values)} values, but the header names {len(header)}.")
-                continue
-            yield place, dict(zip(header, values, strict=True))
+            elif values:
+                yield place, dict(zip(header, values, strict=True))
     except csv.Error as error:
-        findings.add((path.name, start), "broken-csv", f"no CSV: {error}")
+        findings.add((path.name, record.first), "broken-csv", f"no CSV: {error}. The rows after it were not read.")
+
+
+class _Record:
+    """The lines of one CSV record after the other: where it begins, and whether it ends."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
+        self._lines = lines
+        self._last = ""
+        self.first = 1
+        self.num_quotes = 0
+
+    def start(self) -> None:
+        """Begin a record."""
+        self.first, self.num_quotes = 0, 0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the last line has no line break at its end."""
+        return not self._last.endswith(("\n", "\r"))
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in self._lines:
+            self.first = self.first or number
+            self.num_quotes += line.count('"')
+            self._last = line
+            yield line
 
 
 def _read_parquet(path: Path, compression: str, findings: Findings) -> Iterator[tuple[Place, Row]]:
     if compression:
         raise Tune16Error(f"{path}: Parquet compresses by itself. Unpack the file.")
     number = 0
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield (path.name, number), row
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+            refuse_bomb(sum(group.total_byte_size for group in groups), path.stat().st_size)
+            _tell_doubled(file.schema_arrow.names, (path.name, 0), findings)
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+                for row in _rows_of(batch):
+                    number += 1
+                    if row is None:
+                        findings.add((path.name, number), "not-utf-8", "a text in the row is not UTF-8.")
+                    else:
+                        yield (path.name, number), row
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = quoted(str(error).partition("\n")[0])
+        findings.add((path.name, number), "broken-parquet", f"the Parquet file is damaged: {reason}.")
 
 
-def _row(place: Place, row: Any, findings: Findings) -> Iterator[tuple[Place, Row]]:
-    if isinstance(row, dict):
-        yield place, row
-    else:
+def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[Row | None]:
+    """A batch's rows; None stands for one that has text which is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield from batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield None
+
+
+def _tell_doubled(names: list[str], place: Place, findings: Findings) -> None:
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        findings.add(place, "duplicate-key", f"two columns are called {quoted(name)}.", path_key(name))
+
+
+def _row(place: Place, row: Any, json_: StrictDecoder, findings: Findings) -> Iterator[tuple[Place, Row]]:
+    faults = json_.faults(row)
+    for rule, message, path in faults:
+        findings.add(place, rule, message, path)
+    if not isinstance(row, dict):
         findings.add(place, "not-an-object", f"a row is an object with keys, this is a {type(row).__name__}.")
+    elif not faults:
+        yield place, row
 
 
 _READERS = {

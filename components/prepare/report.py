@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from components import report
 from components.outputs import REPORT
+from components.prepare.findings import Findings
+from components.prepare.rules import RULES, SEVERITIES
 
 if TYPE_CHECKING:
     from components.prepare.dataset import Prepared
@@ -28,25 +30,54 @@ def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
         ("… of them in answers, which alone count in the loss", counts.train_answer_tokens),
         ("Longest row in tokens", counts.longest),
     ]
-    facts = f"Form {prepared.form}, chat template {prepared.template.name}, all rows checked."
+    facts = f"Form {prepared.checked.form}, chat template {prepared.template.name}, all rows checked."
     html = report.page(
         "Data set",
         f"{data}. {facts}",
         report.table(("What", "Number"), rows),
+        findings_section(prepared.checked.findings),
         report.section("Length of the rows", report.picture(_histogram(prepared), "Histogram of tokens per row")),
         report.section(
             "What the model sees",
             report.paragraph(
                 "The first rows as they are tokenised; the marked text is what the model learns to write."
             ),
-            *(f"<p><pre>{_marked(text, spans)}</pre></p>" for text, spans in prepared.examples),
+            *(f"<p><pre>{_marked(text, spans)}</pre></p>" for text, spans in prepared.tokens.examples),
         ),
     )
     (folder / REPORT).write_text(html, encoding="utf-8")
 
 
+def write_check_report(findings: Findings, data: str, target: Path) -> None:
+    """Write the page of `tune16 data check` to `target`."""
+    lead = f"{data}. {findings.num_rows:,} rows checked."
+    target.write_text(report.page("Data check", lead, findings_section(findings)), encoding="utf-8")
+
+
+def findings_section(findings: Findings) -> str:
+    """Which rules are broken how often, what to do, and the first places of each."""
+    rules = [(rule, severity) for severity in SEVERITIES for rule in findings.rules(severity)]
+    if not rules:
+        return report.section("Findings", report.paragraph("All rules are kept."), *_notes(findings))
+    rows = [
+        (rule, severity, findings.counts[rule], findings.share(rule), RULES[rule].remedy) for rule, severity in rules
+    ]
+    places = [(rule, finding.place, finding.message) for rule, _ in rules for finding in findings.shown(rule)]
+    return report.section(
+        "Findings",
+        report.table(("Rule", "Severity", "Number", "Share of the rows", "What to do"), rows),
+        report.paragraph(f"The first places of each rule, at most {findings.num_shown}:"),
+        report.table(("Rule", "Place", "What"), places),
+        *_notes(findings),
+    )
+
+
+def _notes(findings: Findings) -> list[str]:
+    return [report.paragraph(note) for note in findings.notes]
+
+
 def _histogram(prepared: "Prepared") -> Figure:
-    lengths = prepared.lengths
+    lengths = prepared.tokens.lengths
     figure = Figure(figsize=(8, 2.6))
     axes = figure.subplots()
     used = min(int(np.flatnonzero(lengths)[-1]) + 1, len(lengths))

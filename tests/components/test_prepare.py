@@ -18,10 +18,11 @@ from components.config import PrepareConfig
 from components.errors import Tune16Error
 from components.outputs import read_record
 from components.prepare.chat import ChatTemplate, choose_template
-from components.prepare.dataset import IGNORED, prepare_dataset
+from components.prepare.dataset import prepare_dataset
 from components.prepare.findings import Findings
 from components.prepare.formats import BadRowError, to_messages
 from components.prepare.readers import read_rows
+from components.prepare.tokens import IGNORED
 from tests.conftest import ARCHITECTURES
 
 TURNS = [("What is two and two?", "Four."), ("And three?", "Seven, naturally.")]
@@ -136,7 +137,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     for path in _write_files(tmp_path):
         findings = Findings()
         assert [row for _, row in read_rows([path], findings)] == ROWS, path.name
-        assert not findings.counts
+        assert findings.rules("warning") == (["byte-order-mark"] if path.name == "rows.json" else [])
+        assert not findings.rules("error")
 
 
 def test_places_are_lines_of_the_file(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_places_are_lines_of_the_file(tmp_path: Path) -> None:
         ("a.jsonl", LINES + b'{"prompt": "caf\xe9"}\n', 6, "not-utf-8"),
         ("a.jsonl", LINES + b"[1]\n", 6, "not-an-object"),
         ("a.json", b'[\n{"a": 1},\n{"a": }\n]', 3, "broken-json"),
-        ("a.json", b'[{"a": 1}', 1, "broken-json"),
+        ("a.json", b'[{"a": 1}', 1, "truncated"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", 3, "wrong-columns"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-9], 0, "broken-compression"),
         ("a.parquet", b"PAR1 nothing", 0, "broken-parquet"),

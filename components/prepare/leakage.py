@@ -1,0 +1,56 @@
+"""How much of a held-out row stands in the rows to train on: runs of eight words, in a table of bits."""
+
+from array import array
+
+import numpy as np
+import numpy.typing as npt
+
+from components.prepare.shingles import Words
+
+MOST_RUNS = 1 << 26  # runs of training rows that are remembered, an eighth of the bits
+OVERLAP = 0.6  # share of a held-out row's runs
+_BITS = 29  # 64 MB, of which only what is used takes memory
+_WIDTH = 8
+_FEWEST_RUNS = 8  # of shorter rows, too many overlap by chance
+
+
+class Overlaps:
+    """Rows come in batches, each with the side it is on; a held-out row is judged when all have come."""
+
+    def __init__(self) -> None:
+        self._seen = np.zeros(1 << (_BITS - 3), dtype=np.uint8)
+        self._rows, self._offsets = array("q"), array("q", [0])
+        self._runs = array("I")
+        self._num_runs = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether training rows had to be left out."""
+        return self._num_runs > MOST_RUNS
+
+    def add(self, words: Words, first_row: int, is_held_out: npt.NDArray[np.bool_]) -> None:
+        """Remember the runs of a batch whose first row is number `first_row`."""
+        hashes, offsets = words.runs(_WIDTH)
+        hashes >>= np.uint32(32 - _BITS)
+        sizes = np.diff(np.append(offsets, len(hashes)))
+        trained = hashes[np.repeat(~is_held_out, sizes)]
+        if not self.is_full:
+            self._num_runs += len(trained)
+            np.bitwise_or.at(self._seen, trained >> np.uint32(3), _bit(trained))
+        for number in np.flatnonzero(is_held_out & (sizes >= _FEWEST_RUNS)):
+            self._rows.append(first_row + number)
+            self._runs.frombytes(hashes[offsets[number] : offsets[number] + sizes[number]].tobytes())
+            self._offsets.append(len(self._runs))
+
+    def shares(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """The numbers of the held-out rows, and which share of each one's runs stands in training rows."""
+        if not self._rows:
+            return np.zeros(0, dtype=np.int64), np.zeros(0)
+        runs = np.frombuffer(self._runs, dtype=np.uint32)
+        offsets = np.frombuffer(self._offsets, dtype=np.int64)
+        hits = (self._seen[runs >> np.uint32(3)] & _bit(runs)) != 0
+        return np.frombuffer(self._rows, dtype=np.int64), np.add.reduceat(hits, offsets[:-1]) / np.diff(offsets)
+
+
+def _bit(runs: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
+    return np.left_shift(1, runs & np.uint32(7)).astype(np.uint8)
