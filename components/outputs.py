@@ -23,6 +23,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     process is overwritten by the next one.
     """
     partial = target.with_name(f".{target.name}.partial")
+    _put_back(target)
     _remove(partial)
     partial.mkdir(parents=True)
     try:
@@ -32,13 +33,24 @@ def new_folder(target: Path) -> Iterator[Path]:
         _remove(partial)
 
 
+def _put_back(target: Path) -> None:
+    """Undo the first half of a replacement whose process was killed before the second."""
+    old = _old(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
 def _replace(new: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
+    old = _old(target)
     _remove(old)
     if target.exists():
         target.rename(old)
     new.rename(target)
     _remove(old)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def _remove(path: Path) -> None:

@@ -12,6 +12,7 @@ from types import FrameType
 
 from components.cpus import limit_threads
 from components.errors import user_errors
+from components.redaction import redacted
 
 PARENT_VARIABLE = "TUNE16_PARENT"  # the process without which a step has nobody to work for: a run on this machine
 TERMINATED_EXIT_CODE = 143  # as a shell says of a process that SIGTERM has ended; 0 would be success to a pipeline
@@ -26,7 +27,9 @@ class Termination:
 
 def say(step: str, text: str) -> None:
     """Print one progress line, `<step>: <text>`, at once; `tune16 run` shows these lines and hides all others."""
-    print(f"{step}: {text}", flush=True)
+    print(
+        redacted(f"{step}: {text}"), flush=True
+    )  # also in processes that no step has begun, such as a training group's
 
 
 @contextmanager

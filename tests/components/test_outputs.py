@@ -36,6 +36,14 @@ def test_a_failure_leaves_the_earlier_output_and_nothing_else(tmp_path: Path) ->
     assert (target / "a").read_text() == "1"
 
 
+def test_an_output_put_aside_by_a_killed_process_comes_back(tmp_path: Path) -> None:
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "a").write_text("1")
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out"):
+        raise RuntimeError
+    assert (tmp_path / "out" / "a").read_text() == "1" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_records_name_their_step(tmp_path: Path) -> None:
     with pytest.raises(Tune16Error, match="has no tune16.json"):
         read_record(tmp_path, "merge")
