@@ -26,10 +26,11 @@ class Termination:
 
 
 def say(step: str, text: str) -> None:
-    """Print one progress line, `<step>: <text>`, at once; `tune16 run` shows these lines and hides all others."""
-    print(
-        redacted(f"{step}: {text}"), flush=True
-    )  # also in processes that no step has begun, such as a training group's
+    """Print one progress line, `<step>: <text>`, at once; `tune16 run` shows these lines and hides all others.
+
+    Secrets are taken out here too, for the processes of a training group, whose output nobody else protects.
+    """
+    print(redacted(f"{step}: {text}"), flush=True)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ VARIABLES = (
     *("OPENAI_API_KEY", "DB_PASSWORD", "SIGNING_KEY", "TUNE16_CHAT_TOKEN"),
 )
 _WRONG = "c4nary-that-is-wrong"
+_ANY = -1  # the doctor's exit code tells what the namespace lacks, which is not asked here
 _STEPS = ("-m", "components")
 _TUNE16 = ("-m", "pipelines.cli")
 _BUG = "import os\nfrom components.steps import step\nwith step('merge'):\n    raise RuntimeError(dict(os.environ))"
@@ -89,6 +90,7 @@ def main() -> int:
 def _furnish(work: Path, cluster: KubernetesApi, canaries: dict[str, str]) -> None:
     """A model, rows, a recipe, and a namespace whose Secrets hold the canaries."""
     work.mkdir()
+    work.with_name("token").write_text(canaries["HF_TOKEN"])
     write_model(work / "model")
     rows = work / "rows.jsonl"
     rows.write_text("".join(ORDERS.read_text().splitlines(keepends=True)[:160]))
@@ -140,17 +142,26 @@ def _commands(work: Path, canaries: dict[str, str]) -> list[Command]:
         replace(storage, name="wrong endpoint", variables=(("AWS_S3_ENDPOINT", f"http://x:{_WRONG}@127.0.0.1:9"),)),
         replace(storage, name="wrong bucket", variables=(("AWS_S3_BUCKET", "none"),)),
         Command("a Hub that is away", (*_STEPS, "preflight", *_data("org/rows")), variables=_AWAY),
+        Command(
+            "a token in a file", (*_STEPS, "preflight", *_data("org/rows")), variables=(*_AWAY, *_token_file(work))
+        ),
         Command("compile", (*_TUNE16, "compile", "--output", str(work / "pipeline.yaml")), code=0),
         Command("compile for upload", (*_TUNE16, "compile", "--ir", "--output", str(work / "ir.yaml")), code=0),
         Command("submit", (*_TUNE16, "submit", "llama2-7b-16gb"), code=0),
         Command("a token that is refused", (*_TUNE16, "submit"), variables=(("TUNE16_TOKEN", _WRONG),)),
-        Command("doctor", (*_TUNE16, "doctor"), code=-1),
+        Command("doctor", (*_TUNE16, "doctor"), code=_ANY),
+        Command("doctor by the kubeconfig", (*_TUNE16, "doctor"), code=_ANY, variables=(("TUNE16_TOKEN", ""),)),
         Command("the whole pipeline", (*_TUNE16, "run", recipe, "--folder", str(work / "runs")), code=0),
         Command("the whole pipeline, badly", (*_TUNE16, "run", recipe, *_badly(work)), code=2),
     ]
 
 
 _AWAY = (("HF_HUB_OFFLINE", "0"), ("HF_ENDPOINT", "http://127.0.0.1:9"))
+
+
+def _token_file(work: Path) -> tuple[tuple[str, str], ...]:
+    """The Hub's token out of its login's file, where no variable tells what to take out of texts."""
+    return (("HF_TOKEN", ""), ("HF_TOKEN_PATH", str(work.with_name("token"))))
 
 
 def _data(name: str) -> tuple[str, ...]:
@@ -179,7 +190,7 @@ def _run(command: Command, work: Path, environment: dict[str, str]) -> str:
     (place / "stdout").write_text(ended.stdout)
     (place / "stderr").write_text(ended.stderr)
     print(f"{command.name}: exit code {ended.returncode}", flush=True)
-    if command.code in (-1, ended.returncode):
+    if command.code in (_ANY, ended.returncode):
         return ""
     said = ended.stdout[-1500:] + ended.stderr[-1500:]
     return f"{command.name}: exit code {ended.returncode}, not {command.code}\n{said}"
