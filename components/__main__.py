@@ -143,17 +143,34 @@ def upload(
 
 
 @app.command()
+def keep(
+    path: Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables.")],
+    num_versions: Annotated[int, typer.Option(help="The newest versions to keep; 0 keeps all.", min=0)],
+) -> None:
+    """Let publications keep only the newest versions, the champion and the one before it."""
+    from components.upload.retention import keep_versions
+
+    with user_errors():
+        keep_versions(path, num_versions)
+
+
+@app.command()
 def download(
     path: Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables.")],
     output: Output,
     version: Annotated[str, typer.Option(help="Version; empty is the champion.")] = "",
     part: Annotated[str, typer.Option(help="One part, such as adapter or merged; empty is all.")] = "",
+    check: Annotated[bool, typer.Option("--check", help="Only check an earlier download, which is in output.")] = False,
 ) -> None:
-    """Download a version from S3 and check every file's SHA-256."""
+    """Download a version from S3 and check every file's SHA-256, and the signature with TUNE16_VERIFY_KEY."""
     from components import versions
 
     with step("download"):
-        versions.download(path, version or versions.champion_version(path), output, part)
+        name = version or versions.champion_version(path)
+        if check:
+            versions.check_copy(path, name, output, part)
+        else:
+            versions.download(path, name, output, part)
 
 
 @app.command()

@@ -141,9 +141,13 @@ def _number(key: str) -> int:
     return int(Path(key).stem)
 
 
+def own_name() -> str:
+    """What this process is called in messages of others: its pod, or its number and machine."""
+    return os.environ.get("KFP_POD_NAME") or f"process {os.getpid()} on {os.uname().nodename}"
+
+
 def _content(released: bool = False) -> bytes:
-    name = os.environ.get("KFP_POD_NAME") or f"process {os.getpid()} on {os.uname().nodename}"
-    content = {"holder": name, "process": _identity(os.getpid()), "sign": time.time_ns(), "released": released}
+    content = {"holder": own_name(), "process": _identity(os.getpid()), "sign": time.time_ns(), "released": released}
     return json.dumps(content).encode()
 
 

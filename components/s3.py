@@ -9,46 +9,25 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import boto3
-from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionError,
-    EndpointConnectionError,
-    HTTPClientError,
-    SSLError,
-)
+from botocore.exceptions import BotoCoreError, ClientError
 
+from components import multipart
 from components.config import CONNECTION_VARIABLES
 from components.errors import Tune16Error
+from components.s3errors import attempt, code_of, status_of
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_MEBIBYTE = 1024 * 1024
-_TRANSFER = TransferConfig(multipart_threshold=16 * _MEBIBYTE, multipart_chunksize=16 * _MEBIBYTE, max_concurrency=4)
-
-_REMEDIES = {
-    "NoSuchBucket": "there is no such bucket. Create it, or correct AWS_S3_BUCKET.",
-    "NoSuchKey": "there is no such object. Check the address.",
-    "404": "there is no such object. Check the address.",
-    "AccessDenied": "access is denied. Ask for read and write rights on this bucket.",
-    "403": "access is denied. Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and the rights on this bucket.",
-    "InvalidAccessKeyId": "the server does not know this access key. Check AWS_ACCESS_KEY_ID in the connection.",
-    "SignatureDoesNotMatch": "the secret key is wrong. Check AWS_SECRET_ACCESS_KEY in the connection.",
-    "RequestTimeTooSkewed": "this machine's clock is off by more than the server allows. Set it right.",
-    "SlowDown": "the server asks to slow down. Try again later.",
-    "NotImplemented": "the server does not know this kind of request; it needs a newer S3 server.",
-}
+_TRANSFER = TransferConfig(max_concurrency=4)
 
 
 @dataclass(frozen=True)
@@ -92,7 +71,7 @@ def _client(access_key: str, secret_key: str, endpoint: str, region: str) -> "S3
                 read_timeout=60,
             ),
         )
-    except (BotoCoreError, ValueError) as error:
+    except (BotoCoreError, ValueError, OSError) as error:
         raise Tune16Error(f"S3 connection: {error}. Check AWS_S3_ENDPOINT and AWS_CA_BUNDLE.") from None
 
 
@@ -122,36 +101,18 @@ def default_bucket() -> str:
     return bucket
 
 
-@contextmanager
-def explained(address: str) -> Iterator[None]:
-    """Turn boto's errors into messages that name the address and the remedy."""
-    endpoint = os.environ.get("AWS_S3_ENDPOINT", "")
-    try:
-        yield
-    except ClientError as error:
-        code = error.response["Error"].get("Code", "")
-        remedy = _REMEDIES.get(code, f"{code}: {error.response['Error'].get('Message', '')}")
-        raise Tune16Error(f"{address} at {endpoint}: {remedy}") from None
-    except S3UploadFailedError as error:
-        raise Tune16Error(f"{address} at {endpoint}: {error}") from None
-    except SSLError as error:
-        raise Tune16Error(
-            f"{endpoint}: its certificate is not trusted ({error}). Set AWS_CA_BUNDLE to your CA's file."
-        ) from None
-    except (EndpointConnectionError, ConnectionError, HTTPClientError) as error:
-        raise Tune16Error(f"{endpoint}: cannot be reached ({error}). Check AWS_S3_ENDPOINT and the network.") from None
-
-
 def list_objects(bucket: str, prefix: str) -> list[StoredObject]:
     """All objects whose key starts with `prefix`, sorted by key."""
-    objects = []
-    with explained(f"s3://{bucket}/{prefix}"):
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            objects += [
-                StoredObject(found["Key"], found["Size"], found["ETag"], found["LastModified"].timestamp())
-                for found in page.get("Contents", [])
-            ]
-    return sorted(objects, key=lambda stored: stored.key)
+
+    def ask() -> list[StoredObject]:
+        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [
+            StoredObject(found["Key"], found["Size"], found["ETag"], found["LastModified"].timestamp())
+            for page in pages
+            for found in page.get("Contents", [])
+        ]
+
+    return sorted(attempt(f"s3://{bucket}/{prefix}", ask), key=lambda stored: stored.key)
 
 
 def read(bucket: str, key: str) -> bytes | None:
@@ -162,39 +123,73 @@ def read(bucket: str, key: str) -> bytes | None:
 
 def read_aged(bucket: str, key: str) -> tuple[bytes, float] | None:
     """The content of a small object and its age in seconds by the server's own clock; None where there is none."""
-    with explained(f"s3://{bucket}/{key}"):
+
+    def ask() -> tuple[bytes, float] | None:
         try:
             answer = client().get_object(Bucket=bucket, Key=key)
         except ClientError as error:
-            if error.response["Error"].get("Code") in {"NoSuchKey", "404"}:
+            if code_of(error) in {"NoSuchKey", "404"}:
                 return None
             raise
+        content = answer["Body"].read()
+        multipart.check_etag(content, answer)
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return answer["Body"].read(), (now - answer["LastModified"]).total_seconds()
+        return content, (now - answer["LastModified"]).total_seconds()
+
+    return attempt(f"s3://{bucket}/{key}", ask)
 
 
 def create(bucket: str, key: str, content: bytes) -> bool:
-    """Write an object that must not exist yet (``If-None-Match: *``); False if another writer was first."""
-    with explained(f"s3://{bucket}/{key}"):
+    """Write an object that must not exist yet (``If-None-Match: *``); False if another writer was first.
+
+    Where it had to be tried again, an object of this very content is ours: the answer to an earlier try was lost.
+
+    Raises:
+        Tune16Error: the storage cannot be written, or has no conditional writes.
+    """
+    address = f"s3://{bucket}/{key}"
+    num_tries = 0
+
+    def put() -> bool:
+        nonlocal num_tries
+        num_tries += 1
         try:
-            client().put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*")
+            multipart.check_etag(content, client().put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*"))
         except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] in {409, 412}:
+            num_tries += error.response["ResponseMetadata"].get("RetryAttempts", 0)
+            if status_of(error) == 412:
                 return False
+            if code_of(error) == "NotImplemented" or status_of(error) == 501:
+                raise Tune16Error(
+                    f"{address}: the server has no conditional writes (If-None-Match), by which runs that publish at "
+                    "the same time are kept apart. It needs a newer S3 server."
+                ) from None
             raise
-    return True
+        return True
+
+    return attempt(address, put) or (num_tries > 1 and read(bucket, key) == content)
 
 
 def write(bucket: str, key: str, content: bytes) -> None:
     """Write a small object, over what may be there."""
-    with explained(f"s3://{bucket}/{key}"):
-        client().put_object(Bucket=bucket, Key=key, Body=content)
+
+    def put() -> None:
+        multipart.check_etag(content, client().put_object(Bucket=bucket, Key=key, Body=content))
+
+    attempt(f"s3://{bucket}/{key}", put)
 
 
-def upload(path: Path, bucket: str, key: str, advance: Callable[[int], None] | None = None) -> None:
-    """Upload one file, in parts where it is large; `advance` is told the bytes that have gone."""
-    with explained(f"s3://{bucket}/{key}"):
-        client().upload_file(str(path), bucket, key, Config=_TRANSFER, Callback=advance)
+def upload(path: Path, bucket: str, key: str, advance: Callable[[int], None] | None = None, sha256: str = "") -> None:
+    """Upload one file, in parts where it is large; parts that an earlier, killed upload has brought there stay.
+
+    Args:
+        path: the file.
+        bucket: where to.
+        key: where to.
+        advance: is told the bytes that are there.
+        sha256: of the file, if known: an object that is there with it is not sent again.
+    """
+    multipart.send(client(), path, bucket, key, sha256, advance or (lambda _: None))
 
 
 def upload_folder(folder: Path, bucket: str, prefix: str) -> None:
@@ -204,32 +199,48 @@ def upload_folder(folder: Path, bucket: str, prefix: str) -> None:
 
 
 def download(bucket: str, key: str, path: Path) -> None:
-    """Download one object to `path`, whose folders are made."""
+    """Download one object to `path`, whose folders are made; where bytes were changed on the way, once more."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with explained(f"s3://{bucket}/{key}"):
+
+    def fetch() -> None:
+        stored = client().head_object(Bucket=bucket, Key=key)
         client().download_file(bucket, key, str(path), Config=_TRANSFER)
+        multipart.check_file(path, stored)
+
+    attempt(f"s3://{bucket}/{key}", fetch)
 
 
 def delete(bucket: str, key: str) -> None:
     """Delete one object; one that is not there counts as deleted."""
-    with explained(f"s3://{bucket}/{key}"):
-        client().delete_object(Bucket=bucket, Key=key)
+    attempt(f"s3://{bucket}/{key}", lambda: client().delete_object(Bucket=bucket, Key=key))
 
 
-def abort_uploads(bucket: str, prefix: str, before: datetime) -> int:
-    """Abort the multipart uploads under `prefix` that began before `before`; returns their number."""
-    aborted = 0
-    with explained(f"s3://{bucket}/{prefix}"):
+def abort_uploads(bucket: str, prefix: str, but: str = "") -> int:
+    """Abort the multipart uploads under `prefix`, but those under the prefix `but`; returns their number."""
+    stale = [found for found in _unfinished(bucket, prefix) if not but or not found["Key"].startswith(but)]
+    for found in stale:
+        attempt(
+            f"s3://{bucket}/{found['Key']}",
+            partial(multipart.abort, client(), bucket, found["Key"], found["UploadId"]),
+        )
+    return len(stale)
+
+
+def unfinished_keys(bucket: str, prefix: str) -> list[str]:
+    """The keys under `prefix` that a multipart upload has begun and not finished."""
+    return [found["Key"] for found in _unfinished(bucket, prefix)]
+
+
+def _unfinished(bucket: str, prefix: str) -> list[Any]:
+    def ask() -> list[Any]:
         pages = client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
-        for upload_part in [found for page in pages for found in page.get("Uploads", [])]:
-            if upload_part["Initiated"] < before:
-                client().abort_multipart_upload(Bucket=bucket, Key=upload_part["Key"], UploadId=upload_part["UploadId"])
-                aborted += 1
-    return aborted
+        return [found for page in pages for found in page.get("Uploads", [])]
+
+    return attempt(f"s3://{bucket}/{prefix}", ask)
 
 
 def check_writable(bucket: str, prefix: str) -> None:
-    """Write and delete a small object under `prefix`.
+    """Write and delete a small object under `prefix`, and see that a conditional write does not overwrite it.
 
     Raises:
         Tune16Error: the storage cannot be reached or written; the message says what to do.
@@ -237,4 +248,10 @@ def check_writable(bucket: str, prefix: str) -> None:
     key = f"{prefix}/.tune16-write-probe-{uuid.uuid4().hex}"
     if not create(bucket, key, b"probe"):
         raise Tune16Error(f"s3://{bucket}/{key}: exists already, though its name is random. Check the server.")
+    is_overwritten = create(bucket, key, b"other")
     delete(bucket, key)
+    if is_overwritten:
+        raise Tune16Error(
+            f"s3://{bucket}/{key}: was overwritten by a write that was to do so in no case (If-None-Match), by which "
+            "runs that publish at the same time are kept apart. It needs a newer S3 server."
+        )

@@ -1,7 +1,8 @@
 """The step upload: a version of the model in S3, complete or invisible.
 
-Files go first and the manifest last, by conditional write; then the champion log grows by one entry. An upload that
-was killed leaves files that no reader sees; the next one takes them away.
+Files go first and the manifest last, by conditional write; then the champion log grows by one entry. One process at a
+time publishes below a path, by a lease. So whatever lies there without a manifest belongs to one that was killed: the
+next one goes on with it where it publishes the same, and else takes it away.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from components import s3, versions
 from components.config import PROMOTED, UploadConfig
 from components.errors import Tune16Error
 from components.images import VERSION
+from components.lease import Lease, TakenOverError, held
 from components.outputs import REPORT, read_json, read_record, write_json
 from components.shapes import read_shape
 from components.steps import say
+from components.upload.retention import remove_old
 
 _VERSION = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
-_LEFTOVER_AGE = timedelta(days=1)
 _SAY_EVERY_SECONDS = 10
 
 
@@ -42,25 +44,33 @@ def publish(merged: Path, gguf: Path, evaluation: Path, config: UploadConfig) ->
         The manifest, with the version's name and address.
 
     Raises:
-        Tune16Error: the model was not promoted, another champion came in between, or the storage cannot be written.
+        Tune16Error: the model was not promoted, another process publishes there, another champion came in between, or
+            the storage cannot be written.
     """
     if read_record(evaluation, "evaluate")["verdict"] != PROMOTED:
         raise Tune16Error(f"{evaluation}: this model was not promoted, so it is not published.")
-    remove_leftovers(config.path, datetime.now(UTC) - _LEFTOVER_AGE)
+    with held(config.path, f"upload: publishing to s3://{s3.default_bucket()}/{config.path}") as lease:
+        return _publish(merged, gguf, evaluation, config.path, lease)
+
+
+def _publish(merged: Path, gguf: Path, evaluation: Path, path: str, lease: Lease) -> dict[str, Any]:
     lineage, settings = _lineage(merged, evaluation), _settings(merged, gguf, evaluation)
-    published = _check_champion(config.path, lineage, settings)
+    before = versions.read_champion(path)
+    published = _check_champion(path, before, lineage, settings)
     if published:
+        remove_leftovers(path)
         say("upload", f"{published['address']} is champion already, made of the same")
         return published
     with tempfile.TemporaryDirectory(dir=merged.parent) as scratch:
         folder = _lay_out(merged, gguf, evaluation, settings, Path(scratch))
         files = versions.describe_files(folder)
         content = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-        version = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{content[:8]}"
+        version = _unfinished(path, content) or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{content[:8]}"
+        remove_leftovers(path, but=version)
         manifest = {
             "format": 1,
             "version": version,
-            "address": versions.address(config.path, version),
+            "address": versions.address(path, version),
             "content_sha256": content,
             "lineage": lineage,
             "scores": _scores(evaluation, gguf),
@@ -70,24 +80,49 @@ def publish(merged: Path, gguf: Path, evaluation: Path, config: UploadConfig) ->
             "gguf": [f"gguf/{name}" for name in _gguf_names(gguf)],
             "files": files,
         }
-        try:
-            _upload_files(folder, files, f"{config.path}/{version}")
-            versions.write_manifest(config.path, version, manifest)
-        except BaseException:
-            _remove(f"{config.path}/{version}/", files)
-            raise
-    champion = versions.append_champion(config.path, version)
+        champion = _complete(folder, path, manifest, before, lease)
     say("upload", f"{manifest['address']} is champion {champion.number}")
+    remove_old(path)
     return manifest
 
 
-def _check_champion(path: str, lineage: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
+def _complete(
+    folder: Path, path: str, manifest: dict[str, Any], before: versions.Champion | None, lease: Lease
+) -> versions.Champion:
+    """Upload the files, then the manifest, then the entry in the log: what fails between is taken back.
+
+    Who is told to end leaves what is there for the next one, and so does who has lost the lease: it is another's now.
+    """
+    version = manifest["version"]
+    try:
+        _upload_files(folder, manifest["files"], f"{path}/{version}")
+        lease.check()
+        versions.write_manifest(path, version, manifest)
+        lease.check()
+        return versions.append_champion(path, version, before)
+    except TakenOverError:
+        raise
+    except Exception:
+        with suppress(Tune16Error):  # as far as the storage still answers
+            versions.remove(path, version)
+        raise
+
+
+def _unfinished(path: str, content: str) -> str | None:
+    """The version that a killed publisher of the very same files has left without a manifest."""
+    names, complete = _names(path)
+    same = sorted(name for name in names - complete if name.endswith(f"-{content[:8]}"))
+    return same[-1] if same else None
+
+
+def _check_champion(
+    path: str, champion: versions.Champion | None, lineage: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any] | None:
     """The champion's manifest, where the champion was made from the same as this model; None for a new champion.
 
     Raises:
         Tune16Error: the champion is another than the one that this model was compared with.
     """
-    champion = versions.read_champion(path)
     if champion is None:
         return None
     current = versions.read_manifest(path, champion.version)
@@ -178,14 +213,7 @@ def _gguf_names(gguf: Path) -> list[str]:
 def _upload_files(folder: Path, files: list[dict[str, Any]], prefix: str) -> None:
     advance = _progress(sum(file["size"] for file in files))
     for file in files:
-        s3.upload(folder / file["path"], s3.default_bucket(), f"{prefix}/{file['path']}", advance)
-
-
-def _remove(prefix: str, files: list[dict[str, Any]]) -> None:
-    """Take back the files of an upload that failed, as far as the storage still answers."""
-    with suppress(Tune16Error):
-        for file in files:
-            s3.delete(s3.default_bucket(), prefix + file["path"])
+        s3.upload(folder / file["path"], s3.default_bucket(), f"{prefix}/{file['path']}", advance, file["sha256"])
 
 
 def _progress(total: int) -> Callable[[int], None]:
@@ -204,36 +232,29 @@ def _progress(total: int) -> Callable[[int], None]:
     return advance
 
 
-def remove_leftovers(path: str, before: datetime) -> int:
-    """Remove what killed uploads left under `path`: versions without manifest and unfinished multipart uploads.
+def remove_leftovers(path: str, but: str = "") -> int:
+    """Remove what killed publishers left under `path`: versions without manifest and unfinished multipart uploads.
 
     Args:
-        path: ``prefix/model-name`` in the connection's bucket.
-        before: what is younger may be an upload that is still going on, and stays.
+        path: ``prefix/model-name`` in the connection's bucket, whose lease is held.
+        but: a version that stays, since it is gone on with.
 
     Returns:
         The number of objects and uploads removed.
     """
+    names, complete = _names(path)
+    kept = f"{path}/{but}/" if but else ""
+    num_uploads = s3.abort_uploads(s3.default_bucket(), f"{path}/", but=kept)
+    num_files = sum(versions.remove(path, version) for version in names - complete - {but})
+    if num_files or num_uploads:
+        say("upload", f"removed {num_files} files and {num_uploads} unfinished uploads of earlier, killed runs")
+    return num_files + num_uploads
+
+
+def _names(path: str) -> tuple[set[str], set[str]]:
+    """The versions of which there is anything, finished or not, and those that have a manifest."""
     bucket = s3.default_bucket()
-    keys = [stored.key for stored in s3.list_objects(bucket, f"{path}/")]
-    complete = {_version_of(key, path) for key in keys if key.endswith(f"/{versions.MANIFEST}")}
-    stale = [
-        key
-        for key in keys
-        if (version := _version_of(key, path)) and version not in complete and _started(version) < before
-    ]
-    for key in stale:
-        s3.delete(bucket, key)
-    num_uploads = s3.abort_uploads(bucket, f"{path}/", before)
-    if stale or num_uploads:
-        say("upload", f"removed {len(stale)} files and {num_uploads} unfinished uploads of earlier, killed runs")
-    return len(stale) + num_uploads
-
-
-def _version_of(key: str, path: str) -> str | None:
-    name = key.removeprefix(f"{path}/").partition("/")[0]
-    return name if _VERSION.fullmatch(name) else None
-
-
-def _started(version: str) -> datetime:
-    return datetime.strptime(version[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    keys = [stored.key.removeprefix(f"{path}/") for stored in s3.list_objects(bucket, f"{path}/")]
+    keys += [key.removeprefix(f"{path}/") for key in s3.unfinished_keys(bucket, f"{path}/")]
+    parts = [key.split("/", 1) for key in keys if _VERSION.fullmatch(key.split("/", 1)[0])]
+    return {version for version, _ in parts}, {version for version, rest in parts if rest == versions.MANIFEST}

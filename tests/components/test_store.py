@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -75,6 +74,11 @@ def test_published_versions_are_downloaded_whole(bucket: str, outputs: tuple[Pat
     assert manifest["context"] == 64 and manifest["cache_bytes_per_token"] == 2 * 2 * 3 * 8
 
 
+def left(bucket: str) -> list[str]:
+    """What lies in the bucket, but for leases."""
+    return [stored.key for stored in s3.list_objects(bucket, "") if "/lease/" not in stored.key]
+
+
 def retrain(outputs: tuple[Path, Path, Path], data: str, champion: str) -> None:
     """Make the outputs those of a run on other data that was compared with `champion`."""
     facts = {
@@ -116,7 +120,7 @@ def test_a_champion_that_came_in_between_is_not_replaced(bucket: str, outputs: t
         publish(*outputs, UploadConfig(path=PATH))
     assert versions.read_champion(PATH) == versions.Champion(1, first["version"])
     folders = {stored.key.split("/")[2] for stored in s3.list_objects(bucket, PATH)}
-    assert folders == {first["version"], "champions"}
+    assert folders == {first["version"], "champions", "lease"}
 
 
 def test_an_unchanged_run_asks_for_what_the_cache_has_and_publishes_nothing(
@@ -171,7 +175,8 @@ def test_a_version_without_manifest_does_not_exist(bucket: str, tmp_path: Path) 
 
 
 def test_a_manifest_that_points_outside_is_refused(bucket: str, tmp_path: Path) -> None:
-    manifest = {"files": [{"path": "../../evil", "size": 1, "sha256": ""}]}
+    files = [{"path": "../../evil", "size": 1, "sha256": ""}]
+    manifest = {"version": "v", "address": versions.address(PATH, "v"), "files": files}
     versions.write_manifest(PATH, "v", manifest)
     with pytest.raises(Tune16Error, match="outside the folder"):
         versions.download(PATH, "v", tmp_path / "copy")
@@ -183,8 +188,8 @@ def test_leftovers_are_removed_and_versions_stay(bucket: str, outputs: tuple[Pat
     version = publish(*outputs, UploadConfig(path=PATH))["version"]
     s3.create(bucket, f"{PATH}/20260101T000000Z-00000000/merged/a", b"x")
     s3.client().create_multipart_upload(Bucket=bucket, Key=f"{PATH}/20260101T000000Z-00000000/merged/b")
-    assert remove_leftovers(PATH, datetime.now(UTC) - timedelta(days=365 * 50)) == 0
-    assert remove_leftovers(PATH, datetime.now(UTC) + timedelta(days=1)) == 2
+    assert remove_leftovers(PATH, but="20260101T000000Z-00000000") == 0
+    assert remove_leftovers(PATH) == 2
     assert versions.read_manifest(PATH, version)["version"] == version
     assert "Uploads" not in s3.client().list_multipart_uploads(Bucket=bucket)
 
@@ -201,15 +206,15 @@ def test_a_failed_upload_takes_its_files_back(
 ) -> None:
     real: Callable[..., None] = s3.upload
 
-    def breaks(path: Path, bucket: str, key: str, advance: Callable[[int], None] | None = None) -> None:
+    def breaks(path: Path, bucket: str, key: str, advance: Callable[[int], None], sha256: str) -> None:
         if key.endswith("model.safetensors") and "merged" in key:
             raise Tune16Error("the network is gone")
-        real(path, bucket, key, advance)
+        real(path, bucket, key, advance, sha256)
 
     monkeypatch.setattr(s3, "upload", breaks)
     with pytest.raises(Tune16Error, match="the network is gone"):
         publish(*outputs, UploadConfig(path=PATH))
-    assert s3.list_objects(bucket, "") == []
+    assert left(bucket) == []
 
 
 def test_the_storage_is_probed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
