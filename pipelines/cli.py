@@ -15,7 +15,7 @@ from rich.table import Table
 from components.__main__ import chat, serve
 from components.config import override
 from components.errors import Tune16Error, user_errors
-from pipelines import cli_cluster
+from pipelines import cli_cluster, cli_data
 from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shapes
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ app.command()(cli_cluster.doctor)
 app.command()(cli_cluster.submit)
 app.add_typer(cli_cluster.runs, name="runs")
 app.add_typer(cli_cluster.schedules, name="schedule")
+app.add_typer(cli_data.data, name="data")
 console = Console(highlight=False)
 _BAR = 40  # columns of the terminal for the whole GPU
 

@@ -53,7 +53,8 @@ class Findings:
 
     def count(self, rule: str, more: int) -> None:
         """Count faults whose places are not told."""
-        self.counts[rule] += more
+        if more:
+            self.counts[rule] += more
 
     def rules(self, severity: Severity) -> list[str]:
         """The broken rules of one severity, as they stand in the table of rules."""

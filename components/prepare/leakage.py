@@ -36,7 +36,8 @@ class Overlaps:
         trained = hashes[np.repeat(~is_held_out, sizes)]
         if not self.is_full:
             self._num_runs += len(trained)
-            np.bitwise_or.at(self._seen, trained >> np.uint32(3), _bit(trained))
+            for bit in range(8):  # one value at a time: in an assignment, the last of equal places wins
+                self._seen[trained[trained & np.uint32(7) == bit] >> np.uint32(3)] |= np.uint8(1 << bit)
         for number in np.flatnonzero(is_held_out & (sizes >= _FEWEST_RUNS)):
             self._rows.append(first_row + number)
             self._runs.frombytes(hashes[offsets[number] : offsets[number] + sizes[number]].tobytes())

@@ -130,7 +130,9 @@ def _tell_array_end(place: Place, error: Exception, text: str, findings: Finding
 
 
 def _reason(error: Exception) -> str:
-    return f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    return f"{error.msg.removesuffix(' at')} at character {error.colno}"
 
 
 def _refuse_rest(text: str, place: Place, lines: Iterator[tuple[int, str]], findings: Findings) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+_LONG_NUMBER = re.compile(r"\d[\d -]{8}", re.ASCII)
 _QUOTED = 40  # characters of a value that a message may quote
 
 
@@ -12,7 +13,8 @@ _QUOTED = 40  # characters of a value that a message may quote
 class Pattern:
     """One kind of secret or personal data.
 
-    A text without `trigger` is not searched, which makes it fast. `is_real` refuses what only looks like it.
+    A text without `trigger` (where that is empty, without a long number) is not searched, which makes it fast.
+    `is_real` refuses what only looks like it.
     """
 
     rule: Literal["secret", "personal-data"]
@@ -25,22 +27,25 @@ class Pattern:
 
 def find(text: str) -> Iterator[tuple[Pattern, str]]:
     """Every piece of `text` that is a secret or personal data, with its pattern."""
-    for pattern in PATTERNS:
-        if pattern.trigger in text:
-            for match in pattern.expression.finditer(text):
-                if pattern.is_real(match[0]):
-                    yield pattern, match[0]
+    for pattern in _worth_searching(text):
+        for match in pattern.expression.finditer(text):
+            if pattern.is_real(match[0]):
+                yield pattern, match[0]
 
 
 def redact(text: str) -> str:
     """`text` with placeholders for all secrets and personal data."""
-    for pattern in PATTERNS:
-        if pattern.trigger in text:
-            text = pattern.expression.sub(
-                lambda match, pattern=pattern: pattern.placeholder if pattern.is_real(match[0]) else match[0],  # type: ignore[misc]
-                text,
-            )
+    for pattern in _worth_searching(text):
+        text = pattern.expression.sub(
+            lambda match, pattern=pattern: pattern.placeholder if pattern.is_real(match[0]) else match[0],  # type: ignore[misc]
+            text,
+        )
     return text
+
+
+def _worth_searching(text: str) -> list[Pattern]:
+    has_number = _LONG_NUMBER.search(text) is not None
+    return [pattern for pattern in PATTERNS if (pattern.trigger in text if pattern.trigger else has_number)]
 
 
 def quoted(value: object) -> str:

@@ -1,0 +1,82 @@
+"""A cleaned copy of a data set: what can be mended is mended, what cannot is left out, and both are counted."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from components.errors import Tune16Error
+from components.prepare.chat import Messages
+from components.prepare.check import Checked, conversations
+from components.prepare.content import mended
+from components.prepare.files import split_suffix
+from components.prepare.findings import Findings
+from components.prepare.formats import BadRowError, to_messages
+
+# What mending takes care of; rows that break another rule that is an error are left out.
+_MENDED = {
+    "byte-order-mark": "taken out",
+    "array-in-jsonl": "written as lines",
+    "nul": "taken out",
+    "lone-surrogate": "taken out",
+    "template-token": "taken out",
+    "secret": "replaced by placeholders",
+    "personal-data": "replaced by placeholders",
+    "unknown-key": "dropped",
+}
+_AS_IT_IS = ("different-answers", "leakage", "overlap", "too-long", "answer-cut-away")  # nothing there to mend
+
+
+def clean_path(path: Path) -> Path:
+    """Where the copy goes: beside the file, as ``<stem>.clean.jsonl``.
+
+    Raises:
+        Tune16Error: something is there already.
+    """
+    target = path.with_name(path.name[: -len("".join(split_suffix(path)))] + ".clean.jsonl")
+    if target.exists():
+        raise Tune16Error(f"{target}: is there already, and --fix writes over nothing. Move it away.")
+    return target
+
+
+def write_clean(path: Path, checked: Checked, tokens: frozenset[str]) -> tuple[Path, dict[str, int]]:
+    """Write the cleaned copy of a checked file; every row becomes ``{"messages": […]}``.
+
+    Returns:
+        The copy's path, and how often what was done.
+
+    Raises:
+        Tune16Error: the copy's place is taken.
+    """
+    target = clean_path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    done: Counter[str] = Counter()
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for number, (_, _, messages) in enumerate(conversations([path], checked.form, Findings())):
+                row, action = _clean(messages, number, checked, tokens)
+                done[action] += 1
+                if row:
+                    file.write(json.dumps({"messages": row}, ensure_ascii=False) + "\n")
+        clean_path(path)
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    for rule in (*checked.findings.rules("error"), *checked.findings.rules("warning")):
+        if rule in _MENDED:
+            done[f"{rule}: {_MENDED[rule]}"] = checked.findings.counts[rule]
+        elif rule not in _AS_IT_IS and f"{rule}: left out" not in done:
+            done[f"{rule}: left out"] = checked.findings.counts[rule]
+    return target, dict(done)
+
+
+def _clean(messages: Messages, number: int, checked: Checked, tokens: frozenset[str]) -> tuple[Messages, str]:
+    """The row as it is kept, empty where it is not, and what became of it."""
+    if checked.is_duplicate[number]:
+        return [], "duplicate: left out"
+    if number < len(checked.alike) and checked.alike[number] >= 0:
+        return [], "near-duplicate: left out"
+    row = [{"role": message["role"], "content": mended(message["content"], tokens)} for message in messages]
+    try:
+        return to_messages({"messages": row}, "messages"), "rows kept"
+    except BadRowError:
+        return [], "empty after mending: left out"
