@@ -6,8 +6,9 @@ from pathlib import Path
 
 from components.errors import Tune16Error
 from components.prepare.chat import Messages
-from components.prepare.check import Checked, conversations
+from components.prepare.check import Checked
 from components.prepare.content import mended
+from components.prepare.conversations import conversations
 from components.prepare.files import split_suffix
 from components.prepare.findings import Findings
 from components.prepare.formats import BadRowError, to_messages

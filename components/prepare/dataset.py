@@ -17,8 +17,9 @@ from components.errors import Tune16Error
 from components.outputs import new_folder, write_record
 from components.prepare import report
 from components.prepare.chat import ChatTemplate
-from components.prepare.check import Checked, check_rows, conversations
+from components.prepare.check import Checked, check_rows
 from components.prepare.content import special_tokens
+from components.prepare.conversations import conversations
 from components.prepare.findings import Findings
 from components.prepare.inputs import find_files, load_tokenizer
 from components.prepare.rowfiles import RowFile

@@ -1,6 +1,7 @@
 """How much of a held-out row stands in the rows to train on: runs of eight words, in a table of bits."""
 
 from array import array
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -39,19 +40,18 @@ class Overlaps:
             for bit in range(8):  # one value at a time: in an assignment, the last of equal places wins
                 self._seen[trained[trained & np.uint32(7) == bit] >> np.uint32(3)] |= np.uint8(1 << bit)
         for number in np.flatnonzero(is_held_out & (sizes >= _FEWEST_RUNS)):
-            self._rows.append(first_row + number)
+            self._rows.append(first_row + int(number))
             self._runs.frombytes(hashes[offsets[number] : offsets[number] + sizes[number]].tobytes())
             self._offsets.append(len(self._runs))
 
-    def shares(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """The numbers of the held-out rows, and which share of each one's runs stands in training rows."""
-        if not self._rows:
-            return np.zeros(0, dtype=np.int64), np.zeros(0)
+    def shares(self) -> dict[int, float]:
+        """For each held-out row by its number, which share of its runs stands in training rows."""
         runs = np.frombuffer(self._runs, dtype=np.uint32)
-        offsets = np.frombuffer(self._offsets, dtype=np.int64)
-        hits = (self._seen[runs >> np.uint32(3)] & _bit(runs)) != 0
-        return np.frombuffer(self._rows, dtype=np.int64), np.add.reduceat(hits, offsets[:-1]) / np.diff(offsets)
+        return {
+            row: float(np.mean((self._seen[runs[start:end] >> np.uint32(3)] & _bit(runs[start:end])) != 0))
+            for row, (start, end) in zip(self._rows, pairwise(self._offsets), strict=True)
+        }
 
 
 def _bit(runs: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
-    return np.left_shift(1, runs & np.uint32(7)).astype(np.uint8)
+    return np.left_shift(np.uint8(1), (runs & np.uint32(7)).astype(np.uint8))

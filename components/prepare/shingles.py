@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-BATCH_BYTES = 1 << 20  # a batch's texts together; no text is longer
+BATCH_BYTES = 1 << 18  # a batch's texts together; no text is longer
 _PRIME = np.uint64(0x9E3779B97F4A7C15 | 1)
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
 _WIDE_CHARACTER = 0xE3  # first byte in UTF-8 of Chinese, Japanese and Korean, which put no spaces between words

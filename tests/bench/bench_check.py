@@ -17,7 +17,7 @@ ROWS = 200_000
 LARGE = 5_000_000_000  # bytes
 
 STRUCTURAL = (
-    "from components.prepare.check import conversations; from components.prepare.findings import Findings",
+    "from components.prepare.conversations import conversations; from components.prepare.findings import Findings",
     'for _ in conversations([Path(sys.argv[1])], "prompt_completion", Findings()): pass',
 )
 EVERYTHING = (

@@ -1,0 +1,56 @@
+"""A data set's rows as conversations, whatever their form."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from components.errors import Tune16Error
+from components.prepare.chat import Messages
+from components.prepare.findings import Findings, Place
+from components.prepare.formats import KNOWN_KEYS, BadRowError, Row, detect_format, to_messages
+from components.prepare.readers import read_rows
+from components.prepare.sensitive import path_key, quoted
+from components.prepare.trees import best_threads
+
+_DETECTED_ROWS = 100  # rows among which one has to have a known form
+
+
+def conversations(files: list[Path], form: str, findings: Findings) -> Iterator[tuple[Place, Row, Messages]]:
+    """All rows as conversations; bad ones go to `findings`."""
+    known = KNOWN_KEYS.get(form, set())
+    unknown: set[str] = set()
+    rows = _with_known_keys(read_rows(files, findings), known, unknown, form, findings)
+    for place, row in best_threads(rows, findings) if form == "oasst" else rows:
+        try:
+            messages = to_messages(row, form)
+        except BadRowError as error:
+            where = row["places"][error.number] if form == "oasst" else place
+            findings.add(where, error.rule, str(error), error.path)
+        else:
+            yield place, row, messages
+
+
+def _with_known_keys(
+    rows: Iterator[tuple[Place, Row]], known: set[str], unknown: set[str], form: str, findings: Findings
+) -> Iterator[tuple[Place, Row]]:
+    """The rows as they are. A key that is not known is told once; all rows that have one are counted."""
+    for place, row in rows:
+        if not row.keys() <= known:
+            for key in row.keys() - known - unknown:
+                unknown.add(key)
+                findings.add(place, "unknown-key", f"{quoted(key)} is no key of the form {form}.", path_key(key))
+                findings.count("unknown-key", -1)
+            findings.count("unknown-key", 1)
+        yield place, row
+
+
+def form_of(files: list[Path], name: str) -> str:
+    """The form of the first of some rows that has a known one; empty where no row can be read."""
+    refusal: Tune16Error | None = None
+    for _, (place, row) in zip(range(_DETECTED_ROWS), read_rows(files, Findings()), strict=False):
+        try:
+            return detect_format(row, f"{name}: {place[0]}:{place[1]}")
+        except Tune16Error as error:
+            refusal = refusal or error
+    if refusal:
+        raise refusal
+    return ""
