@@ -96,7 +96,7 @@ def _take(bucket: str, prefix: str, what: str) -> int:
     if newest:
         _wait_for_end(bucket, prefix, newest, what)
     number = newest + 1
-    if not s3.create(bucket, _key(prefix, number), _content()) or _newest(bucket, prefix) != number:
+    if not s3.claim(bucket, _key(prefix, number), _content()) or _newest(bucket, prefix) != number:
         raise Tune16Error(f"{what}: another run has begun it at this very moment.")
     for stored in s3.list_objects(bucket, f"{prefix}/lease/"):
         if _number(stored.key) < number:

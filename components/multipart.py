@@ -60,7 +60,7 @@ def send(client: "S3Client", path: Path, bucket: str, key: str, sha256: str, adv
         path: the file.
         bucket: where to.
         key: where to.
-        sha256: of the file, if known: kept with the object, and an object that is there with it is not sent again.
+        sha256: of the file, if known: kept with the object, and a large one that is there with it is not sent again.
         advance: is told the bytes that are there, from several threads.
 
     Raises:
@@ -68,10 +68,10 @@ def send(client: "S3Client", path: Path, bucket: str, key: str, sha256: str, adv
     """
     upload = _Upload(client, path, bucket, key, {"sha256": sha256} if sha256 else {}, advance)
     size = path.stat().st_size
-    if sha256 and _is_there(upload, size, sha256):
-        advance(size)
-    elif size <= PART_BYTES:
+    if size <= PART_BYTES:
         _put(upload)
+    elif sha256 and _is_there(upload, size, sha256):
+        advance(size)
     else:
         _send_parts(upload, size)
 

@@ -5,6 +5,7 @@ custom CA through boto3's own ``AWS_CA_BUNDLE``. Addresses are path style, which
 """
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from components.s3errors import attempt, code_of, status_of
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+_SETTLED_SECONDS = 0.5  # a small object is written in hundredths
 _TRANSFER = TransferConfig(max_concurrency=4)
 
 
@@ -51,6 +53,10 @@ def client() -> "S3Client":
         raise Tune16Error(
             f"S3 connection: {', '.join(missing)} not set. Name a connection's Secret in cluster_connection, or "
             f"export {', '.join(CONNECTION_VARIABLES)}."
+        )
+    if (bundle := os.environ.get("AWS_CA_BUNDLE")) and not Path(bundle).exists():
+        raise Tune16Error(
+            f"S3 connection: {bundle}, which AWS_CA_BUNDLE names, is no file. Mount your CA's file there."
         )
     return _client(*(os.environ.get(name, "") for name in CONNECTION_VARIABLES[:4]))
 
@@ -170,6 +176,18 @@ def create(bucket: str, key: str, content: bytes) -> bool:
     return attempt(address, put) or (num_tries > 1 and read(bucket, key) == content)
 
 
+def claim(bucket: str, key: str, content: bytes) -> bool:
+    """Like :func:`create`, for an object of which two processes may want to be the maker at the very same moment.
+
+    Some servers, such as Swift, look first and write later, and tell both that they have made it. It belongs to the one
+    whose content is there once both writes have ended; so `content` has to be this process's own.
+    """
+    if not create(bucket, key, content):
+        return False
+    time.sleep(_SETTLED_SECONDS)
+    return read(bucket, key) == content
+
+
 def write(bucket: str, key: str, content: bytes) -> None:
     """Write a small object, over what may be there."""
 
@@ -187,7 +205,7 @@ def upload(path: Path, bucket: str, key: str, advance: Callable[[int], None] | N
         bucket: where to.
         key: where to.
         advance: is told the bytes that are there.
-        sha256: of the file, if known: an object that is there with it is not sent again.
+        sha256: of the file, if known: kept with the object, and a large one that is there with it is not sent again.
     """
     multipart.send(client(), path, bucket, key, sha256, advance or (lambda _: None))
 

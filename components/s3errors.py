@@ -32,6 +32,7 @@ _NO_BUCKET = "there is no such bucket. Create it, or correct AWS_S3_BUCKET."
 _NO_OBJECT = "there is no such object. Check the address."
 _BUSY = "the server is overloaded and asks to slow down. Try again later."
 _CHANGED = "bytes were changed on the way, again and again. Check the network, and proxies between here and the server."
+_FAILED = "the server fails, again and again. Look into its log, or try again later."
 _SKEWED = "this machine's clock is off by more than the server allows. Set it right."
 _REMEDIES = {
     "NoSuchBucket": _NO_BUCKET,
@@ -46,6 +47,10 @@ _REMEDIES = {
     "SlowDown": _BUSY,
     "ServiceUnavailable": _BUSY,
     "503": _BUSY,
+    "500": _FAILED,
+    "502": _FAILED,
+    "504": _FAILED,
+    "InternalError": _FAILED,
     "EntityTooLarge": "the server takes no objects of this size. Raise its limit, or that of a proxy before it.",
     "413": "the server takes no requests of this size. Raise its limit, or that of a proxy before it.",
     "NotImplemented": "the server does not know this kind of request; it needs a newer S3 server.",
@@ -129,6 +134,10 @@ def explained(address: str) -> Iterator[None]:
         answer = f"{code_of(error)}: {error.response['Error'].get('Message', '')}"
         raise Tune16Error(f"{address} at {endpoint}: {_REMEDIES.get(code_of(error), answer)}") from None
     except SSLError as error:
+        if "WRONG_VERSION_NUMBER" in str(error):
+            raise Tune16Error(
+                f"{endpoint}: speaks no TLS. Write http:// in AWS_S3_ENDPOINT, or its TLS port."
+            ) from None
         raise Tune16Error(
             f"{endpoint}: its certificate is not trusted ({error}). Set AWS_CA_BUNDLE to your CA's file."
         ) from None

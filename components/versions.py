@@ -46,8 +46,8 @@ def read_champion(path: str) -> Champion | None:
     return log[0] if log else None
 
 
-def read_log(path: str, newest: int) -> list[Champion]:
-    """The champion and those before it, the newest first, at most so many.
+def read_log(path: str, newest: int | None = None) -> list[Champion]:
+    """The champion and those before it, the newest first; at most so many, or all.
 
     Raises:
         Tune16Error: the log has something else than entries.
@@ -105,7 +105,7 @@ def append_champion(path: str, version: str, before: Champion | None = None) -> 
     read_manifest(path, version)
     number = before.number + 1 if before else 1
     content = json.dumps({"version": version, "publisher": own_name()}, indent=2).encode() + b"\n"
-    if not s3.create(s3.default_bucket(), _entry(path, number), content):
+    if not s3.claim(s3.default_bucket(), _entry(path, number), content):
         winner = _read_entry(path, number)
         raise Tune16Error(
             f"{address(path, version)}: {winner.get('publisher', 'another run')} has made {winner['version']} champion "

@@ -95,9 +95,10 @@ def _complete(
     """
     version = manifest["version"]
     try:
-        _upload_files(folder, manifest["files"], f"{path}/{version}")
-        lease.check()
-        versions.write_manifest(path, version, manifest)
+        if version not in _names(path)[1]:
+            _upload_files(folder, manifest["files"], f"{path}/{version}")
+            lease.check()
+            versions.write_manifest(path, version, manifest)
         lease.check()
         return versions.append_champion(path, version, before)
     except TakenOverError:
@@ -109,10 +110,13 @@ def _complete(
 
 
 def _unfinished(path: str, content: str) -> str | None:
-    """The version that a killed publisher of the very same files has left without a manifest."""
-    names, complete = _names(path)
-    same = sorted(name for name in names - complete if name.endswith(f"-{content[:8]}"))
-    return same[-1] if same else None
+    """The version of the very same files that a killed publisher has begun and not made champion."""
+    names, _ = _names(path)
+    same = sorted(name for name in names if name.endswith(f"-{content[:8]}"))
+    if not same or same[-1] in {champion.version for champion in versions.read_log(path)}:
+        return None
+    say("upload", f"going on with {same[-1]}, which a killed run has begun")
+    return same[-1]
 
 
 def _check_champion(

@@ -3,15 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from components import s3, versions
+from components import lease, s3, versions
 from components.config import (
-    PROMOTED,
     ConvertConfig,
     EvaluateConfig,
-    MergeConfig,
     PreflightConfig,
     Recipe,
     TrainConfig,
@@ -22,6 +21,8 @@ from components.outputs import write_record
 from components.preflight.checks import check
 from components.references import parse, pin
 from components.upload.publisher import publish, remove_leftovers
+from components.upload.retention import keep_versions, remove_old
+from tests.faults.outputs import write_outputs
 
 PATH = "prefix/model"
 
@@ -29,34 +30,7 @@ PATH = "prefix/model"
 @pytest.fixture
 def outputs(tmp_path: Path) -> tuple[Path, Path, Path]:
     """What the steps merge, convert and evaluate leave, small."""
-    merged, gguf, evaluation = (tmp_path / "out" / name for name in ("merged", "gguf", "evaluation"))
-    for folder in (merged / "merged", merged / "adapter", gguf, evaluation):
-        folder.mkdir(parents=True)
-    (merged / "merged" / "model.safetensors").write_bytes(bytes(range(256)) * 100)
-    shape = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "vocab_size": 9,
-    }
-    config = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64, **shape}
-    (merged / "merged" / "config.json").write_text(json.dumps(config))
-    (merged / "adapter" / "adapter_model.safetensors").write_bytes(b"adapter")
-    (merged / "adapter" / "report.html").write_text("training")
-    (evaluation / "report.html").write_text("evaluation")
-    (evaluation / "README.md").write_text("card")
-    scores = {name: {} for name in ("base", "tuned", "loss_difference")} | {"champion": None}
-    (evaluation / "evaluation.json").write_text(json.dumps(scores))
-    facts = {"model": "m", "teacher": "", "data": "d", "held_out_sha256": "h", "prepare": {"max_tokens": 32}, "bits": 4}
-    write_record(merged / "adapter", "train", TrainConfig(), **facts)
-    write_record(merged, "merge", MergeConfig(), model="m")
-    for name in ("model-Q8_0.gguf", "model-Q4_K_M.gguf", "adapter.gguf", "report.html"):
-        (gguf / name).write_bytes(name.encode())
-    (gguf / "gguf.json").write_text(json.dumps({"files": {"Q8_0": {"loss": 1.5}}}))
-    write_record(gguf, "convert", ConvertConfig(quantizations="Q8_0,Q4_K_M"), model="m")
-    write_record(evaluation, "evaluate", EvaluateConfig(), verdict=PROMOTED)
-    return merged, gguf, evaluation
+    return write_outputs(tmp_path / "out")
 
 
 def test_published_versions_are_downloaded_whole(bucket: str, outputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -215,6 +189,72 @@ def test_a_failed_upload_takes_its_files_back(
     with pytest.raises(Tune16Error, match="the network is gone"):
         publish(*outputs, UploadConfig(path=PATH))
     assert left(bucket) == []
+
+
+@pytest.mark.parametrize("moment", ["write_manifest", "append_champion"])
+def test_a_killed_publication_is_gone_on_with(
+    bucket: str, outputs: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def killed(*_: object) -> None:
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(versions, moment, killed)
+        with pytest.raises(SystemExit):
+            publish(*outputs, UploadConfig(path=PATH))
+    begun = {key.split("/")[2] for key in left(bucket)}
+    assert len(begun) == 1 and versions.read_champion(PATH) is None
+    version = publish(*outputs, UploadConfig(path=PATH))["version"]
+    assert begun == {version} and versions.read_champion(PATH) == versions.Champion(1, version)
+
+
+def test_a_second_publisher_is_refused_and_told_of_the_first(bucket: str, outputs: tuple[Path, Path, Path]) -> None:
+    with (
+        lease.held(PATH, "somebody"),
+        pytest.raises(Tune16Error, match=f"publishing to s3://{bucket}/{PATH}: process .* is at it"),
+    ):
+        publish(*outputs, UploadConfig(path=PATH))
+    assert left(bucket) == []
+
+
+def test_who_has_lost_the_lease_completes_nothing(
+    bucket: str, outputs: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_newest", lambda *_: 0)
+    real = s3.upload
+
+    def overtaken(*arguments: Any) -> None:
+        monkeypatch.setattr(lease, "_newest", lambda *_: 9)
+        real(*arguments)
+
+    monkeypatch.setattr(lease, "_take", lambda *_: 0)
+    monkeypatch.setattr(s3, "upload", overtaken)
+    with pytest.raises(lease.TakenOverError):
+        publish(*outputs, UploadConfig(path=PATH))
+    assert not any(key.endswith(versions.MANIFEST) or "champions" in key for key in left(bucket))
+
+
+def test_who_loses_the_number_says_who_has_won(bucket: str, outputs: tuple[Path, Path, Path]) -> None:
+    first = publish(*outputs, UploadConfig(path=PATH))["version"]
+    retrain(outputs, "other data", first)
+    second = publish(*outputs, UploadConfig(path=PATH))["version"]
+    with pytest.raises(Tune16Error, match=f"process .* has made {second} champion 2 first"):
+        versions.append_champion(PATH, first, versions.Champion(1, first))
+
+
+def test_old_versions_go_but_not_the_champion_and_the_one_before(bucket: str, outputs: tuple[Path, Path, Path]) -> None:
+    published = [publish(*outputs, UploadConfig(path=PATH))["version"]]
+    for number in range(3):
+        if number == 2:
+            keep_versions(PATH, 1)
+        retrain(outputs, f"data {number}", published[-1])
+        published.append(publish(*outputs, UploadConfig(path=PATH))["version"])
+    kept = {key.split("/")[2] for key in left(bucket) if key.endswith(versions.MANIFEST)}
+    assert kept == set(published[-2:])
+    assert not any(published[0] in key for key in left(bucket) if "champions" not in key)
+    s3.write(bucket, f"{PATH}/retention.json", b'{"keep_versions": "1"}')
+    with pytest.raises(Tune16Error, match="retention.json: is not what"):
+        remove_old(PATH)
 
 
 def test_the_storage_is_probed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
