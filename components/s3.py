@@ -55,9 +55,7 @@ def client() -> "S3Client":
             f"export {', '.join(CONNECTION_VARIABLES)}."
         )
     if (bundle := os.environ.get("AWS_CA_BUNDLE")) and not Path(bundle).exists():
-        raise Tune16Error(
-            f"S3 connection: {bundle}, which AWS_CA_BUNDLE names, is no file. Mount your CA's file there."
-        )
+        raise Tune16Error(f"S3 connection: {bundle}, which AWS_CA_BUNDLE names, is no file. Mount your CA there.")
     return _client(*(os.environ.get(name, "") for name in CONNECTION_VARIABLES[:4]))
 
 

@@ -136,7 +136,7 @@ def explained(address: str) -> Iterator[None]:
     except SSLError as error:
         if "WRONG_VERSION_NUMBER" in str(error):
             raise Tune16Error(
-                f"{endpoint}: speaks no TLS. Write http:// in AWS_S3_ENDPOINT, or its TLS port."
+                f"{endpoint}: speaks no TLS. Correct AWS_S3_ENDPOINT: http://, or another port."
             ) from None
         raise Tune16Error(
             f"{endpoint}: its certificate is not trusted ({error}). Set AWS_CA_BUNDLE to your CA's file."

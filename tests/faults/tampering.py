@@ -164,7 +164,9 @@ def main() -> int:
     refused = sum(line[3].startswith("refused: ") for line in lines)
     kinds = {line[1:3] for line in lines}
     figures = {"kinds": len(kinds), "cases": len(lines), "refused": refused}
-    return report("tampering", figures, refused == len(lines) >= 12, options.output)
+    return report(
+        "tampering", figures, refused == len(lines) and len(kinds) >= min(12, 2 * options.num), options.output
+    )
 
 
 def _tamper(folder: Path, is_signed: bool, num: int) -> list[tuple[str, str, str, str]]:

@@ -19,7 +19,8 @@ def test_races_for_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tampering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tampering", "--num", "3"])
+    monkeypatch.setattr("components.s3._SETTLED_SECONDS", 0.05)
+    monkeypatch.setattr(sys, "argv", ["tampering", "--num", "1"])
     assert tampering.main() == 0
 
 
