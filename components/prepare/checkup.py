@@ -54,7 +54,9 @@ def check_data(
             special = special_tokens(tokenizer, template)
             checked = check_rows(files, config, data, special, tell)
             _check_tokens(files, checked, Tokens(tokenizer, template, config.max_tokens, checked.findings))
-        if not fix:
+        if fix and not len(checked):
+            checked.findings.notes.append("No cleaned copy was written: no row can be mended.")
+        if not fix or not len(checked):
             return Checkup(checked.findings)
         return Checkup(checked.findings, *write_clean(files[0], checked, special))
 

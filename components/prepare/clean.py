@@ -46,7 +46,7 @@ def write_clean(path: Path, checked: Checked, tokens: frozenset[str]) -> tuple[P
         The copy's path, and how often what was done.
 
     Raises:
-        Tune16Error: the copy's place is taken.
+        Tune16Error: the copy's place is taken, or no row is left.
     """
     target = clean_path(path)
     partial = target.with_name(f".{target.name}.partial")
@@ -58,6 +58,8 @@ def write_clean(path: Path, checked: Checked, tokens: frozenset[str]) -> tuple[P
                 done[action] += 1
                 if row:
                     file.write(json.dumps({"messages": row}, ensure_ascii=False) + "\n")
+        if not done["rows kept"]:
+            raise Tune16Error(f"{path}: no row is left after mending, so no cleaned copy was written.")
         clean_path(path)
         partial.rename(target)
     finally:

@@ -11,6 +11,7 @@ from components.prepare.readers import read_rows
 from components.prepare.sensitive import path_key, quoted
 from components.prepare.trees import best_threads
 
+_MOST_KEYS = 1000  # unknown keys that are remembered
 _DETECTED_ROWS = 100  # rows among which one has to have a known form
 
 
@@ -35,7 +36,7 @@ def _with_known_keys(
     """The rows as they are. A key that is not known is told once; all rows that have one are counted."""
     for place, row in rows:
         if not row.keys() <= known:
-            for key in row.keys() - known - unknown:
+            for key in sorted(row.keys() - known - unknown) if len(unknown) < _MOST_KEYS else ():
                 unknown.add(key)
                 findings.add(place, "unknown-key", f"{quoted(key)} is no key of the form {form}.", path_key(key))
                 findings.count("unknown-key", -1)

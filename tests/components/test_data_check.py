@@ -268,6 +268,14 @@ def test_fix_mends_what_it_can_and_says_so(tmp_path: Path) -> None:
         check_data(str(path), PrepareConfig(), fix=True)
 
 
+def test_fix_writes_no_empty_copy(tmp_path: Path) -> None:
+    found = check_data(str(_write(tmp_path / "rows.jsonl", _pair("", "x"))), PrepareConfig(), fix=True)
+    assert found.clean is None and "no row can be mended" in found.findings.notes[0]
+    with pytest.raises(Tune16Error, match="no row is left after mending"):
+        check_data(str(_write(tmp_path / "rows.jsonl", _pair("<s>", "x"))), PrepareConfig(), fix=True)
+    assert [item.name for item in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_the_command_in_all_its_outputs(tmp_path: Path) -> None:
     path = _write(tmp_path / "rows.jsonl", *make_rows(random.Random(1), 5), {"prompt": "[/INST]", "completion": "x"})
     ended = CliRunner().invoke(app, ["data", "check", str(path), "--json", "--report", str(tmp_path / "r.html")])

@@ -57,12 +57,8 @@ def _within(rng: random.Random, rows: list[Row], number: int, piece: str) -> Non
     rows[number][key] = " ".join(words)
 
 
-def _other(rng: random.Random, number: int) -> int:
-    return rng.randrange(number)
-
-
 def _near(rng: random.Random, rows: list[Row], number: int) -> None:
-    words = rows[_other(rng, number)]["completion"].split()
+    words = rows[rng.randrange(number)]["completion"].split()
     earlier = next(row for row in rows if row["completion"].split() == words)
     words[rng.randrange(len(words))] = "changed"
     rows[number] = {"prompt": earlier["prompt"], "completion": " ".join(words)}
@@ -93,12 +89,12 @@ IN_ROWS: list[tuple[str, tuple[str, ...], Planter]] = [
     ("missing-key", LINES, lambda rng, rows, n: rows[n].pop(rng.choice(["prompt", "completion"]))),
     ("unknown-key", LINES, _set("promt", "x")),
     ("not-a-number", LINES, lambda rng, rows, n: rows[n].update(id=rng.choice([float("nan"), float("-inf")]))),
-    ("duplicate", TABLES, lambda rng, rows, n: rows.__setitem__(n, dict(rows[_other(rng, n)]))),
+    ("duplicate", TABLES, lambda rng, rows, n: rows.__setitem__(n, dict(rows[rng.randrange(n)]))),
     ("near-duplicate", TABLES, _near),
     (
         "different-answers",
         TABLES,
-        lambda rng, rows, n: rows[n].update(prompt=f" {rows[_other(rng, n)]['prompt'].upper()}"),
+        lambda rng, rows, n: rows[n].update(prompt=f" {rows[rng.randrange(n)]['prompt'].upper()}"),
     ),
 ]
 # The same with messages.
@@ -221,10 +217,9 @@ def _of_files(folder: Path, num: int, rng: random.Random) -> Any:
         yield "wrong-columns", _finds(path, "wrong-columns", place(number))
         path.write_bytes(b"".join([*lines[: number + 1], b'"' + b"a" * (LARGEST_ROW - 9) + b"\n" + b"b" * 99 + b'",c']))
         yield "broken-csv", _finds(path, "broken-csv", place(number))
-        row = {"text": "no marks"}
         path = folder / "rows.jsonl"
         texts = make_rows(rng, ROWS, "llama2_text")
-        texts[number] = row
+        texts[number] = {"text": "no marks"}
         write_rows(path, texts)
         yield "not-llama2-text", _finds(path, "not-llama2-text", number + 1)
     for packed in list(PACK)[1:]:
