@@ -19,6 +19,7 @@ from botocore.exceptions import (
     SSLError,
 )
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from components.errors import Tune16Error
 
@@ -80,6 +81,7 @@ _TRANSIENT = (
     IncompleteReadError,
     FlexibleChecksumError,
     ResponseParserError,
+    HTTPError,  # botocore reads refusals without a net
     Boto3Error,  # a download whose parts broke off too often
     builtins.ConnectionError,
     builtins.TimeoutError,
@@ -143,7 +145,7 @@ def explained(address: str) -> Iterator[None]:
         ) from None
     except (ChangedOnTheWayError, FlexibleChecksumError) as error:
         raise Tune16Error(f"{address} at {endpoint}: {_CHANGED} ({error})") from None
-    except (IncompleteReadError, ResponseParserError, Boto3Error) as error:
+    except (IncompleteReadError, ResponseParserError, HTTPError, Boto3Error) as error:
         raise Tune16Error(
             f"{address} at {endpoint}: answers break off or make no sense ({_line(error)}). Check the network, and "
             "proxies between here and the server."

@@ -83,6 +83,11 @@ def test_a_fault_that_passes_is_not_seen(bucket: str, between: object, fault: st
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "file").read_bytes()
 
 
+def test_a_refusal_that_breaks_off_is_asked_for_again(bucket: str, between: object) -> None:
+    between.plan = Plan("cut", 1.0, 2)  # type: ignore[attr-defined]
+    assert s3.read(bucket, "absent") is None
+
+
 def test_a_conditional_write_whose_answer_was_lost_is_ours(bucket: str, between: object) -> None:
     between.plan = Plan("cut", 1.0, 1)  # type: ignore[attr-defined]
     assert s3.create(bucket, "k", b"mine")
