@@ -225,7 +225,7 @@ def _of_files(folder: Path, num: int, rng: random.Random) -> Any:
     for packed in list(PACK)[1:]:
         path = folder / f"bomb.jsonl{packed}"
         line = json.dumps({"prompt": "Why?", "completion": "a" * 200_000}).encode() + b"\n"
-        path.write_bytes(PACK[packed](line * (160_000_000 // len(line))))
+        path.write_bytes(PACK[packed](line * (110_000_000 // len(line))))
         yield "zip-bomb", _finds(path, "zip-bomb", 0)
         path.unlink()
 
