@@ -43,9 +43,7 @@ def run(
     recipe: RecipeName = "demo",
     set_: Settings = [],  # noqa: B006
     folder: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
-    new: Annotated[
-        bool, typer.Option("--new", help="Begin another run, even if this one was interrupted.")
-    ] = False,
+    new: Annotated[bool, typer.Option("--new", help="Begin another run, even if this one was interrupted.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the pipeline on this machine, from data set to uploaded model; an interrupted run is gone on with."""
