@@ -7,6 +7,9 @@ BIN := .venv/bin
 REGISTRY ?= localhost/tune16
 VERSION := $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' components/images.py)
 IMAGE_ARGS = --build-arg VERSION=$(VERSION) $(foreach name,BASE_IMAGE ACCELERATOR TORCH_INDEX,$(if $($(name)),--build-arg $(name)=$($(name))))
+# The fault scripts, as tests/faults/README.md tells of them.
+FAULTS := kill_training damage_checkpoints kill_pipeline kill_uploads s3_faults champion_races bad_data seeded_defects \
+  canary tampering full_disk
 # Processes that share the cores wait for each other instead of spinning.
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -56,6 +59,11 @@ sbom: $(BIN)/ready  ## Write each image's bill of materials (CycloneDX) from its
 locks: $(BIN)/ready  ## Resolve the images' packages anew, within constraints.txt: images/locks/
 	@$(BIN)/python images/locks.py
 
+faults: $(BIN)/ready llama  ## Kills, damage, faults and hostile input, all of it (over an hour): NAME=one script
+	@for name in $(or $(NAME),$(FAULTS)); do echo "== $$name"; PYTHONPATH=. $(BIN)/python tests/faults/$$name.py \
+	  --output tests/faults/results/$$name.json || failed="$$failed $$name"; done; \
+	  if [ -n "$$failed" ]; then echo "not reached:$$failed"; exit 1; fi
+
 bench: $(BIN)/ready  ## The benchmarks that need no GPU
 	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -83,4 +91,4 @@ $(BIN)/llama: images/llama.py images/locks/gguf.txt $(BIN)/ready
 	.venv/checkov/bin/pip install --quiet -r $<
 	@touch $@
 
-.PHONY: help run test llama lint quick compile manifests images check-images sbom locks bench bench-gpu clean
+.PHONY: help run test llama lint quick faults compile manifests images check-images sbom locks bench bench-gpu clean

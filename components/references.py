@@ -184,6 +184,11 @@ def _fetch(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> Pat
     return _fetch_https(reference, folder, patterns)
 
 
+def companions(folder: Path) -> list[Path]:
+    """What stands beside the weights in a model folder: settings and tokenizer, but neither pickles nor code."""
+    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
 def read_config(reference: Reference, folder: Path) -> dict[str, object]:
     """The model's config.json.
 

@@ -103,7 +103,7 @@ def evaluate_adapter(
     prepared = read_record(data, "prepare")
     _check_lineage(trained, prepared, read_record(model, "quantize"))
     rows = pq.read_table(data / "held_out.parquet").slice(0, config.num_rows).to_pylist()
-    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer", padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer", padding_side="left", trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     stop_id = tokenizer.convert_tokens_to_ids(prepared["stop_token"])
     base = load_base(model, choose_dtype(trained["compute_dtype"]))

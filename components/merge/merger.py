@@ -18,7 +18,7 @@ import torch
 from components.config import MergeConfig
 from components.errors import Tune16Error
 from components.outputs import RECORD, new_folder, read_record, write_record
-from components.references import MODEL_FILES, fetch, parse, read_config
+from components.references import MODEL_FILES, companions, fetch, parse, read_config
 from components.steps import say
 from components.tensors import INDEX_FILE, StoredTensor, read_header, rewrite
 
@@ -173,9 +173,8 @@ def _write_companions(
 ) -> None:
     """Copy what is not weights; the tokenizer, with its chat template, is the one the adapter was trained with."""
     for folder in (source, adapter):
-        for path in folder.iterdir():
-            skipped = path.name in {"config.json", INDEX_FILE, RECORD, _ADAPTER_CONFIG} or path.suffix == ".html"
-            if path.is_file() and path.suffix != ".safetensors" and not skipped:
+        for path in companions(folder):
+            if path.name not in {"config.json", INDEX_FILE, RECORD, _ADAPTER_CONFIG}:
                 shutil.copyfile(path, target / path.name)
     changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     if dtype is not None:

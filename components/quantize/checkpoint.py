@@ -18,7 +18,7 @@ from components.config import QuantizeConfig
 from components.errors import Tune16Error
 from components.outputs import new_folder, write_record
 from components.quantize.nf4 import quantize_nf4
-from components.references import MODEL_FILES, fetch, parse, read_config
+from components.references import MODEL_FILES, companions, fetch, parse, read_config
 from components.shapes import read_shape
 from components.tensors import INDEX_FILE, StoredTensor, rewrite, weight_files
 
@@ -109,8 +109,8 @@ def _parts(stored: StoredTensor, weight: torch.Tensor, bits: int) -> dict[str, t
 
 def _write_companions(source: Path, folder: Path, base_config: dict[str, Any], bits: int) -> None:
     """Copy what is not weights, and say in config.json how the weights are stored."""
-    for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in {"config.json", INDEX_FILE}:
+    for path in companions(source):
+        if path.name not in {"config.json", INDEX_FILE}:
             shutil.copyfile(path, folder / path.name)
     if bits < 16:
         base_config = {**base_config, "quantization_config": _QUANTIZATION_CONFIG[bits]}

@@ -25,6 +25,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from components.errors import user_errors
 from components.models import choose_dtype, device
 
 
@@ -57,7 +58,7 @@ class Model:
     """A model folder in memory."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=choose_dtype("auto"), device_map={"": device()}, trust_remote_code=False, use_safetensors=True
         )
@@ -153,4 +154,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from components import s3
-from components.errors import Tune16Error
+from components.errors import Tune16Error, is_disk_full
 from components.lease import Lease, TakenOverError, held
 from components.outputs import new_folder, read_json, write_json
 from components.references import file_digest
@@ -196,7 +196,9 @@ class Checkpoints:
                 _sync(partial)
                 check(partial, step, self._made_of)
             _sync(self.folder)
-        except (OSError, DamagedError) as error:
+        except Exception as error:
+            if not isinstance(error, (OSError, DamagedError)) and not is_disk_full(error):
+                raise
             say("train", f"the checkpoint of step {step:,} could not be kept ({error}); training goes on")
             return
         say("train", f"checkpoint of step {step:,} kept, {_size(path) / 2**20:,.0f} MiB")

@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from components.config import ClusterConfig, TrainConfig
 from components.errors import USER_ERROR_EXIT_CODE, Tune16Error
 from components.outputs import read_record
+from components.redaction import protect_output
 from components.steps import TERMINATED_EXIT_CODE, deferred_termination, say
 from components.train.checkpoints import Place
 
@@ -121,6 +122,7 @@ def _work(
     messages: Any,
 ) -> None:
     """One process of the group. All do the same; only the first one speaks, and only its output is kept."""
+    protect_output()
     rank = group.node * config.num_gpus + local_rank
     os.environ |= {
         "RANK": str(rank),

@@ -165,7 +165,7 @@ def _sft_trainer(lesson: Lesson, arguments: SFTConfig, newest: Path | None) -> R
     if fewest(has_bfloat16) != has_bfloat16:
         raise Tune16Error("train.compute_dtype: the nodes' cards differ, and some have no bfloat16. Set it to float16.")
     shared: dict[str, Any] = {
-        "processing_class": AutoTokenizer.from_pretrained(lesson.rows / "tokenizer"),
+        "processing_class": AutoTokenizer.from_pretrained(lesson.rows / "tokenizer", trust_remote_code=False),
         "peft_config": _lora(lesson.config, base),
         "callbacks": [Progress()],
     }
@@ -230,7 +230,7 @@ def _distillation_trainer(lesson: Lesson, arguments: DistillationConfig, newest:
         args=arguments,
         train_dataset=rows,
         eval_dataset=held_out,
-        processing_class=AutoTokenizer.from_pretrained(lesson.rows / "tokenizer"),
+        processing_class=AutoTokenizer.from_pretrained(lesson.rows / "tokenizer", trust_remote_code=False),
         peft_config=_lora(lesson.config, student),
         callbacks=[Progress()],
     )

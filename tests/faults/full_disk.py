@@ -150,13 +150,13 @@ def _is_as_it_was(step: str, before: dict[str, str], after_it: dict[str, str]) -
 
 
 def _is_told(step: str, fault: str, code: int, told: str) -> bool:
-    """Whether one line said what was wrong. A run without its checkpoint may go on as well as end."""
+    """Whether one line said what was wrong. A run that finds no room for its checkpoint goes on without."""
     if fault == "killed":
         return code in (-9, 0)
     if "Traceback" in told:
         return False
-    if step == "checkpoint" and code == 0:
-        return told.count("could not be kept") == 1
+    if step == "checkpoint" and fault == "full":
+        return code == 0 and told.count("could not be kept") == 1
     lines = told.splitlines()
     return code == 2 and lines[-1].startswith("error: ") and not any(line.startswith("error: ") for line in lines[:-1])
 

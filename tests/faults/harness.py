@@ -6,12 +6,15 @@ itself computes nothing: threads do not survive a fork.
 
 import json
 import os
+import platform
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from components.images import VERSION
 
 Moment = Callable[[float], bool]  # told the seconds since the child began: now?
 
@@ -69,11 +72,18 @@ def after(seconds: float) -> Moment:
 
 def report(name: str, figures: dict[str, Any], is_reached: bool, output: Path | None) -> int:
     """Print the figures as one JSON object and keep them in `output`; returns the script's exit code."""
-    text = json.dumps({"script": name, "reached": is_reached, **figures}, indent=2)
+    machine = {"python": platform.python_version(), "cores": os.cpu_count(), "machine": _processor(), "tune16": VERSION}
+    text = json.dumps({"script": name, "reached": is_reached, **figures, "on": machine}, indent=2)
     print(text, flush=True)
     if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text + "\n")
     return 0 if is_reached else 1
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write_model(folder: Path, seed: int = 7) -> None:
