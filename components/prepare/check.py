@@ -1,7 +1,7 @@
 """The check of a data set: one pass over its files, in which every rule looks at every row.
 
-Memory holds 37 bytes per row (four digests, the line and the side), 64 more for each of the first rows, which are
-compared for near duplicates, and the batch at hand.
+Memory holds 38 bytes per row (four digests, the line, the side, whether it is left out), 64 more for each of the first
+rows, which are compared for near duplicates, and the batch at hand.
 """
 
 from array import array
@@ -44,6 +44,7 @@ class Checked:
         self._held_out_below = min(int(share * 2**64), 2**64 - 1)
         self._contents, self._questions, self._bare, self._prompts = (array("Q") for _ in range(4))
         self._lines = array("I")
+        self._has_tokens = bytearray()
         self._files: list[tuple[int, str]] = []  # the first row of each file
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
@@ -53,12 +54,13 @@ class Checked:
     def __len__(self) -> int:
         return len(self._contents)
 
-    def add(self, place: Place, messages: Messages, text: str) -> None:
-        """Take a row in; `text` is its contents, one after the other."""
+    def add(self, place: Place, messages: Messages, text: str, has_tokens: bool) -> None:
+        """Take a row in; `text` is its contents, one after the other. With the template's tokens it is left out."""
         file, line = place
         if not self._files or self._files[-1][1] != file:
             self._files.append((len(self), file))
         self._lines.append(line)
+        self._has_tokens.append(has_tokens)
         keys = row_keys(messages, text)
         self._contents.append(keys.content)
         self._questions.append(keys.question)
@@ -93,6 +95,7 @@ class Checked:
         shares, is_full = self._overlaps.shares(), self._overlaps.is_full
         del self._overlaps  # what follows needs the memory
         self.is_duplicate = ~first_of_each(self._contents)
+        self.is_left_out = self.is_duplicate | np.frombuffer(self._has_tokens, dtype=bool)
         self.is_held_out = self._sides()
         made: Signatures = np.frombuffer(self._signatures, dtype=np.uint8).reshape(-1, 64)
         self.alike = earlier_alike(made)
@@ -108,8 +111,9 @@ class Checked:
         wanted = questions < np.uint64(self._held_out_below)
         is_held_out = wanted.copy()
         is_held_out[wanted] = ~np.isin(bare[wanted], common(bare[wanted], bare[~wanted]))
-        if not is_held_out[~self.is_duplicate].any():
-            return np.asarray(bare == bare[questions.argmin()])
+        if not is_held_out[~self.is_left_out].any():
+            kept = np.flatnonzero(~self.is_left_out)
+            return np.asarray(bare == bare[kept[questions[kept].argmin()]]) if len(kept) else is_held_out
         self._tell(
             "leakage", np.flatnonzero(wanted & ~is_held_out), lambda _: "its question is one of the training rows'."
         )
@@ -206,8 +210,9 @@ def check_rows(
     checked = Checked(form, findings, config.held_out_share)
     for place, row, messages in conversations(files, form, findings):
         text = "\x1f".join([message["content"] for message in messages])
+        num_before = findings.counts["template-token"]
         check_content(place, row, form, messages, text, tokens, findings)
-        checked.add(place, messages, text)
+        checked.add(place, messages, text, has_tokens=findings.counts["template-token"] > num_before)
         if len(checked) % _SAY_EVERY_ROWS == 0:
             tell(f"checked {len(checked):,} rows")
     if len(checked):

@@ -40,6 +40,7 @@ class Counts:
     rows: int = 0
     duplicates: int = 0
     cut: int = 0
+    dropped_template_token: int = 0
     dropped_answer_cut_away: int = 0
     train_rows: int = 0
     held_out_rows: int = 0
@@ -79,7 +80,7 @@ def prepare_dataset(data: str, model: str, output: Path, config: PrepareConfig) 
         with new_folder(output) as folder:
             checked = check_rows(files, config, data, special_tokens(tokenizer, template), _say)
             checked.findings.refuse(data)
-            _refuse_one_question(checked, data)
+            _refuse_too_few(checked, data)
             tokens = Tokens(tokenizer, template, config.max_tokens, checked.findings)
             counts = _write_rows(files, checked, tokens, folder)
             checked.findings.refuse(data)
@@ -88,14 +89,19 @@ def prepare_dataset(data: str, model: str, output: Path, config: PrepareConfig) 
     return counts
 
 
-def _refuse_one_question(checked: Checked, data: str) -> None:
-    if (checked.is_held_out | checked.is_duplicate).all():
+def _refuse_too_few(checked: Checked, data: str) -> None:
+    if checked.is_left_out.all():
+        raise Tune16Error(
+            f"{data}: every row has a token of the chat template in it. `tune16 data check --fix` mends it."
+        )
+    if (checked.is_held_out | checked.is_left_out).all():
         raise Tune16Error(f"{data}: all rows ask the same question, so none can be held out. Add different rows.")
 
 
 def _write_rows(files: list[Path], checked: Checked, tokens: Tokens, folder: Path) -> Counts:
     """Tokenise and write all rows."""
-    counts = Counts(rows=len(checked), duplicates=int(checked.is_duplicate.sum()))
+    num_duplicates, num_left_out = int(checked.is_duplicate.sum()), int(checked.is_left_out.sum())
+    counts = Counts(len(checked), num_duplicates, dropped_template_token=num_left_out - num_duplicates)
     with closing(RowFile(folder / "train.parquet")) as train, closing(RowFile(folder / "held_out.parquet")) as held_out:
         for batch in token_batches(files, checked, tokens):
             for file, side in ((train, "train"), (held_out, "held_out")):
@@ -134,7 +140,7 @@ def token_batches(files: list[Path], checked: Checked, tokens: Tokens) -> Iterat
 
 def _kept_rows(files: list[Path], checked: Checked) -> Iterator[PlacedRow]:
     for number, (place, _, messages) in enumerate(conversations(files, checked.form, Findings())):
-        if not checked.is_duplicate[number]:
+        if not checked.is_left_out[number]:
             yield PlacedRow(place, messages, bool(checked.is_held_out[number]))
 
 
@@ -166,9 +172,10 @@ def _finish(
     for line in [*(f"warning: {findings.summary(rule)}" for rule in findings.rules("warning")), *findings.notes]:
         _say(line)
     counts = prepared.counts
+    dropped = counts.dropped_template_token + counts.dropped_answer_cut_away
     _say(
         f"{counts.train_rows:,} rows to train on with {counts.train_tokens:,} tokens, {counts.held_out_rows:,} held "
-        f"out; {counts.duplicates:,} duplicates, {counts.cut:,} cut, {counts.dropped_answer_cut_away:,} dropped",
+        f"out; {counts.duplicates:,} duplicates, {counts.cut:,} cut, {dropped:,} dropped",
     )
 
 

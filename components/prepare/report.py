@@ -22,6 +22,7 @@ def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
     rows = [
         ("Rows read", counts.rows),
         ("Exact duplicates left out", counts.duplicates),
+        ("Left out because a token of the template stands in them", counts.dropped_template_token),
         ("Left out because the cut took the whole answer", counts.dropped_answer_cut_away),
         ("Cut at the end", counts.cut),
         ("Rows to train on", counts.train_rows),

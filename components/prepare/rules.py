@@ -60,8 +60,8 @@ RULES: dict[str, Rule] = {
     "lone-surrogate": _error(
         "Remove it, or write the whole pair: half a surrogate pair is no character; --fix removes it."
     ),
-    "template-token": _error(
-        "Remove it: it would be read as the template's own. --fix does. --model checks only what this model reads so."
+    "template-token": _warning(
+        "The row is left out, since the token would be read as the template's own. --fix takes out the token alone."
     ),
     # The content.
     "duplicate": _warning("Only the first of them is trained on."),

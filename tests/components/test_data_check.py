@@ -64,11 +64,11 @@ def test_well_formed_files_have_no_fault(tmp_path: Path, form: str, suffix: str,
         ({"conversations": [{"from": "human", "value": ""}]}, "empty-content", "conversations[0].value"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "roles-out-of-order", "conversations[0].value"),
         ({"instruction": "a", "output": "b\0"}, "nul", "output"),
-        ({"instruction": "a", "output": "b", "system": "</s>"}, "template-token", "system"),
+        ({"instruction": "a", "output": "b", "system": "c\0"}, "nul", "system"),
         (_pair("a", "\ud83d"), "lone-surrogate", "completion"),
         (_pair("a") | {"prompt": [{"role": "user", "content": 5}]}, "wrong-type", "prompt[0].content"),
         (_pair("a") | {"deep": [{"x": float("nan")}]}, "not-a-number", "deep[0].x"),
-        ({"text": "[INST] a [/INST] <|im_end|>"}, "template-token", "text"),
+        ({"text": "[INST] a [/INST] b\0"}, "nul", "text"),
     ],
 )  # fmt: skip
 def test_faults_have_line_and_path(tmp_path: Path, row: dict[str, Any], rule: str, path: str) -> None:
@@ -235,6 +235,15 @@ def test_with_a_model_only_its_tokens_count(tmp_path: Path, make_model: Callable
     assert check_data(str(path), PrepareConfig(), str(make_model("llama"))).findings.counts["template-token"] == 1
 
 
+def test_rows_with_the_templates_tokens_are_left_out(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    path = _write(tmp_path / "rows.jsonl", *make_rows(random.Random(1), 30), _pair("a</s>", "b"), _pair("c", "<s>"))
+    counts = prepare_dataset(str(path), str(make_model("llama")), tmp_path / "out", PrepareConfig())
+    assert (counts.rows, counts.dropped_template_token, counts.train_rows + counts.held_out_rows) == (32, 2, 30)
+    _write(path, _pair("a</s>", "b"), _pair("c", "<s>"))
+    with pytest.raises(Tune16Error, match="every row has a token of the chat template in it"):
+        prepare_dataset(str(path), str(make_model("llama")), tmp_path / "out", PrepareConfig())
+
+
 def test_fix_mends_what_it_can_and_says_so(tmp_path: Path) -> None:
     kept = make_rows(random.Random(1), 5)
     path = tmp_path / "rows.jsonl"
@@ -280,9 +289,9 @@ def test_the_command_in_all_its_outputs(tmp_path: Path) -> None:
     path = _write(tmp_path / "rows.jsonl", *make_rows(random.Random(1), 5), {"prompt": "[/INST]", "completion": "x"})
     ended = CliRunner().invoke(app, ["data", "check", str(path), "--json", "--report", str(tmp_path / "r.html")])
     assert json.loads(ended.stdout)["rules"]["template-token"]["places"][0]["line"] == 6
-    assert isinstance(ended.exception, Tune16Error)
+    assert ended.exit_code == 0
     assert "rows.jsonl:6: prompt" in (tmp_path / "r.html").read_text()
     ended = CliRunner().invoke(app, ["data", "check", str(path)])
-    assert "template-token" in ended.stdout and "6 rows that can be read, 1 errors" in ended.stdout
+    assert "template-token" in ended.stdout and "6 rows that can be read, 0 errors, 1 warnings" in ended.stdout
     good = _write(tmp_path / "good.jsonl", *make_rows(random.Random(1), 5))
     assert CliRunner().invoke(app, ["data", "check", str(good)]).exit_code == 0

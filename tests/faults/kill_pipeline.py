@@ -106,7 +106,7 @@ def _run(runs: Path, recipe: Recipe) -> None:
 
 
 def _published(run: Path) -> dict[str, str]:
-    """SHA-256 of every file of the champion that tells no seconds, by its path; one version there is, and nothing beside it."""
+    """SHA-256 of every file of the champion that tells no seconds; nothing lies beside it."""
     with S3Server(run / "s3") as server, s3.environment(server.environment(BUCKET)):
         champion = versions.read_champion(PATH)
         assert champion and champion.number == 1
