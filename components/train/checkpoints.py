@@ -24,19 +24,14 @@ from typing import Any
 from components import s3
 from components.errors import Tune16Error, is_disk_full
 from components.lease import Lease, TakenOverError, held
-from components.outputs import new_folder, read_json, write_json
-from components.references import file_digest
+from components.outputs import new_folder
 from components.steps import say
+from components.train.seal import SEAL, DamagedError, check, name_of, seal, step_of, sync
 
 FOLDER_VARIABLE = "TUNE16_CHECKPOINTS"  # where checkpoints are kept on a disk that outlives the step: a mounted PVC
-SEAL = "checkpoint.json"
 _LOCK, _FETCH_LOCK = ".lock", ".fetch"
 _NUM_KEPT = 2  # the second newest stands in where the newest is found damaged
 _STALE_SECONDS = 7 * 86400.0
-
-
-class DamagedError(Exception):
-    """A checkpoint that cannot be used, and why."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +155,7 @@ class Checkpoints:
             try:
                 return self._checked(step)
             except DamagedError:
-                path = self.folder / _name(step)
+                path = self.folder / name_of(step)
             with new_folder(path) as partial:
                 for stored in s3.list_objects(s3.default_bucket(), f"{self.prefix}/{path.name}/"):
                     s3.download(s3.default_bucket(), stored.key, partial / Path(stored.key).name)
@@ -188,14 +183,12 @@ class Checkpoints:
             say("train", f"the storage does not answer, so the checkpoint may stay on this disk: {error}")
 
     def _write(self, step: int, write: Callable[[Path], None]) -> None:
-        path = self.folder / _name(step)
+        path = self.folder / name_of(step)
         try:
             with new_folder(path) as partial:
                 write(partial)
-                write_json(partial / SEAL, {"step": step, "made_of": self._made_of, "files": _describe(partial)})
-                _sync(partial)
-                check(partial, step, self._made_of)
-            _sync(self.folder)
+                seal(partial, step, self._made_of)
+            sync(self.folder)
         except Exception as error:
             if not isinstance(error, (OSError, DamagedError)) and not is_disk_full(error):
                 raise
@@ -211,7 +204,7 @@ class Checkpoints:
         steps = sorted(_steps(self.folder))
         if not self.prefix or not steps:
             return
-        path = self.folder / _name(steps[-1])
+        path = self.folder / name_of(steps[-1])
         try:
             remote = self._remote_steps()
             if steps[-1] in remote:
@@ -219,12 +212,12 @@ class Checkpoints:
             for file in sorted(path.iterdir(), key=lambda file: file.name == SEAL):
                 s3.upload(file, s3.default_bucket(), f"{self.prefix}/{path.name}/{file.name}")
             for step in sorted(remote)[: 1 - _NUM_KEPT or None]:
-                _remove_objects(f"{self.prefix}/{_name(step)}/")
+                _remove_objects(f"{self.prefix}/{name_of(step)}/")
         except (OSError, Tune16Error) as error:
             say("train", f"the checkpoint of step {steps[-1]:,} is on this disk only: {error}")
 
     def _checked(self, step: int) -> Path:
-        path = self.folder / _name(step)
+        path = self.folder / name_of(step)
         check(path, step, self._made_of)
         return path
 
@@ -239,47 +232,7 @@ class Checkpoints:
         """Keep the newest ones, and the one that is on its way to S3: a name that is gone ends no upload silently."""
         if self._uploading is None or self._uploading.done():
             for step in sorted(_steps(self.folder))[:-_NUM_KEPT]:
-                _remove_folder(self.folder / _name(step))
-
-
-def check(path: Path, step: int, made_of: dict[str, Any]) -> None:
-    """See that a checkpoint is whole and this run's.
-
-    Raises:
-        DamagedError: it is not; says why.
-    """
-    try:
-        seal = read_json(path / SEAL)
-        files, other = seal["files"], seal["made_of"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"its {SEAL} cannot be read ({type(error).__name__})") from None
-    if other != made_of:
-        names = sorted(name for name in made_of | other if made_of.get(name) != other.get(name))
-        raise DamagedError(f"it belongs to another run, with other {', '.join(names)}")
-    if seal["step"] != step:
-        raise DamagedError(f"it is of step {seal['step']:,}")
-    for file in files:
-        target = path / file["path"]
-        if not target.is_file():
-            raise DamagedError(f"its file {file['path']} is missing")
-        if target.stat().st_size != file["size"] or file_digest(target) != file["sha256"]:
-            raise DamagedError(f"its file {file['path']} is damaged: the SHA-256 differs")
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder."""
-    return int(path.name.removeprefix("step-"))
-
-
-def _describe(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {"path": file.name, "size": file.stat().st_size, "sha256": file_digest(file)}
-        for file in sorted(folder.iterdir())
-    ]
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
+                _remove_folder(self.folder / name_of(step))
 
 
 def _steps(folder: Path) -> list[int]:
@@ -288,17 +241,6 @@ def _steps(folder: Path) -> list[int]:
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder and its files to the disk itself: a node that fails loses what only its memory has."""
-    for path in (*folder.glob("*"), folder):
-        if path.is_file() or path == folder:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 def _remove_folder(path: Path) -> None:

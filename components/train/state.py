@@ -21,7 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from components.outputs import read_json
 from components.steps import Termination
-from components.train.checkpoints import Checkpoints, step_of
+from components.train.checkpoints import Checkpoints
+from components.train.seal import step_of
 
 _TENSORS, _STATE, _TRAINER_STATE = "state.safetensors", "state.json", "trainer_state.json"
 _OPTIMIZER = "optimizer"

@@ -21,9 +21,10 @@ from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.references import file_digest
 from components.steps import TERMINATED_EXIT_CODE
-from components.train.checkpoints import FOLDER_VARIABLE, SEAL, Checkpoints, Place
+from components.train.checkpoints import FOLDER_VARIABLE, Checkpoints, Place
 from components.train.launch import train
 from components.train.progress import Progress
+from components.train.seal import SEAL
 
 training = [
     pytest.mark.slow,
@@ -156,6 +157,9 @@ def test_the_newest_is_taken_and_old_ones_go(kept: Checkpoints, capsys: pytest.C
         (lambda path: _change(path / SEAL, made_of={**FACTS, "model": "other"}), "another run, with other model"),
         (lambda path: _change(path / SEAL, made_of={**FACTS, "data": "other"}), "another run, with other data"),
         (lambda path: _change(path / SEAL, step=2), "it is of step 2"),
+        (lambda path: _change(path / SEAL, step=None), "its checkpoint.json cannot be read"),
+        (lambda path: _change(path / SEAL, made_of=3), "its checkpoint.json cannot be read"),
+        (lambda path: _change(path / SEAL, files=["state.json"]), "its checkpoint.json cannot be read"),
     ],
 )
 def test_a_damaged_one_is_passed_over_and_said(

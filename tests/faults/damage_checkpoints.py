@@ -15,10 +15,10 @@ import peft  # noqa: F401
 
 from components import s3
 from components.config import TrainConfig
-from components.outputs import read_json, read_record
+from components.outputs import read_record
 from components.references import file_digest
-from components.train.checkpoints import SEAL, step_of
 from components.train.launch import train
+from components.train.seal import SEAL, step_of
 from components.train.trainer import train_adapter  # noqa: F401
 from pipelines.s3server import S3Server
 from tests.faults.harness import child, report, write_lesson
@@ -133,7 +133,7 @@ def _zero(path: Path, rng: random.Random) -> None:
 
 
 def _flip(path: Path, rng: random.Random) -> None:
-    file = path / rng.choice([found["path"] for found in read_json(path / SEAL)["files"]])
+    file = _some_file(path, rng)
     content = bytearray(file.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)

@@ -1,0 +1,77 @@
+"""A checkpoint's folder: sealed with the hashes of its files, and checked before anybody goes on from it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from components.outputs import read_json, write_json
+from components.references import file_digest
+
+SEAL = "checkpoint.json"
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be used, and why."""
+
+
+def seal(folder: Path, step: int, made_of: dict[str, Any]) -> None:
+    """Write the seal of the files in a folder, bring all to the disk itself, and read them back.
+
+    Raises:
+        DamagedError: what can be read is not what was written.
+    """
+    write_json(folder / SEAL, {"step": step, "made_of": made_of, "files": _describe(folder)})
+    sync(folder)
+    check(folder, step, made_of)
+
+
+def check(path: Path, step: int, made_of: dict[str, Any]) -> None:
+    """See that a checkpoint is whole and this run's.
+
+    Raises:
+        DamagedError: it is not; says why.
+    """
+    try:
+        content = read_json(path / SEAL)
+        files = [(str(file["path"]), file["size"], file["sha256"]) for file in content["files"]]
+        other, its_step = dict(content["made_of"]), int(content["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"its {SEAL} cannot be read ({type(error).__name__})") from None
+    if other != made_of:
+        names = sorted(name for name in made_of | other if made_of.get(name) != other.get(name))
+        raise DamagedError(f"it belongs to another run, with other {', '.join(names)}")
+    if its_step != step:
+        raise DamagedError(f"it is of step {its_step:,}")
+    for name, size, sha256 in files:
+        if not (path / name).is_file():
+            raise DamagedError(f"its file {name} is missing")
+        if (path / name).stat().st_size != size or file_digest(path / name) != sha256:
+            raise DamagedError(f"its file {name} is damaged: the SHA-256 differs")
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _describe(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {"path": file.name, "size": file.stat().st_size, "sha256": file_digest(file)}
+        for file in sorted(folder.iterdir())
+    ]
+
+
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def sync(folder: Path) -> None:
+    """Bring a folder and its files to the disk itself: a node that fails loses what only its memory has."""
+    for path in (*folder.glob("*"), folder):
+        if path.is_file() or path == folder:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
