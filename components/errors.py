@@ -27,16 +27,13 @@ def user_errors() -> Iterator[None]:
 
     A full disk, a folder that may not be written, and a lack of memory count as the user's: wherever they strike, the
     output folder in the making has been removed by then (see :func:`components.outputs.new_folder`) and an earlier
-    output stays whole. Neither message nor traceback shows
-    a secret.
+    output stays whole. Neither message nor traceback shows a secret.
     """
     protect_output()
     try:
         yield
-    except Tune16Error as error:
-        message = str(error)
     except Exception as error:
-        message = _of_machine(error)
+        message = message_of(error)
         if not message:
             raise
     else:
@@ -46,8 +43,10 @@ def user_errors() -> Iterator[None]:
     raise SystemExit(USER_ERROR_EXIT_CODE)
 
 
-def _of_machine(error: Exception) -> str:
-    """What to do where the machine lacks something; empty where the fault is our own."""
+def message_of(error: Exception) -> str:
+    """What was wrong and what to do, by a person or by the machine; empty where the fault is our own."""
+    if isinstance(error, Tune16Error):
+        return str(error)
     if is_disk_full(error):
         scratch = tempfile.tempdir or "/tmp"  # asked for anew, it would be looked for on the full disk
         return (

@@ -1,4 +1,4 @@
-"""Leases in S3: who holds one is alone at something, and one who has died holds none for long.
+"""Leases in S3, and locks on a disk: who holds one is alone at something, and who has died holds none for long.
 
     <prefix>/lease/000007.json     made by a conditional write, renewed by its holder alone; the highest number counts
 
@@ -7,6 +7,7 @@ process on this very machine the system knows at once. Who takes over makes the 
 win; the one before sees that number and stops (a fencing token, as in Chubby, https://research.google/pubs/pub27897).
 """
 
+import fcntl
 import json
 import os
 import threading
@@ -88,6 +89,25 @@ def held(prefix: str, what: str) -> Iterator[Lease]:
         yield lease
     finally:
         lease.release()
+
+
+@contextmanager
+def locked(path: Path, what: str = "") -> Iterator[None]:
+    """Hold a file's lock, which the system takes back from a process that dies.
+
+    Args:
+        path: the file, which is made.
+        what: is alone with it; begins the refusal. Without it, a lock that another process holds is waited for.
+
+    Raises:
+        Tune16Error: another process holds it.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if what else 0))
+        except BlockingIOError:
+            raise Tune16Error(f"{what}: another process on this disk is at it. Wait for its end, or stop it.") from None
+        yield
 
 
 def _take(bucket: str, prefix: str, what: str) -> int:

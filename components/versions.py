@@ -273,11 +273,9 @@ def _changed(address: str) -> Tune16Error:
 def remove(path: str, version: str) -> int:
     """Remove a version, its manifest first, so that no reader takes the rest for one; returns the number of files."""
     bucket, prefix = s3.default_bucket(), f"{path}/{version}/"
-    keys = [stored.key for stored in s3.list_objects(bucket, prefix)]
-    for key in sorted(keys, key=lambda key: key != f"{prefix}{MANIFEST}"):
-        s3.delete(bucket, key)
+    num_files = s3.delete_folder(bucket, prefix, first=MANIFEST)
     s3.abort_uploads(bucket, prefix)
-    return len(keys)
+    return num_files
 
 
 def describe_files(folder: Path) -> list[dict[str, Any]]:

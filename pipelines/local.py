@@ -5,7 +5,6 @@ run's folder. Training itself goes on from its newest checkpoint, in the run's b
 """
 
 import contextlib
-import fcntl
 import io
 import os
 import re
@@ -22,6 +21,7 @@ from kfp import local
 from components.config import CONFIG_OF_STEP, Recipe, form_values
 from components.errors import Tune16Error
 from components.images import VERSION
+from components.lease import locked
 from components.outputs import new_folder, read_json, write_json
 from components.redaction import redacted
 from components.steps import PARENT_VARIABLE
@@ -80,7 +80,7 @@ def run_locally(recipe: Recipe, folder: Path, show: Callable[[str, str], None]) 
     run = LocalRun(folder)
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder), storage(folder / "s3"), s3.environment({PARENT_VARIABLE: str(os.getpid())}):
+    with _alone_at(folder), storage(folder / "s3"), s3.environment({PARENT_VARIABLE: str(os.getpid())}):
         _recall(run)
         _write_state(folder, recipe, finished=False)
         with (folder / LOG).open("a", encoding="utf-8") as log:
@@ -99,7 +99,7 @@ def find_interrupted(runs: Path, recipe: Recipe) -> Path | None:
     """The newest run of this very recipe that has not come to its end and that no process is at."""
     wanted = _state(recipe, finished=False)
     for state in sorted(runs.glob(f"*/{_STATE}"), key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(Tune16Error, ValueError), _held(state.parent):
+        with contextlib.suppress(Tune16Error, ValueError), _alone_at(state.parent):
             if read_json(state) == wanted:
                 return state.parent
     return None
@@ -115,19 +115,8 @@ def _write_state(folder: Path, recipe: Recipe, finished: bool) -> None:
     partial.rename(folder / _STATE)
 
 
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Be the only process at a run; the system takes the lock back from one that dies.
-
-    Raises:
-        Tune16Error: another process is at it.
-    """
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Tune16Error(f"{folder}: another process is at this run. Wait for its end, or stop it.") from None
-        yield
+def _alone_at(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return locked(folder / _LOCK, f"the run {folder}")
 
 
 def _recall(run: LocalRun) -> None:

@@ -1,6 +1,6 @@
 """The check of a data set: one pass over its files, in which every rule looks at every row.
 
-Memory holds 38 bytes per row (four digests, the line, the side, whether it is left out), 64 more for each of the first
+Memory holds 46 bytes per row (five digests, the line, the side, whether it is left out), 64 more for each of the first
 rows, which are compared for near duplicates, and the batch at hand.
 """
 
@@ -42,7 +42,7 @@ class Checked:
         self.form = form
         self.findings = findings
         self._held_out_below = min(int(share * 2**64), 2**64 - 1)
-        self._contents, self._questions, self._bare, self._prompts = (array("Q") for _ in range(4))
+        self._contents, self._normal, self._questions, self._bare, self._prompts = (array("Q") for _ in range(5))
         self._lines = array("I")
         self._has_tokens = bytearray()
         self._files: list[tuple[int, str]] = []  # the first row of each file
@@ -63,6 +63,7 @@ class Checked:
         self._has_tokens.append(has_tokens)
         keys = row_keys(messages, text)
         self._contents.append(keys.content)
+        self._normal.append(keys.normal)
         self._questions.append(keys.question)
         self._bare.append(keys.bare)
         self._prompts.append(keys.prompt)
@@ -140,7 +141,7 @@ class Checked:
     def _tell_answers(self) -> None:
         """Rows whose question another row asks too, and answers otherwise."""
         prompts = np.frombuffer(self._prompts, dtype=np.uint64)
-        other = ~first_of_each(self._prompts) & ~self.is_duplicate
+        other = ~first_of_each(self._prompts) & first_of_each(self._normal)
         self._tell(
             "different-answers",
             np.flatnonzero(other),

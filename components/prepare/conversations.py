@@ -38,8 +38,7 @@ def _with_known_keys(
         if not row.keys() <= known:
             for key in sorted(row.keys() - known - unknown) if len(unknown) < _MOST_KEYS else ():
                 unknown.add(key)
-                findings.add(place, "unknown-key", f"{quoted(key)} is no key of the form {form}.", path_key(key))
-                findings.count("unknown-key", -1)
+                findings.show(place, "unknown-key", f"{quoted(key)} is no key of the form {form}.", path_key(key))
             findings.count("unknown-key", 1)
         yield place, row
 

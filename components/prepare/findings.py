@@ -46,7 +46,11 @@ class Findings:
 
     def add(self, place: Place, rule: str, message: str, path: str = "") -> None:
         """Note one fault at `place`, and at the JSON path `path` there."""
-        self.counts[rule] += 1
+        self.count(rule, 1)
+        self.show(place, rule, message, path)
+
+    def show(self, place: Place, rule: str, message: str, path: str = "") -> None:
+        """Tell the place of a fault that is counted elsewhere."""
         shown = self._shown.setdefault(rule, [])
         if len(shown) < self.num_shown:
             shown.append(Finding(*place, path, rule, message))

@@ -21,11 +21,13 @@ _PUNCTUATION = ".,;:!?\"'"
 class RowKeys(NamedTuple):
     """The digests of one row.
 
-    `content`: all of it, as it is. `question`: system message and first question, case and spaces aside. `bare`: the
-    first question alone, punctuation around its words aside too. `prompt`: everything before the last answer.
+    `content`: all of it, as it is. `normal`: the same, case and spaces aside. `question`: system message and first
+    question, case and spaces aside. `bare`: the first question alone, punctuation around its words aside too.
+    `prompt`: everything before the last answer.
     """
 
     content: int
+    normal: int
     question: int
     bare: int
     prompt: int
@@ -40,7 +42,7 @@ def row_keys(messages: Messages, text: str) -> RowKeys:
     is_single = len(messages) == 2 + has_system
     asked = _digest(question)
     prompt = asked if is_single else _digest(normal(text[: -len(messages[-1]["content"])]))
-    return RowKeys(_digest(exact), asked, _digest(bare), prompt)
+    return RowKeys(_digest(exact), _digest(normal(exact)), asked, _digest(bare), prompt)
 
 
 def normal(text: str) -> str:

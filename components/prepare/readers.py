@@ -25,7 +25,6 @@ Row = dict[str, Any]
 _BLOCK = 1 << 20
 _PARQUET_BATCH = 256  # rows; a dictionary lets few bytes stand for many long values
 _SPACE = re.compile(r"[ \t\r\n]*")
-_SPACE_OR_COMMA = re.compile(r"[ \t\r\n,]*")
 
 
 def read_rows(files: list[Path], findings: Findings) -> Iterator[tuple[Place, Row]]:
@@ -82,24 +81,27 @@ def _first_character(path: Path, compression: str) -> bytes:
 def _read_array(path: Path, compression: str, findings: Findings) -> Iterator[tuple[Place, Row]]:
     """The elements of one JSON array, decoded as the text streams by."""
     json_ = StrictDecoder()
-    text, line, inside = "", 1, False
+    text, line, due = "", 1, "["  # what comes next: "[", the first row or none, a comma or the end, a row
     lines = read_lines(path, compression, findings)
     while True:
         block, ended = _take(lines)
         text += block
         position = 0
         while True:
-            skip = (_SPACE_OR_COMMA if inside else _SPACE).match(text, position).end()  # type: ignore[union-attr]
+            skip = _SPACE.match(text, position).end()  # type: ignore[union-attr]
             line += text.count("\n", position, skip)
             position = skip
             if position == len(text):
                 break
-            if not inside:
-                position, inside = position + 1, True
+            if text[position] == due:
+                position, due = position + 1, "first" if due == "[" else "row"
                 continue
-            if text[position] == "]":
+            if text[position] == "]" and due in ("first", ","):
                 _refuse_rest(text[position + 1 :], (path.name, line), lines, findings)
                 return
+            if due == ",":
+                findings.add((path.name, line), "broken-json", "no comma stands before this row.")
+                due = "row"
             try:
                 row, end = json_.raw_decode(text, position)
             except (ValueError, RecursionError) as error:
@@ -109,7 +111,7 @@ def _read_array(path: Path, compression: str, findings: Findings) -> Iterator[tu
                 break
             yield from _row((path.name, line), row, json_, findings)
             line += text.count("\n", position, end)
-            position = end
+            position, due = end, ","
         text = text[position:]
         if ended:
             findings.add((path.name, line), "truncated", "the array does not end: ']' is missing.")

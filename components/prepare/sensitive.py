@@ -104,7 +104,13 @@ PATTERNS = (
     Pattern("secret", "an OpenAI key", "[OPENAI_KEY]", "sk-", _pattern(r"sk-(?<!\w...)[\w-]{20,}"), _has_digit),
     Pattern("secret", "a Slack token", "[SLACK_TOKEN]", "xox", _pattern(r"xox[abeoprs]-[A-Za-z0-9-]{10,}")),
     Pattern("secret", "a Google key", "[GOOGLE_KEY]", "AIza", _pattern(r"AIza[\w-]{35}(?![\w-])")),
-    Pattern("secret", "a JSON web token", "[WEB_TOKEN]", "eyJ", _pattern(r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}")),
+    Pattern(
+        "secret",
+        "a JSON web token",
+        "[WEB_TOKEN]",
+        "eyJ",
+        _pattern(r"eyJ(?<![\w-]...)[\w-]{8,4096}\.[\w-]{8,4096}\.[\w-]{8,4096}"),
+    ),
     Pattern(
         "secret", "a bearer token", "[BEARER_TOKEN]", "earer ", _pattern(r"[Bb]earer +[\w.~+/=-]{20,}"), _has_digit
     ),

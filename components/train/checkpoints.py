@@ -8,10 +8,10 @@ The run key is a hash of everything that decides the result, so that a run never
 pipeline step gets no warning before it is killed; what is written here every few minutes is all that will be left.
 """
 
-import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,15 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from components import s3
-from components.errors import Tune16Error, is_disk_full
-from components.lease import Lease, TakenOverError, held
+from components.errors import Tune16Error
+from components.lease import Lease, TakenOverError, held, locked
 from components.outputs import new_folder
 from components.steps import say
 from components.train.seal import SEAL, DamagedError, check, name_of, seal, step_of, sync
 
 FOLDER_VARIABLE = "TUNE16_CHECKPOINTS"  # where checkpoints are kept on a disk that outlives the step: a mounted PVC
 _LOCK, _FETCH_LOCK = ".lock", ".fetch"
+_KEY = re.compile(r"[0-9a-f]{16}")  # of a run
+_OF_RUN = re.compile(rf"{_KEY.pattern}/(step-\d+|lease)/[^/]+")  # an object's key, below the folder of all runs
 _NUM_KEPT = 2  # the second newest stands in where the newest is found damaged
 _STALE_SECONDS = 7 * 86400.0
 
@@ -74,6 +78,7 @@ class Checkpoints:
         self._uploader: ThreadPoolExecutor
         self._writing: Future[None] | None = None
         self._uploading: Future[None] | None = None
+        self._on_its_way = -1  # the step that is being copied to S3
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -85,7 +90,7 @@ class Checkpoints:
         what = f"train: the run {self.key}, with the same model, data and settings"
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            stack.enter_context(_locked(self.folder / _LOCK, refusal=f"{what}: another process on this disk is at it."))
+            stack.enter_context(locked(self.folder / _LOCK, what))
             self._lease = stack.enter_context(held(self.prefix, what) if self.prefix else nullcontext())
             _remove_remains(self.folder)
             try:
@@ -117,32 +122,40 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until the last checkpoint is kept, in S3 as well."""
-        for work in (self._writing, self._uploading):
-            if work:
-                work.result()
-        self._upload_newest()
+        if self._writing:
+            self._writing.result()
+        if self._uploading:
+            self._uploading.result()
 
     def newest(self, in_s3_only: bool = False) -> Path | None:
         """The newest whole checkpoint, brought to this disk; says which was taken, and which were not and why.
+
+        Damaged ones are removed: they would be taken for newer than those that are still to come.
 
         Args:
             in_s3_only: take none that lies on this disk alone, since other nodes need it too.
         """
         local, remote = set(_steps(self.folder)), self._remote_steps()
         for step in sorted(local | remote, reverse=True):
-            for place in ("this disk", "S3"):
-                if (place == "this disk" and (in_s3_only or step not in local)) or (
-                    place == "S3" and step not in remote
-                ):
-                    continue
-                try:
-                    path = self._checked(step) if place == "this disk" else self.fetch(step)
-                except (DamagedError, Tune16Error) as error:
-                    say("train", f"skipped the checkpoint of step {step:,} on {place}: {error}")
-                    continue
-                say("train", f"going on from the checkpoint of step {step:,} on {place}")
+            path = None
+            if step in local and not in_s3_only:
+                path = self._tried(step, "this disk", self._checked, lambda step: _remove_folder(self._path(step)))
+            if step in remote and path is None:
+                path = self._tried(step, "S3", self.fetch, self._remove_from_s3)
+            if path:
                 return path
         return None
+
+    def _tried(self, step: int, place: str, take: Callable[[int], Path], remove: Callable[[int], None]) -> Path | None:
+        try:
+            path = take(step)
+        except (DamagedError, Tune16Error) as error:
+            say("train", f"skipped the checkpoint of step {step:,} on {place}: {error}")
+            if isinstance(error, DamagedError):
+                remove(step)
+            return None
+        say("train", f"going on from the checkpoint of step {step:,} on {place}")
+        return path
 
     def fetch(self, step: int) -> Path:
         """The checkpoint of a step, from S3 where this disk has no whole one.
@@ -151,11 +164,11 @@ class Checkpoints:
             DamagedError: it is not what was kept.
             Tune16Error: the storage cannot be read.
         """
-        with _locked(self.folder / _FETCH_LOCK):
-            try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(step)
+        with locked(self.folder / _FETCH_LOCK):
+            with suppress(DamagedError):
                 return self._checked(step)
-            except DamagedError:
-                path = self.folder / name_of(step)
             with new_folder(path) as partial:
                 for stored in s3.list_objects(s3.default_bucket(), f"{self.prefix}/{path.name}/"):
                     s3.download(s3.default_bucket(), stored.key, partial / Path(stored.key).name)
@@ -183,20 +196,18 @@ class Checkpoints:
             say("train", f"the storage does not answer, so the checkpoint may stay on this disk: {error}")
 
     def _write(self, step: int, write: Callable[[Path], None]) -> None:
-        path = self.folder / name_of(step)
+        path = self._path(step)
         try:
             with new_folder(path) as partial:
                 write(partial)
                 seal(partial, step, self._made_of)
             sync(self.folder)
-        except Exception as error:
-            if not isinstance(error, (OSError, DamagedError)) and not is_disk_full(error):
-                raise
+        except (OSError, SafetensorError, DamagedError) as error:
             say("train", f"the checkpoint of step {step:,} could not be kept ({error}); training goes on")
             return
         say("train", f"checkpoint of step {step:,} kept, {_size(path) / 2**20:,.0f} MiB")
         self._remove_old()
-        if self.prefix and (self._uploading is None or self._uploading.done()):
+        if self.prefix:
             self._uploading = self._uploader.submit(self._upload_newest)
 
     def _upload_newest(self) -> None:
@@ -204,20 +215,24 @@ class Checkpoints:
         steps = sorted(_steps(self.folder))
         if not self.prefix or not steps:
             return
-        path = self.folder / name_of(steps[-1])
+        self._on_its_way = steps[-1]
+        path = self._path(steps[-1])
         try:
             remote = self._remote_steps()
             if steps[-1] in remote:
                 return
             for file in sorted(path.iterdir(), key=lambda file: file.name == SEAL):
                 s3.upload(file, s3.default_bucket(), f"{self.prefix}/{path.name}/{file.name}")
-            for step in sorted(remote)[: 1 - _NUM_KEPT or None]:
-                _remove_objects(f"{self.prefix}/{name_of(step)}/")
+            for step in sorted(remote)[: -(_NUM_KEPT - 1)]:
+                self._remove_from_s3(step)
         except (OSError, Tune16Error) as error:
             say("train", f"the checkpoint of step {steps[-1]:,} is on this disk only: {error}")
 
+    def _path(self, step: int) -> Path:
+        return self.folder / name_of(step)
+
     def _checked(self, step: int) -> Path:
-        path = self.folder / name_of(step)
+        path = self._path(step)
         check(path, step, self._made_of)
         return path
 
@@ -229,10 +244,14 @@ class Checkpoints:
         return {step_of(Path(key).parent) for key in keys if key.endswith(f"/{SEAL}")}
 
     def _remove_old(self) -> None:
-        """Keep the newest ones, and the one that is on its way to S3: a name that is gone ends no upload silently."""
-        if self._uploading is None or self._uploading.done():
-            for step in sorted(_steps(self.folder))[:-_NUM_KEPT]:
-                _remove_folder(self.folder / name_of(step))
+        """Keep the newest ones, and the one that is on its way to S3."""
+        is_uploading = self._uploading is not None and not self._uploading.done()
+        for step in sorted(_steps(self.folder))[:-_NUM_KEPT]:
+            if step != self._on_its_way or not is_uploading:
+                _remove_folder(self._path(step))
+
+    def _remove_from_s3(self, step: int) -> None:
+        s3.delete_folder(s3.default_bucket(), f"{self.prefix}/{name_of(step)}/", first=SEAL)
 
 
 def _steps(folder: Path) -> list[int]:
@@ -262,7 +281,8 @@ def _remove_remains(folder: Path) -> None:
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
     for run in folder.parent.iterdir():
-        if run != folder and run.is_dir() and time.time() - run.stat().st_mtime > _STALE_SECONDS:
+        is_run = _KEY.fullmatch(run.name) and (run / _LOCK).is_file()
+        if is_run and run != folder and time.time() - run.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(run, ignore_errors=True)
 
 
@@ -271,32 +291,11 @@ def _remove_stale(prefix: str) -> None:
     try:
         newest: dict[str, float] = {}
         for stored in s3.list_objects(s3.default_bucket(), f"{prefix}/"):
-            run = stored.key.removeprefix(f"{prefix}/").partition("/")[0]
+            name = stored.key.removeprefix(f"{prefix}/")
+            run = name.partition("/")[0] if _OF_RUN.fullmatch(name) else ""
             newest[run] = max(newest.get(run, 0.0), stored.modified)
         for run, modified in newest.items():
-            if time.time() - modified > _STALE_SECONDS:
-                _remove_objects(f"{prefix}/{run}/")
+            if run and time.time() - modified > _STALE_SECONDS:
+                s3.delete_folder(s3.default_bucket(), f"{prefix}/{run}/", first="")
     except Tune16Error as error:
         say("train", f"old checkpoints were not removed: {error}")
-
-
-def _remove_objects(prefix: str) -> None:
-    """Remove a checkpoint from S3, its seal first, so that nobody takes the rest for one."""
-    keys = [stored.key for stored in s3.list_objects(s3.default_bucket(), prefix)]
-    for key in sorted(keys, key=lambda key: not key.endswith(SEAL)):
-        s3.delete(s3.default_bucket(), key)
-
-
-@contextmanager
-def _locked(path: Path, refusal: str = "") -> Iterator[None]:
-    """Hold a file's lock, which the system takes back from a process that dies.
-
-    Raises:
-        Tune16Error: another process holds it, and there is a `refusal` for that; without one it is waited for.
-    """
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-        except BlockingIOError:
-            raise Tune16Error(f"{refusal} Wait for its end, or stop it.") from None
-        yield

@@ -18,7 +18,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from components.config import ClusterConfig, TrainConfig
-from components.errors import USER_ERROR_EXIT_CODE, Tune16Error
+from components.errors import USER_ERROR_EXIT_CODE, Tune16Error, message_of
 from components.outputs import read_record
 from components.redaction import protect_output
 from components.steps import TERMINATED_EXIT_CODE, deferred_termination, say
@@ -143,8 +143,10 @@ def _work(
             output = Path(scratch) / "adapter"
         try:
             train_adapter(Lesson(weights, rows, config), output, place)
-        except Tune16Error as error:
-            messages.put(str(error))
+        except Exception as error:
+            if not (message := message_of(error)):
+                raise
+            messages.put(message)
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
     torch.distributed.destroy_process_group()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from components.outputs import read_json, write_json
 from components.references import file_digest
+from components.versions import describe_files
 
 SEAL = "checkpoint.json"
 
@@ -20,7 +21,7 @@ def seal(folder: Path, step: int, made_of: dict[str, Any]) -> None:
     Raises:
         DamagedError: what can be read is not what was written.
     """
-    write_json(folder / SEAL, {"step": step, "made_of": made_of, "files": _describe(folder)})
+    write_json(folder / SEAL, {"step": step, "made_of": made_of, "files": describe_files(folder)})
     sync(folder)
     check(folder, step, made_of)
 
@@ -52,13 +53,6 @@ def check(path: Path, step: int, made_of: dict[str, Any]) -> None:
 def step_of(path: Path) -> int:
     """The step of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
-
-
-def _describe(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {"path": file.name, "size": file.stat().st_size, "sha256": file_digest(file)}
-        for file in sorted(folder.iterdir())
-    ]
 
 
 def name_of(step: int) -> str:

@@ -99,6 +99,11 @@ class Resumable(Trainer):
 
         self._checkpoints.save(self.state.global_step, write)
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """Nothing where the run was killed after its last step: in part of an epoch there would be a next one."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **options)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing yet: the adapter is put back with the optimiser, once that exists."""
 
@@ -113,6 +118,7 @@ class Resumable(Trainer):
         for group, rate in zip(self.optimizer.param_groups, state["learning_rates"], strict=True):
             group["lr"] = rate
         self.lr_scheduler.load_state_dict(state["schedule"])
+        self._seconds_before = state["seconds"]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Put the loss scaling back."""
@@ -132,7 +138,6 @@ class Resumable(Trainer):
         for mode, values in state["metrics"].items():
             self._metrics[mode].update(values)
         self._total_train_tokens = state["num_tokens"]
-        self._seconds_before = state["seconds"]
 
 
 class _Occasions(TrainerCallback):

@@ -59,6 +59,7 @@ def _publish(merged: Path, gguf: Path, evaluation: Path, path: str, lease: Lease
     published = _check_champion(path, before, lineage, settings)
     if published:
         remove_leftovers(path)
+        remove_old(path)
         say("upload", f"{published['address']} is champion already, made of the same")
         return published
     with tempfile.TemporaryDirectory(dir=merged.parent) as scratch:
@@ -104,9 +105,16 @@ def _complete(
     except TakenOverError:
         raise
     except Exception:
-        with suppress(Tune16Error):  # as far as the storage still answers
-            versions.remove(path, version)
+        _take_back(path, version, lease)
         raise
+
+
+def _take_back(path: str, version: str, lease: Lease) -> None:
+    """Remove a version that could not be completed, where it is certain that it is still ours and no champion."""
+    with suppress(Tune16Error):
+        lease.check()
+        if version not in {champion.version for champion in versions.read_log(path)}:
+            versions.remove(path, version)
 
 
 def _unfinished(path: str, content: str) -> str | None:

@@ -24,8 +24,17 @@ def keep_versions(path: str, number: int) -> None:
 
 
 def remove_old(path: str) -> None:
-    """Remove the versions beyond the number to keep, the oldest first; called with the lease held."""
-    number = _read(path)
+    """Remove the versions beyond the number to keep, the oldest first; called with the lease held.
+
+    The publication is done by then, so that what goes wrong here is said and ends nothing.
+    """
+    try:
+        _remove_old(path, _read(path))
+    except Tune16Error as error:
+        say("upload", f"old versions were not removed: {error}")
+
+
+def _remove_old(path: str, number: int) -> None:
     if not number:
         return
     bucket = s3.default_bucket()

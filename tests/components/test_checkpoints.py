@@ -52,7 +52,7 @@ def lesson(make_model: Callable[..., Path], orders: Path, tmp_path_factory: pyte
 
 def _train(lesson: dict[str, Path], output: Path, path: str = "", **settings: Any) -> tuple[str, Any]:
     """Train; returns the adapter's SHA-256 and all logged losses."""
-    config = TrainConfig(**SETTINGS, **settings)
+    config = TrainConfig(**{**SETTINGS, **settings})
     teacher = lesson["teacher"] if config.teacher else None
     train(lesson["weights"], lesson["rows"], output, config, teacher=teacher, path=path)
     return file_digest(output / "adapter_model.safetensors"), read_record(output, "train")["losses"]
@@ -80,8 +80,9 @@ class TestTraining:
             (0.3, {"engine": "trl", "gradient_accumulation": 2}),
             (0.7, {"engine": "trl", "packing": False}),
             (0.7, {"method": "distill", "teacher": "the teacher"}),
+            (1.0, {"epochs": 1.5}),
         ],
-        ids=["engine", "plain", "plain, not packed", "distillation"],
+        ids=["engine", "plain", "plain, not packed", "distillation", "after the last step of half an epoch"],
     )
     def test_stopped_and_started_again_it_ends_with_the_same_adapter(
         self,
@@ -169,6 +170,30 @@ def test_a_damaged_one_is_passed_over_and_said(
     assert kept.newest() == kept.folder / "step-00000002"
     out = capsys.readouterr().out
     assert "train: skipped the checkpoint of step 3 on this disk: " in out and reason in out
+    assert [path.name for path in kept.folder.glob("step-*")] == ["step-00000002"]
+
+
+def test_damaged_ones_do_not_stand_before_new_ones(kept: Checkpoints) -> None:
+    for path in kept.folder.glob("step-*"):
+        (path / "state.json").unlink()
+    with kept.held():
+        assert kept.newest() is None
+        for step in (1, 2):
+            kept.save(step, lambda folder: _write(folder, 1000))
+        kept.wait()
+    assert sorted(path.name for path in kept.folder.glob("step-*")) == ["step-00000001", "step-00000002"]
+
+
+def test_only_runs_of_long_ago_are_removed(kept: Checkpoints, bucket: str) -> None:
+    runs = kept.folder.parent
+    for name in ("datasets", "0123456789abcdef", "fedcba9876543210"):
+        (runs / name).mkdir()
+        (runs / name / ("rows" if name == "datasets" else ".lock")).touch()
+        os.utime(runs / name, (0, 0))
+    os.utime(runs / "fedcba9876543210")
+    with kept.held():
+        pass
+    assert {path.name for path in runs.iterdir()} == {"datasets", "fedcba9876543210", kept.key}
 
 
 def _change(path: Path, **values: Any) -> None:
@@ -184,6 +209,8 @@ def test_a_disk_that_is_gone_is_made_up_for_from_s3(
         first.wait()
     keys = [stored.key for stored in s3.list_objects(bucket, "team/checkpoints/")]
     assert f"team/checkpoints/{first.key}/step-00000007/{SEAL}" in keys
+    other_node = Checkpoints(FACTS, Place(tmp_path / "node", "team"))
+    assert (other_node.fetch(7) / "state.json").is_file()
     second = Checkpoints(FACTS, Place(tmp_path / "two", "team"))
     with second.held():
         newest = second.newest()
@@ -197,6 +224,7 @@ def test_a_disk_that_is_gone_is_made_up_for_from_s3(
     with second.held():
         assert second.newest() is None
     assert "skipped the checkpoint of step 7 on S3: its file state.json is damaged" in capsys.readouterr().out
+    assert not s3.list_objects(bucket, f"team/checkpoints/{first.key}/step-")
 
 
 def test_one_process_works_on_a_run(bucket: str, tmp_path: Path) -> None:

@@ -235,6 +235,32 @@ def test_with_a_model_only_its_tokens_count(tmp_path: Path, make_model: Callable
     assert check_data(str(path), PrepareConfig(), str(make_model("llama"))).findings.counts["template-token"] == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('[{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}]', 2),
+        ('[{"prompt": "a", "completion": "b"},\n,{"prompt": "c", "completion": "d"}]', 2),
+        ('[{"prompt": "a", "completion": "b"},\n]', 2),
+        ('[,{"prompt": "a", "completion": "b"}]', 1),
+    ],
+)
+def test_commas_of_an_array_stand_between_its_rows(tmp_path: Path, content: str, line: int) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    assert [found.line for found in _check(path).shown("broken-json")] == [line]
+
+
+def test_the_same_in_other_letters_is_no_other_answer(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path / "rows.jsonl", _pair("What is X?", "42"), _pair("what  is x?", "42"), _pair("what is X?", "43")
+    )
+    assert [found.line for found in _check(path).shown("different-answers")] == [3]
+
+
+def test_a_row_made_to_be_slow_is_not(tmp_path: Path) -> None:
+    assert not _check(_write(tmp_path / "rows.jsonl", _pair("eyJ" * 300_000))).counts
+
+
 def test_rows_with_the_templates_tokens_are_left_out(tmp_path: Path, make_model: Callable[..., Path]) -> None:
     path = _write(tmp_path / "rows.jsonl", *make_rows(random.Random(1), 30), _pair("a</s>", "b"), _pair("c", "<s>"))
     counts = prepare_dataset(str(path), str(make_model("llama")), tmp_path / "out", PrepareConfig())

@@ -7,16 +7,13 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
 from components import report
 from components.errors import Tune16Error, user_errors
-from components.outputs import write_json
 from components.redaction import redacted
 from components.steps import say, step
 
@@ -125,27 +122,9 @@ def test_the_traceback_of_our_own_bugs(secret: str) -> None:
     assert "canary" not in ended.stdout + ended.stderr
 
 
-def test_reports_and_records(secret: str, tmp_path: Path) -> None:
+def test_reports(secret: str) -> None:
     page = report.page(f"t {secret}", f"l {secret}", report.paragraph(f"p {secret}"))
     assert page.count("[redacted: HF_TOKEN]") == 4 and "canary" not in page
-    write_json(tmp_path / "x.json", {"a": [secret, 1, None], secret: 2})
-    assert json.loads((tmp_path / "x.json").read_text()) == {
-        "a": ["[redacted: HF_TOKEN]", 1, None],
-        "[redacted: HF_TOKEN]": 2,
-    }
-
-
-def test_numbers_in_records_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SOME_TOKEN", "1234567890")
-    write_json(tmp_path / "x.json", {"size": 1234567890})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"size": 1234567890}
-
-
-def test_it_costs_little(secret: str) -> None:
-    text = "a line of a log with some words in it, as there are many\n" * 1000
-    started = time.perf_counter()
-    redacted(text)
-    assert time.perf_counter() - started < 0.5
 
 
 def test_bugs_are_not_swallowed(secret: str) -> None:

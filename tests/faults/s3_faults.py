@@ -98,8 +98,11 @@ def _checked(ending: str, outputs: Outputs, path: str, folder: Path, seconds: fl
             weights = Path("merged/model.safetensors")
             if (copy / weights).read_bytes() != (outputs[0] / weights).read_bytes():
                 return "silent: other weights"
-    if ending == "verified" and versions.read_champion(path) is None:
+    champion = versions.read_champion(path)
+    if ending == "verified" and champion is None:
         return "silent: no champion"
+    if champion and [path.split("/")[0], path.split("/")[1], champion.version, versions.MANIFEST] not in keys:
+        return "silent: the champion is not there"
     return ending
 
 
