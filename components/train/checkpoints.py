@@ -113,11 +113,10 @@ class Checkpoints:
             write: writes the files into a new folder.
 
         Raises:
-            Tune16Error: another process has taken the run over.
+            Tune16Error: another process had taken the run over when the one before was to be kept.
         """
         if self._writing:
             self._writing.result()
-        self._check_lease()
         self._writing = self._writer.submit(self._write, step, write)
 
     def wait(self) -> None:
@@ -196,6 +195,7 @@ class Checkpoints:
             say("train", f"the storage does not answer, so the checkpoint may stay on this disk: {error}")
 
     def _write(self, step: int, write: Callable[[Path], None]) -> None:
+        self._check_lease()
         path = self._path(step)
         try:
             with new_folder(path) as partial:

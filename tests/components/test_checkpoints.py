@@ -243,6 +243,16 @@ def test_one_process_works_on_a_run(bucket: str, tmp_path: Path) -> None:
             pass
 
 
+def test_a_run_that_was_taken_over_ends(bucket: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(FACTS, Place(tmp_path / "one", "team"))
+    with checkpoints.held():
+        s3.create(bucket, f"{checkpoints.prefix}/lease/000009.json", b'{"holder": "the other pod"}')
+        checkpoints.save(1, lambda folder: _write(folder, 1000))
+        with pytest.raises(Tune16Error, match="the other pod has taken over"):
+            checkpoints.save(2, lambda folder: _write(folder, 1000))
+    assert not s3.list_objects(bucket, f"{checkpoints.prefix}/step-")
+
+
 def test_a_disk_without_room_ends_no_training(kept: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(folder: Path) -> None:
         (folder / "state.json").write_bytes(b"some")
