@@ -1,4 +1,6 @@
-"""Secrets taken out of every text that leaves this process: logs, messages, tracebacks, reports, records.
+"""Secrets taken out of every text that leaves this process: logs, messages, tracebacks, reports.
+
+Records that programs read back are written as they are: nothing puts a secret into one.
 
 What counts as a secret are the values of the environment's variables with names such as ``HF_TOKEN`` or
 ``AWS_SECRET_ACCESS_KEY``, as they are and as URLs, JSON, HTML and base64 write them, and whatever stands where only
