@@ -70,6 +70,17 @@ def after(seconds: float) -> Moment:
     return lambda now: now >= seconds
 
 
+def kills(num: int, kill: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Outcomes of `kill(number)` until it has ``killed`` so often; a moment may lie behind the end of the run."""
+    outcomes: list[dict[str, Any]] = []
+    num_killed = 0
+    while num_killed < num:
+        outcomes.append(kill(len(outcomes)))
+        num_killed += outcomes[-1]["killed"]
+        print(f"kill {num_killed} of {num}: {outcomes[-1]}", flush=True)
+    return outcomes
+
+
 def report(name: str, figures: dict[str, Any], is_reached: bool, output: Path | None) -> int:
     """Print the figures as one JSON object and keep them in `output`; returns the script's exit code."""
     machine = {"python": platform.python_version(), "cores": os.cpu_count(), "machine": _processor(), "tune16": VERSION}
