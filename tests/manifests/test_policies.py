@@ -87,6 +87,7 @@ def test_a_pod_that_is_not_restricted_is_found(change: Object, said: str) -> Non
     assert said in violations(pod | change)
 
 
+@pytest.mark.slow
 @needs_kubectl
 @pytest.mark.skipif(not CHECKOV.is_file(), reason="`make manifests` installs checkov")
 def test_checkov_finds_only_what_is_accepted(tmp_path: Path) -> None:

@@ -202,6 +202,7 @@ def test_a_wrong_login_and_a_dead_server(
     assert "may not use the pipeline server" in examined()["API"].text
 
 
+@pytest.mark.slow
 def test_the_pipeline_server_of_the_namespace(call: Call, kubernetes_api: KubernetesApi, monkeypatch: Any) -> None:
     monkeypatch.delenv("TUNE16_HOST")
     code, out, _ = call("doctor", "demo", "--json")
