@@ -45,12 +45,13 @@ def main() -> int:
             os.kill(reader, signal.SIGTERM)
             is_well = os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) == 0
         num_reads, num_broken = map(int, (folder / "reads").read_text().split())
+    killed = [outcome for outcome in outcomes if outcome["killed"]]
     figures = {
-        "kills": sum(outcome["killed"] for outcome in outcomes),
-        "publications that had ended first": sum(not outcome["killed"] for outcome in outcomes),
+        "kills": len(killed),
+        "publications that had ended first": len(outcomes) - len(killed),
         "with files or parts left": sum(outcome["left"] for outcome in outcomes),
         "of these gone on with": sum(outcome["resumed"] for outcome in outcomes),
-        "nothing left after a kill and the rerun": sum(outcome["clean"] and outcome["killed"] for outcome in outcomes),
+        "nothing left after a kill and the rerun": sum(outcome["clean"] for outcome in killed),
         "complete versions read meanwhile": num_reads,
         "of these not whole": num_broken,
     }
