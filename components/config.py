@@ -95,6 +95,7 @@ class PrepareConfig(StepConfig):
         "auto", description="Chat template; auto takes the one that the model's own tokenizer asks for."
     )
     split: str = Field("train", min_length=1, description="Split to read where a data set has several.")
+    configuration: str = Field("", description="Configuration to read where a data set's card names several.")
     held_out_share: float = Field(
         0.05,
         gt=0,

@@ -19,7 +19,7 @@ FIELD_MANAGER = "tune16"
 _APPLY = "application/apply-patch+yaml"  # JSON is YAML
 Answer = TypeVar("Answer")
 
-_PATIENCE_SECONDS = 600  # for an API that answers with passing faults
+_PATIENCE_SECONDS = 900  # for an API that is away or answers with passing faults
 _PASSING_FAULTS = {429, 500, 502, 503, 504}
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 

@@ -10,11 +10,12 @@ win; the one before sees that number and stops (a fencing token, as in Chubby, h
 import fcntl
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from components import s3
@@ -23,6 +24,7 @@ from components.errors import Tune16Error
 RENEW_SECONDS = 10.0
 EXPIRES_SECONDS = 40.0
 _LOOK_SECONDS = 1.0
+_NAME = re.compile(r"\d{6,}\.json")
 
 
 class TakenOverError(Tune16Error):
@@ -44,16 +46,16 @@ class Lease:
 
         Raises:
             TakenOverError: somebody has.
-            Tune16Error: the storage could not be told for too long that this process lives, or it does not answer.
+            Tune16Error: the storage does not answer.
         """
+        if time.monotonic() - self._renewed > EXPIRES_SECONDS:  # nobody need have noticed: it counts again, or is lost
+            self._renew()
         newest = _newest(self._bucket, self._prefix)
         if newest != self._number:
             who = (_read(self._bucket, self._prefix, newest) or ({}, 0.0))[0].get("holder", "another run")
             raise TakenOverError(
                 f"{self._what}: {who} has taken over, since this process was not heard of for a while."
             )
-        if time.monotonic() - self._renewed > EXPIRES_SECONDS:
-            raise Tune16Error(f"{self._what}: the storage could not be reached for {EXPIRES_SECONDS:.0f} s.")
 
     def release(self) -> None:
         """Let the next one have it at once."""
@@ -65,8 +67,11 @@ class Lease:
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
             with suppress(Tune16Error):
-                self._write()
-                self._renewed = time.monotonic()
+                self._renew()
+
+    def _renew(self) -> None:
+        self._write()
+        self._renewed = time.monotonic()
 
     def _write(self, released: bool = False) -> None:
         s3.write(self._bucket, _key(self._prefix, self._number), _content(released))
@@ -118,9 +123,9 @@ def _take(bucket: str, prefix: str, what: str) -> int:
     number = newest + 1
     if not s3.claim(bucket, _key(prefix, number), _content()) or _newest(bucket, prefix) != number:
         raise Tune16Error(f"{what}: another run has begun it at this very moment.")
-    for stored in s3.list_objects(bucket, f"{prefix}/lease/"):
-        if _number(stored.key) < number:
-            s3.delete(bucket, stored.key)
+    for earlier in _numbers(bucket, prefix):
+        if earlier < number:
+            s3.delete(bucket, _key(prefix, earlier))
     return number
 
 
@@ -144,7 +149,13 @@ def _wait_for_end(bucket: str, prefix: str, number: int, what: str) -> None:
 
 
 def _newest(bucket: str, prefix: str) -> int:
-    return max((_number(stored.key) for stored in s3.list_objects(bucket, f"{prefix}/lease/")), default=0)
+    return max(_numbers(bucket, prefix), default=0)
+
+
+def _numbers(bucket: str, prefix: str) -> list[int]:
+    """The numbers of all leases of `prefix`; what others have put there is passed over."""
+    names = [PurePosixPath(stored.key).name for stored in s3.list_objects(bucket, f"{prefix}/lease/")]
+    return [int(name.removesuffix(".json")) for name in names if _NAME.fullmatch(name)]
 
 
 def _read(bucket: str, prefix: str, number: int) -> tuple[dict[str, Any], float] | None:
@@ -155,10 +166,6 @@ def _read(bucket: str, prefix: str, number: int) -> tuple[dict[str, Any], float]
 
 def _key(prefix: str, number: int) -> str:
     return f"{prefix}/lease/{number:06d}.json"
-
-
-def _number(key: str) -> int:
-    return int(Path(key).stem)
 
 
 def own_name() -> str:

@@ -81,6 +81,8 @@ def parse(name: str, kind: Kind) -> Reference:
     if not separator:
         if name.startswith((".", "/", "~")) or Path(name).exists():
             return Reference(kind, "file", str(Path(name).expanduser().absolute()))
+        if kind == "data" and name.lower().endswith(tuple(pattern[1:] for pattern in DATA_FILES)):
+            raise Tune16Error(f"{name}: there is no such file. Check the path, from {Path.cwd()}.")
         if not _HUB_ID.fullmatch(name):
             raise Tune16Error(f"{name!r} is no {kind}: use a Hugging Face id (org/name), s3://, https:// or a path.")
         scheme, rest = "hf", name

@@ -232,16 +232,42 @@ def delete(bucket: str, key: str) -> None:
 
 
 def delete_folder(bucket: str, prefix: str, first: str) -> int:
-    """Delete all objects under `prefix`, `first` what makes the others count; returns their number."""
+    """Delete all objects under `prefix`, `first` what makes the others count, and parts of what was never finished.
+
+    Args:
+        bucket: where.
+        prefix: ends in a slash; below it lies only what we have made.
+        first: the name below `prefix` that goes before the others.
+
+    Returns:
+        The number of objects.
+    """
+    assert prefix.endswith("/"), prefix
     keys = [stored.key for stored in list_objects(bucket, prefix)]
     for key in sorted(keys, key=lambda key: key != f"{prefix}{first}"):
         delete(bucket, key)
+    abort_uploads(bucket, prefix, lambda _: True)
     return len(keys)
 
 
-def abort_uploads(bucket: str, prefix: str, but: str = "") -> int:
-    """Abort the multipart uploads under `prefix`, but those under the prefix `but`; returns their number."""
-    stale = [found for found in _unfinished(bucket, prefix) if not but or not found["Key"].startswith(but)]
+def abort_uploads(bucket: str, prefix: str, is_stale: Callable[[str], bool], older_than: float = 0) -> int:
+    """Abort multipart uploads that will never be finished.
+
+    Args:
+        bucket: where.
+        prefix: ends in a slash.
+        is_stale: says it of what follows the prefix in a key.
+        older_than: seconds that have passed since they were begun.
+
+    Returns:
+        Their number.
+    """
+    before = time.time() - older_than
+    stale = [
+        found
+        for found in _unfinished(bucket, prefix)
+        if is_stale(found["Key"].removeprefix(prefix)) and (not older_than or found["Initiated"].timestamp() < before)
+    ]
     for found in stale:
         attempt(
             f"s3://{bucket}/{found['Key']}",

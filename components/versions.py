@@ -30,6 +30,7 @@ SIGNATURE = "manifest.json.sig"
 SETTINGS = "config.json"
 _CHAMPIONS = "champions"
 _ENTRY = re.compile(r"\d{6,}\.json")
+_VERSION = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Champion:
 
     number: int
     version: str
+
+
+def is_version(name: str) -> bool:
+    """Whether a folder's name is one that only the step upload makes: nothing else below a path is ever removed."""
+    return bool(_VERSION.fullmatch(name))
 
 
 def read_champion(path: str) -> Champion | None:
@@ -272,10 +278,8 @@ def _changed(address: str) -> Tune16Error:
 
 def remove(path: str, version: str) -> int:
     """Remove a version, its manifest first, so that no reader takes the rest for one; returns the number of files."""
-    bucket, prefix = s3.default_bucket(), f"{path}/{version}/"
-    num_files = s3.delete_folder(bucket, prefix, first=MANIFEST)
-    s3.abort_uploads(bucket, prefix)
-    return num_files
+    assert is_version(version), version
+    return s3.delete_folder(s3.default_bucket(), f"{path}/{version}/", first=MANIFEST)
 
 
 def describe_files(folder: Path) -> list[dict[str, Any]]:

@@ -34,6 +34,8 @@ def check(
     model: Annotated[str, typer.Option(help="Model whose tokenizer and chat template count.")] = "",
     form: Annotated[str, typer.Option("--format", help="Form of the rows.")] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 1024,
+    configuration: Annotated[str, typer.Option(help="Configuration, where the data set's card names several.")] = "",
+    split: Annotated[str, typer.Option(help="Split, where the data set has several.")] = "train",
     report: Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")] = None,
     fix: Annotated[bool, typer.Option("--fix", help="Write a cleaned copy beside the file.")] = False,
     as_json: AsJson = False,
@@ -41,7 +43,8 @@ def check(
     """Check a data set by all rules of the step prepare; exit code 2 where it would be refused."""
     from components.prepare.checkup import check_data
 
-    config = PrepareConfig.load({"format": form}, max_tokens=max_tokens)
+    options = {"format": form, "configuration": configuration, "split": split}
+    config = PrepareConfig.load(options, max_tokens=max_tokens)
     notes = Console(highlight=False, stderr=True)
     found = check_data(file, config, model, fix, lambda text: notes.print(f"[dim]{text}[/]"))
     if report:

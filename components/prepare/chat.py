@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 Span = tuple[int, int]
 
+UNLEARNT = {"weight": "0"}  # what a message has beside role and content where it is not to be learnt
+
 # Unicode's noncharacters: they stand for nothing in any text, and rows that have them are refused.
 MARK_START = "\ufdd0"
 MARK_END = "\ufdd1"
@@ -55,6 +57,11 @@ TEMPLATE_TOKENS = {
     "phi3": ("<|system|>", "<|endoftext|>", *_SPECIAL_TOKENS["phi3"]),
     "chatml": _SPECIAL_TOKENS["chatml"],
 }
+
+
+def is_learnt(message: dict[str, str]) -> bool:
+    """Whether an answer counts in the loss."""
+    return "weight" not in message
 
 
 class _Generation(Extension):

@@ -35,7 +35,8 @@ class Checked:
 
     A row is held out by the hash of its question (system message and first question, case and spaces aside): it
     stays on its side when rows are added. Rows whose bare questions (no system message, no punctuation) are equal are
-    never on both sides: where they would be, all are trained on.
+    never on both sides: where they would be, all are trained on. Where all rows have the same first question, all
+    that stands before a row's last answer is its question.
     """
 
     def __init__(self, form: str, findings: Findings, share: float) -> None:
@@ -102,6 +103,7 @@ class Checked:
         self.alike = earlier_alike(made)
         self.alike[self.is_duplicate[: len(made)]] = -1
         self.findings.num_rows = len(self)
+        self._tell_too_few()
         self._tell_duplicates()
         self._tell_answers()
         self._tell_overlaps(shares, is_full)
@@ -109,6 +111,8 @@ class Checked:
     def _sides(self) -> Bools:
         questions = np.frombuffer(self._questions, dtype=np.uint64)
         bare = np.frombuffer(self._bare, dtype=np.uint64)
+        if len(np.unique(questions)) == 1:  # such as a greeting that opens every conversation: the whole prompt counts
+            questions = bare = np.frombuffer(self._prompts, dtype=np.uint64)
         wanted = questions < np.uint64(self._held_out_below)
         is_held_out = wanted.copy()
         is_held_out[wanted] = ~np.isin(bare[wanted], common(bare[wanted], bare[~wanted]))
@@ -119,6 +123,14 @@ class Checked:
             "leakage", np.flatnonzero(wanted & ~is_held_out), lambda _: "its question is one of the training rows'."
         )
         return is_held_out
+
+    def _tell_too_few(self) -> None:
+        kept = ~self.is_left_out
+        if kept.any() and self.is_held_out[kept].all():
+            told = "all rows ask the same question, so none can be held out."
+            if kept.sum() == 1:
+                told = "1 row is left; at least 2 are needed, to hold one out."
+            self.findings.add((self._files[0][1], 0), "too-few-rows", told)
 
     def _tell_duplicates(self) -> None:
         contents = np.frombuffer(self._contents, dtype=np.uint64)

@@ -46,7 +46,8 @@ def check_data(
     if fix:
         clean_path(Path(data))
     with tempfile.TemporaryDirectory() as scratch:
-        files = find_files(data, config.split, Path(scratch) / "data")
+        found = find_files(data, config.configuration, config.split, Path(scratch) / "data")
+        files = found.files
         if not model:
             checked, special = check_rows(files, config, data, tell=tell), KNOWN_TOKENS
         else:
@@ -54,6 +55,7 @@ def check_data(
             special = special_tokens(tokenizer, template)
             checked = check_rows(files, config, data, special, tell)
             _check_tokens(files, checked, Tokens(tokenizer, template, config.max_tokens, checked.findings))
+        checked.findings.note(found.note)
         if fix and not len(checked):
             checked.findings.notes.append("No cleaned copy was written: no row can be mended.")
         if not fix or not len(checked):

@@ -57,7 +57,7 @@ def write_clean(path: Path, checked: Checked, tokens: frozenset[str]) -> tuple[P
                 row, action = _clean(messages, number, checked, tokens)
                 done[action] += 1
                 if row:
-                    file.write(json.dumps({"messages": row}, ensure_ascii=False) + "\n")
+                    file.write(json.dumps({"messages": as_written(row)}, ensure_ascii=False) + "\n")
         if not done["rows kept"]:
             raise Tune16Error(f"{path}: no row is left after mending, so no cleaned copy was written.")
         clean_path(path)
@@ -78,8 +78,14 @@ def _clean(messages: Messages, number: int, checked: Checked, tokens: frozenset[
         return [], "duplicate: left out"
     if number < len(checked.alike) and checked.alike[number] >= 0:
         return [], "near-duplicate: left out"
-    row = [{"role": message["role"], "content": mended(message["content"], tokens)} for message in messages]
+    row = [{**message, "content": mended(message["content"], tokens)} for message in messages]
     try:
-        return to_messages({"messages": row}, "messages"), "rows kept"
+        to_messages({"messages": as_written(row)}, "messages")
     except BadRowError:
         return [], "empty after mending: left out"
+    return row, "rows kept"
+
+
+def as_written(messages: Messages) -> list[dict[str, str | int]]:
+    """A conversation as a row has it: an answer that is not to be learnt has the number 0 for its weight."""
+    return [{key: 0 if key == "weight" else text for key, text in message.items()} for message in messages]

@@ -6,9 +6,9 @@ from pathlib import Path
 from components.errors import Tune16Error
 from components.prepare.chat import Messages
 from components.prepare.findings import Findings, Place
-from components.prepare.formats import KNOWN_KEYS, BadRowError, Row, detect_format, to_messages
+from components.prepare.formats import BadRowError, Row, detect_format, to_messages, unknown_keys
 from components.prepare.readers import read_rows
-from components.prepare.sensitive import path_key, quoted
+from components.prepare.sensitive import quoted
 from components.prepare.trees import best_threads
 
 _MOST_KEYS = 1000  # unknown keys that are remembered
@@ -17,9 +17,7 @@ _DETECTED_ROWS = 100  # rows among which one has to have a known form
 
 def conversations(files: list[Path], form: str, findings: Findings) -> Iterator[tuple[Place, Row, Messages]]:
     """All rows as conversations; bad ones go to `findings`."""
-    known = KNOWN_KEYS.get(form, set())
-    unknown: set[str] = set()
-    rows = _with_known_keys(read_rows(files, findings), known, unknown, form, findings)
+    rows = _with_unknown_keys_told(read_rows(files, findings), form, findings)
     for place, row in best_threads(rows, findings) if form == "oasst" else rows:
         try:
             messages = to_messages(row, form)
@@ -30,16 +28,19 @@ def conversations(files: list[Path], form: str, findings: Findings) -> Iterator[
             yield place, row, messages
 
 
-def _with_known_keys(
-    rows: Iterator[tuple[Place, Row]], known: set[str], unknown: set[str], form: str, findings: Findings
+def _with_unknown_keys_told(
+    rows: Iterator[tuple[Place, Row]], form: str, findings: Findings
 ) -> Iterator[tuple[Place, Row]]:
     """The rows as they are. A key that is not known is told once; all rows that have one are counted."""
+    told: set[str] = set()
     for place, row in rows:
-        if not row.keys() <= known:
-            for key in sorted(row.keys() - known - unknown) if len(unknown) < _MOST_KEYS else ():
-                unknown.add(key)
-                findings.show(place, "unknown-key", f"{quoted(key)} is no key of the form {form}.", path_key(key))
-            findings.count("unknown-key", 1)
+        has_unknown = False
+        for path, key in unknown_keys(row, form):
+            has_unknown = True
+            if key not in told and len(told) < _MOST_KEYS:
+                told.add(key)
+                findings.show(place, "unknown-key", f"{quoted(key)} is no key of the form {form}.", path)
+        findings.count("unknown-key", has_unknown)
         yield place, row
 
 

@@ -75,12 +75,14 @@ def prepare_dataset(data: str, model: str, output: Path, config: PrepareConfig) 
         Tune16Error: the data set or the tokenizer cannot be used; every faulty row is named.
     """
     with tempfile.TemporaryDirectory(dir=output.parent if output.parent.is_dir() else None) as scratch:
-        files = find_files(data, config.split, Path(scratch) / "data")
+        found = find_files(data, config.configuration, config.split, Path(scratch) / "data")
+        files = found.files
         tokenizer, template = load_tokenizer(model, config.template, Path(scratch) / "model")
         with new_folder(output) as folder:
             checked = check_rows(files, config, data, special_tokens(tokenizer, template), _say)
+            checked.findings.note(found.note)
             checked.findings.refuse(data)
-            _refuse_too_few(checked, data)
+            _refuse_no_rows(checked, data)
             tokens = Tokens(tokenizer, template, config.max_tokens, checked.findings)
             counts = _write_rows(files, checked, tokens, folder)
             checked.findings.refuse(data)
@@ -89,13 +91,11 @@ def prepare_dataset(data: str, model: str, output: Path, config: PrepareConfig) 
     return counts
 
 
-def _refuse_too_few(checked: Checked, data: str) -> None:
+def _refuse_no_rows(checked: Checked, data: str) -> None:
     if checked.is_left_out.all():
         raise Tune16Error(
             f"{data}: every row has a token of the chat template in it. `tune16 data check --fix` mends it."
         )
-    if (checked.is_held_out | checked.is_left_out).all():
-        raise Tune16Error(f"{data}: all rows ask the same question, so none can be held out. Add different rows.")
 
 
 def _write_rows(files: list[Path], checked: Checked, tokens: Tokens, folder: Path) -> Counts:

@@ -25,6 +25,7 @@ LARGEST_RATIO = 250  # unpacked to packed; text has 3 to 20, rows that repeat a 
 _ALWAYS_UNPACKED = 100 << 20  # bytes up to which the ratio does not matter
 _ZSTD_BLOCK = 1024  # bytes unpacked at once: at most some tens of MiB come out
 _BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
@@ -57,6 +58,9 @@ def read_lines(path: Path, compression: str, findings: Findings) -> Iterator[tup
     """
     with open_data(path, compression) as file:
         first = file.readline(LARGEST_ROW + 1)
+        if first.startswith(_UTF16):
+            findings.add((path.name, 1), "not-utf-8", "the file is UTF-16.")
+            return
         if first.startswith(_BOM):
             findings.add((path.name, 1), "byte-order-mark", "the file begins with a byte order mark (U+FEFF).")
             first = first[len(_BOM) :]

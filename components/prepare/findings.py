@@ -60,6 +60,11 @@ class Findings:
         if more:
             self.counts[rule] += more
 
+    def note(self, sentence: str) -> None:
+        """Add a note, if there is anything to say."""
+        if sentence:
+            self.notes.append(sentence)
+
     def rules(self, severity: Severity) -> list[str]:
         """The broken rules of one severity, as they stand in the table of rules."""
         return [name for name, rule in RULES.items() if rule.severity == severity and self.counts[name]]

@@ -1,21 +1,27 @@
 """Rows of every known form, turned into one: a list of messages with roles system, user and assistant.
 
 JSON paths count from 0, as jq and every programming language do: ``messages[0].content`` is the first message's.
+
+A key that changes what is learnt is either understood or refused, never passed over: the system message beside a
+conversation, earlier turns, the weight of an answer are understood; tool calls, thoughts and pictures are not yet.
 """
 
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from components.errors import Tune16Error
-from components.prepare.chat import MARK_END, MARK_START, Messages
+from components.prepare.chat import MARK_END, MARK_START, UNLEARNT, Messages, is_learnt
 from components.prepare.findings import Place
-from components.prepare.sensitive import quoted
+from components.prepare.sensitive import path_key, quoted
+from components.prepare.strictjson import join
 
 Row = dict[str, Any]
 
-_SHAREGPT_ROLES = {
+_ROLES = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -23,9 +29,8 @@ _SHAREGPT_ROLES = {
     "model": "assistant",
 }
 _LLAMA2_TURN = re.compile(r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=<s>|\[INST\])|\Z)", re.DOTALL)
-_LISTS = {"messages": "messages", "sharegpt": "conversations", "prompt_completion": "completion"}
+_LISTS = {"messages": ("messages",), "sharegpt": ("conversations",), "prompt_completion": ("prompt", "completion")}
 _LISTED = 20  # keys that a message lists
-_ROLES = ("system", "user", "assistant")
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 _LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 
@@ -33,10 +38,10 @@ _LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 # The keys of each form, and others that often go with them and mean nothing here: these are not worth a warning.
 _BESIDE = {"id", "idx", "index", "source", "category", "dataset", "lang", "language", "tags", "metadata"}
 _KEYS = {
-    "messages": {"messages", "prompt", "prompt_id"},
-    "sharegpt": {"conversations"},
-    "alpaca": {"instruction", "input", "output", "system", "text"},
-    "prompt_completion": {"prompt", "completion"},
+    "messages": {"messages", "prompt", "prompt_id", "system"},
+    "sharegpt": {"conversations", "system"},
+    "alpaca": {"instruction", "input", "context", "output", "system", "history", "text"},
+    "prompt_completion": {"prompt", "completion", "system"},
     "llama2_text": {"text"},
     "oasst": {
         *("message_tree_id", "message_id", "parent_id", "role", "text", "rank", "user_id", "created_date", "emojis"),
@@ -44,6 +49,21 @@ _KEYS = {
     },
 }
 KNOWN_KEYS = {form: keys | _BESIDE for form, keys in _KEYS.items()}
+_MESSAGE_KEYS = {"role", "content", "from", "value", "weight", "train"}
+
+# Keys that change what a row teaches and that no form here understands: why a row that fills them in is refused.
+_TOOLS = "tool calls cannot be taught yet"
+_THOUGHTS = "thoughts beside the answer cannot be taught yet. Write them into the content, as the model's template does"
+_MEDIA = "only text can be taught"
+_QUESTION = "it may be a part of the question, and this form has no place for it. Write it into the question"
+_MEANING = {
+    **dict.fromkeys(("tools", "tool_calls", "tool_call_id", "functions", "function_call"), _TOOLS),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought"), _THOUGHTS),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
+    **dict.fromkeys(("history", "context", "input", "instruction"), _QUESTION),
+}
+_TOOL_ROLES = {"tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython"}
+_LABEL = "label"  # of a preference: whether the answer is wanted
 
 
 class BadRowError(Exception):
@@ -97,8 +117,47 @@ def to_messages(row: Row, form: str) -> Messages:
         BadRowError: the row has not this form, roles are out of order, or there is nothing to learn in it.
     """
     messages = _CONVERTERS[form](row)
+    _refuse_unsupported(row, KNOWN_KEYS[form])
+    if row.get(_LABEL) is False:
+        raise _unsupported(_LABEL, "an answer that is not wanted cannot be taught yet. Remove the row")
     _check(messages, row, form)
-    return messages
+    return _up_to_the_last_learnt(messages)
+
+
+def unknown_keys(row: Row, form: str) -> Iterator[tuple[str, str]]:
+    """JSON path and name of each key that is passed over, in the row and in its messages."""
+    for key in sorted(row.keys() - KNOWN_KEYS[form]):
+        yield path_key(key), key
+    for name in _LISTS.get(form, ()):
+        for number, item in enumerate(_as_list(row.get(name))):
+            if isinstance(item, dict) and not item.keys() <= _MESSAGE_KEYS:
+                for key in sorted(item.keys() - _MESSAGE_KEYS):
+                    yield join(f"{name}[{number}]", key), key
+
+
+def _refuse_unsupported(item: Row, known: set[str], where: str = "") -> None:
+    """Refuse what is filled in under a key that changes what is learnt, unless the form knows the key."""
+    for key in item.keys() & (_MEANING.keys() - known):
+        if item[key] not in (None, "", "[]", "{}", "null", [], {}):
+            raise _unsupported(f"{where}{key}", _MEANING[key])
+
+
+def _unsupported(path: str, why: str) -> BadRowError:
+    return BadRowError("unsupported", f"{why}.", path)
+
+
+def _up_to_the_last_learnt(messages: Messages) -> Messages:
+    """The conversation without what follows its last answer that is to be learnt.
+
+    Raises:
+        BadRowError: there is no such answer.
+    """
+    end = len(messages)
+    while end and not (messages[end - 1]["role"] == "assistant" and is_learnt(messages[end - 1])):
+        end -= 1
+    if not end:
+        raise BadRowError("no-answer", "none of its answers is to be learnt (weight 0, or train false).")
+    return messages[:end]
 
 
 def locate(place: Place, row: Row, form: str, number: int) -> tuple[Place, str]:
@@ -108,19 +167,23 @@ def locate(place: Place, row: Row, form: str, number: int) -> tuple[Place, str]:
     """
     if form == "oasst":
         return row["places"][number], "text"
-    if form == "sharegpt":
-        return place, f"conversations[{number}].value"
-    if form == "messages":
-        return place, f"messages[{number}].content"
-    if form == "alpaca":
-        return place, [*(["system"] if row.get("system") else []), "instruction", "output"][number]
     if form == "llama2_text":
         return place, "text"
-    if isinstance(row["prompt"], str):
+    if not _is_empty(row.get("system")):
+        if number == 0:
+            return place, "system"
+        number -= 1
+    if form == "alpaca":
+        turns = [f"history[{turn}][{side}]" for turn in range(len(_as_list(row.get("history")))) for side in (0, 1)]
+        return place, [*turns, "instruction", "output"][number]
+    if form == "prompt_completion" and isinstance(row["prompt"], str):
         return place, ("prompt", "completion")[number]
-    length = len(row["prompt"])
-    key, number = ("prompt", number) if number < length else ("completion", number - length)
-    return place, f"{key}[{number}].content"
+    key = _LISTS[form][0]
+    length = len(_as_list(row[key]))
+    if form == "prompt_completion" and number >= length:
+        key, number = "completion", number - length
+    item = _as_list(row[key])[number]
+    return place, f"{key}[{number}].{'value' if 'from' in item and 'content' not in item else 'content'}"
 
 
 def _check(messages: Messages, row: Row, form: str) -> None:
@@ -139,7 +202,7 @@ def _check(messages: Messages, row: Row, form: str) -> None:
         if MARK_START in content or MARK_END in content:
             raise _bad_message("noncharacter", "has a Unicode noncharacter (U+FDD0 or U+FDD1).", row, form, number)
     if not messages or messages[-1]["role"] != "assistant":
-        raise BadRowError("no-answer", "the conversation has no answer at its end.", _LISTS.get(form, ""))
+        raise BadRowError("no-answer", "the conversation has no answer at its end.", _LISTS.get(form, ("",))[-1])
 
 
 def _bad_message(rule: str, message: str, row: Row, form: str, number: int) -> BadRowError:
@@ -147,17 +210,66 @@ def _bad_message(rule: str, message: str, row: Row, form: str, number: int) -> B
 
 
 def _from_messages(row: Row) -> Messages:
-    return _message_list(row, "messages")
+    return [*_system(row), *_message_list(row, "messages")]
+
+
+def _from_sharegpt(row: Row) -> Messages:
+    return [*_system(row), *_message_list(row, "conversations")]
+
+
+def _system(row: Row) -> Messages:
+    """The system message that stands in a column of its own, if one does."""
+    return [] if _is_empty(row.get("system")) else [{"role": "system", "content": _text(row, "system")}]
 
 
 def _message_list(row: Row, key: str) -> Messages:
+    """The messages under `key`, each with role and content (OpenAI) or from and value (ShareGPT)."""
     messages = []
     for number, item in enumerate(_items(row, key)):
-        role = item.get("role")
-        if role not in _ROLES:
-            raise _unknown_role(item, "role", _ROLES, f"{key}[{number}].", number)
-        messages.append({"role": role, "content": _text(item, "content", f"{key}[{number}].", number)})
+        where = f"{key}[{number}]."
+        if not item.keys() <= _MESSAGE_KEYS:
+            _refuse_unsupported(item, set(), where)
+        who = "from" if "from" in item and "role" not in item else "role"
+        what = "value" if "value" in item and "content" not in item else "content"
+        if who not in item:
+            raise BadRowError(
+                "missing-key", "it is missing.", f"{where}{'from' if what == 'value' else 'role'}", number
+            )
+        role = _ROLES.get(str(item[who]))
+        if role is None:
+            raise _unknown_role(item[who], _ROLES, f"{where}{who}", number)
+        message = {"role": role, "content": _text(item, what, where, number)}
+        if ("weight" in item or "train" in item) and not _is_to_learn(item, where):
+            message |= UNLEARNT
+        messages.append(message)
     return messages
+
+
+def _is_to_learn(item: Row, where: str) -> bool:
+    """Whether a message counts in the loss: its weight is 1 or 0 (as OpenAI has it), or train is true or false."""
+    learnt = True
+    known: tuple[tuple[str, dict[Any, bool]], ...] = (
+        ("weight", {1: True, 0: False}),
+        ("train", {True: True, False: False}),
+    )
+    for key, values in known:
+        value: Any = item.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or value not in values:
+            raise _unsupported(f"{where}{key}", f"it is {quoted(value)}; known are {' and '.join(map(str, values))}")
+        learnt = learnt and values[value]
+    return learnt
+
+
+def _as_list(value: Any) -> list[Any]:
+    """A list, also one that stands there as its JSON text, as tables have it; of anything else, an empty one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    return value if isinstance(value, list) else []
 
 
 def _items(row: Row, key: str) -> list[Row]:
@@ -165,47 +277,60 @@ def _items(row: Row, key: str) -> list[Row]:
     value = row.get(key)
     if key not in row:
         raise BadRowError("missing-key", "it is missing.", key)
-    if not isinstance(value, list):
-        raise BadRowError("wrong-type", f"it is {kind_of(value)}, a list of messages is needed.", key)
-    for number, item in enumerate(value):
+    items = _as_list(value)
+    if not items and value != []:
+        text = ", which holds no JSON list," if isinstance(value, str) else ","
+        raise BadRowError("wrong-type", f"it is {kind_of(value)}{text} where a list of messages is needed.", key)
+    for number, item in enumerate(items):
         if not isinstance(item, dict):
             raise BadRowError("wrong-type", f"it is {kind_of(item)}, an object is needed.", f"{key}[{number}]", number)
-    return value
+    return items
 
 
-def _unknown_role(item: Row, key: str, known: Iterable[str], where: str, number: int) -> BadRowError:
-    if key not in item:
-        return BadRowError("missing-key", "it is missing.", f"{where}{key}", number)
-    message = f"the role is {quoted(item[key])}; known: {', '.join(known)}."
-    return BadRowError("unknown-role", message, f"{where}{key}", number)
-
-
-def _from_sharegpt(row: Row) -> Messages:
-    messages = []
-    for number, turn in enumerate(_items(row, "conversations")):
-        role = _SHAREGPT_ROLES.get(str(turn.get("from")))
-        if role is None:
-            raise _unknown_role(turn, "from", _SHAREGPT_ROLES, f"conversations[{number}].", number)
-        messages.append({"role": role, "content": _text(turn, "value", f"conversations[{number}].", number)})
-    return messages
+def _unknown_role(role: Any, known: Iterable[str], path: str, number: int) -> BadRowError:
+    if str(role) in _TOOL_ROLES:
+        return BadRowError("unsupported", f"the role is {quoted(role)}: {_TOOLS}.", path, number)
+    return BadRowError("unknown-role", f"the role is {quoted(role)}; known: {', '.join(known)}.", path, number)
 
 
 def _from_alpaca(row: Row) -> Messages:
-    question = _text(row, "instruction")
-    if row.get("input"):
-        question = f"{question}\n\n{_text(row, 'input')}"
-    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+    parts = [_text(row, "instruction")]
+    more = [key for key in ("input", "context") if not _is_empty(row.get(key))]
+    if len(more) > 1:
+        raise _unsupported("context", "both input and context are there, and which comes first is nowhere said")
+    parts += [_text(row, key) for key in more]
     return [
-        *system,
-        {"role": "user", "content": question},
+        *_system(row),
+        *_history(row),
+        {"role": "user", "content": "\n\n".join(part for part in parts if part)},
         {"role": "assistant", "content": _text(row, "output")},
     ]
 
 
+def _history(row: Row) -> Messages:
+    """Earlier questions and answers, in pairs, which are learnt as well."""
+    value = row.get("history")
+    pairs = _as_list(value)
+    if not pairs and not _is_empty(value):
+        raise BadRowError("wrong-type", f"it is {kind_of(value)}, a list of pairs is needed.", "history")
+    messages: Messages = []
+    for number, pair in enumerate(pairs):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadRowError("wrong-type", "a pair of question and answer is needed.", f"history[{number}]")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a column is not filled in: a 0 is, and is no text."""
+    return value is None or (isinstance(value, (str, list)) and not value)
+
+
 def _from_prompt_completion(row: Row) -> Messages:
-    if isinstance(row.get("prompt"), list):
-        return _message_list(row, "prompt") + _message_list(row, "completion")
+    if _as_list(row.get("prompt")):
+        return [*_system(row), *_message_list(row, "prompt"), *_message_list(row, "completion")]
     return [
+        *_system(row),
         {"role": "user", "content": _text(row, "prompt")},
         {"role": "assistant", "content": _text(row, "completion")},
     ]
@@ -235,20 +360,34 @@ def _from_llama2_text(row: Row) -> Messages:
 def _from_oasst(row: Row) -> Messages:
     messages = []
     for number, message in enumerate(row["messages"]):
-        role = _OASST_ROLES.get(str(message.get("role")))
+        if "role" not in message:
+            raise BadRowError("missing-key", "it is missing.", "role", number)
+        role = _OASST_ROLES.get(str(message["role"]))
         if role is None:
-            raise _unknown_role(message, "role", _OASST_ROLES, "", number)
+            raise _unknown_role(message["role"], _OASST_ROLES, "role", number)
         messages.append({"role": role, "content": _text(message, "text", "", number)})
     return messages
 
 
 def _text(item: Row, key: str, where: str = "", number: int = 0) -> str:
+    """The text under `key`; a list of OpenAI's text parts counts as one text."""
     value = item.get(key)
     if isinstance(value, str):
         return value
     if key not in item:
         raise BadRowError("missing-key", "it is missing.", f"{where}{key}", number)
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
+        return "".join(_part(part, f"{where}{key}[{index}]", number) for index, part in enumerate(value))
     raise BadRowError("wrong-type", f"it is {kind_of(value)}, text is needed.", f"{where}{key}", number)
+
+
+def _part(part: Row, path: str, number: int) -> str:
+    """The text of one part of a content."""
+    if part["type"] != "text":
+        raise BadRowError("unsupported", f"a part of the type {quoted(part['type'])}: {_MEDIA}.", path, number)
+    if not isinstance(part.get("text"), str):
+        raise BadRowError("wrong-type", f"it is {kind_of(part.get('text'))}, text is needed.", f"{path}.text", number)
+    return str(part["text"])
 
 
 def kind_of(value: Any) -> str:

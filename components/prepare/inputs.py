@@ -1,33 +1,129 @@
 """What prepare works on: the data set's files, and the model's tokenizer with its chat template."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from components.errors import Tune16Error
 from components.prepare.chat import ChatTemplate, choose_template
-from components.references import DATA_FILES, TOKENIZER_FILES, fetch, parse, read_config
+from components.references import DATA_FILES, DATA_SUFFIXES, TOKENIZER_FILES, fetch, parse, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def find_files(data: str, split: str, scratch: Path) -> list[Path]:
+_ABOUT = {"dataset_infos.json", "dataset_info.json", "metadata.json"}  # JSON that tells of a data set and is none
+_SHOWN = 5  # names that a message lists
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of one split, in order, and a sentence on what lies beside them and is not read (empty: nothing)."""
+
+    files: list[Path]
+    note: str = ""
+
+
+def find_files(data: str, configuration: str, split: str, scratch: Path) -> DataFiles:
     """Fetch the data set and find the files of one split, as the `datasets` library resolves it.
 
+    Args:
+        data: reference of the data set.
+        configuration: which one, where its card (README.md) names several; empty where there is one.
+        split: such as train.
+        scratch: takes what is fetched.
+
     Raises:
-        Tune16Error: it has no data files or no such split.
+        Tune16Error: it has no data files, no such configuration or split, a card that cannot be read, or files of
+            several kinds, of which only one would be read.
     """
     path = fetch(parse(data, "data"), scratch, [*DATA_FILES, "README.md"])
     if path.is_file():
-        return [path]
-    if not any(file for pattern in DATA_FILES for file in path.rglob(pattern)):
+        return DataFiles([path])
+    found = {file for pattern in DATA_FILES for file in path.rglob(pattern) if file.name not in _ABOUT}
+    if any(path.glob("**/*.arrow")) and any(path.glob("**/state.json")):
+        raise Tune16Error(f"{data}: was written by save_to_disk. Write it with to_parquet or to_json instead.")
+    if not found:
         raise Tune16Error(f"{data}: has no data files. They end in .jsonl, .json, .csv or .parquet.")
-    from datasets import load_dataset_builder  # slow to import, and a single file needs none of it
-
-    splits = {str(name): found for name, found in load_dataset_builder(str(path)).config.data_files.items()}
+    splits = _splits(data, path, configuration)
     if split not in splits:
         raise Tune16Error(f"{data}: has no split '{split}'. Set prepare.split to one of: {', '.join(splits)}.")
-    return [Path(file) for file in splits[split]]
+    read = {Path(file) for files in splits.values() for file in files}
+    left_out = sorted(str(file.relative_to(path)) for file in found - read)
+    if left_out and "configs" not in _card(data, path):
+        kind = next(suffix for suffix in DATA_SUFFIXES if suffix in next(iter(read)).name)
+        raise Tune16Error(
+            f"{data}: has files of several kinds, and only {kind} would be read, not {_listed(left_out)}. Write all in "
+            "one kind, or name one file as the data set."
+        )
+    others = sorted(
+        str(file.relative_to(path)) for file in path.rglob("*") if file.suffix in _OTHER_KINDS and file.is_file()
+    )
+    names = [*left_out, *others]
+    return DataFiles([Path(file) for file in splits[split]], f"Not read: {_listed(names)}." if names else "")
+
+
+_OTHER_KINDS = {".tsv", ".txt", ".xlsx", ".xls", ".arrow", ".zip", ".tar", ".xml", ".yaml", ".yml", ".pkl"}
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _splits(data: str, path: Path, configuration: str) -> dict[str, list[str]]:
+    """The files of each split.
+
+    Raises:
+        Tune16Error: the `datasets` library cannot tell.
+    """
+    from datasets import get_dataset_config_names, load_dataset_builder  # slow to import; a file needs none of it
+
+    _card(data, path)
+    try:
+        known = get_dataset_config_names(str(path))
+        if (configuration and configuration not in known) or (not configuration and len(known) > 1):
+            said = f"has no configuration '{configuration}'" if configuration else "has several configurations"
+            raise Tune16Error(f"{data}: {said}. Set prepare.configuration to one of: {', '.join(known)}.")
+        builder = load_dataset_builder(str(path), configuration or None)
+    except Tune16Error:
+        raise
+    except Exception as error:  # whatever the library meets in a stranger's folder
+        if "same data file format" in str(error):
+            raise Tune16Error(
+                f"{data}: its splits have files of different kinds. Write all in one kind, or name the file of one "
+                "split as the data set (preflight.data)."
+            ) from None
+        raise Tune16Error(
+            f"{data}: its splits cannot be told ({str(error).partition(chr(10))[0]}). Name one file as the data set "
+            "(preflight.data)."
+        ) from None
+    return {str(name): list(files) for name, files in builder.config.data_files.items()}
+
+
+def _card(data: str, path: Path) -> dict[str, object]:
+    """The header of the data set's card, which may name its configurations.
+
+    Raises:
+        Tune16Error: it is no YAML.
+    """
+    file = path / "README.md"
+    if not file.is_file():
+        return {}
+    text = file.read_text(encoding="utf-8", errors="replace")
+    header = text.split("---", 2)[1] if text.startswith("---") and text.count("---") > 1 else ""
+    try:
+        content = yaml.safe_load(header)
+    except yaml.YAMLError as error:
+        mark = (error.context_mark or error.problem_mark) if isinstance(error, yaml.MarkedYAMLError) else None
+        line = mark.line + 1 if mark else 1
+        raise Tune16Error(
+            f"{data}: README.md, line {line}: its header is no YAML, so the data set's files cannot be told. Correct "
+            "it, or name one file as the data set (preflight.data)."
+        ) from None
+    return content if isinstance(content, dict) else {}
 
 
 def load_tokenizer(model: str, template: str, scratch: Path) -> "tuple[PreTrainedTokenizerBase, ChatTemplate]":

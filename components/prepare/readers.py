@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from components.errors import Tune16Error
+from components.prepare.documents import not_rows
 from components.prepare.files import DAMAGED, LARGEST_ROW, BombError, open_data, read_lines, refuse_bomb, split_suffix
 from components.prepare.findings import Findings, Place
 from components.prepare.sensitive import path_key, quoted
@@ -47,6 +48,9 @@ def _read_jsonl(path: Path, compression: str, findings: Findings) -> Iterator[tu
     if _first_character(path, compression) == b"[":
         findings.add((path.name, 1), "array-in-jsonl", "the file is a JSON array, not one row a line.")
         yield from _read_array(path, compression, findings)
+        return
+    if told := not_rows(path, compression):
+        findings.add((path.name, 1), "not-rows", told)
         return
     json_ = StrictDecoder()
     for number, line in read_lines(path, compression, findings):
@@ -158,10 +162,12 @@ def _take(lines: Iterator[tuple[int, str]]) -> tuple[str, bool]:
 def _read_csv(path: Path, compression: str, findings: Findings) -> Iterator[tuple[Place, Row]]:
     csv.field_size_limit(LARGEST_ROW)
     record = _Record(read_lines(path, compression, findings))
-    reader = csv.reader(record)
+    reader = csv.reader(record, strict=True)
     place = (path.name, 1)
     try:
         header = next(reader, [])
+        if record.num_first != 1:
+            return  # the header cannot be read, which is told, and no row stands in for it
         _tell_doubled(header, place, findings)
         while True:
             record.start()
@@ -176,7 +182,13 @@ def _read_csv(path: Path, compression: str, findings: Findings) -> Iterator[tupl
             elif values:
                 yield place, dict(zip(header, values, strict=True))
     except csv.Error as error:
-        findings.add((path.name, record.first), "broken-csv", f"no CSV: {error}. The rows after it were not read.")
+        place = (path.name, record.first)
+        if "unexpected end" not in str(error):
+            findings.add(place, "broken-csv", f"no CSV: {error}. The rows after it were not read.")
+        elif record.is_cut:
+            findings.add(place, "truncated", "the last row does not end.")
+        else:
+            findings.add(place, "broken-csv", "a quote begins here and never ends. The rows after it were not read.")
 
 
 class _Record:
@@ -185,6 +197,7 @@ class _Record:
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
         self._last = ""
+        self.num_first = 0  # the line that the file's first record begins at
         self.first = 1
         self.num_quotes = 0
 
@@ -199,6 +212,7 @@ class _Record:
 
     def __iter__(self) -> Iterator[str]:
         for number, line in self._lines:
+            self.num_first = self.num_first or number
             self.first = self.first or number
             self.num_quotes += line.count('"')
             self._last = line

@@ -34,6 +34,9 @@ RULES: dict[str, Rule] = {
     "not-utf-8": _error("Save the file as UTF-8."),
     "byte-order-mark": _warning("It is passed over. Save the file as UTF-8 without a byte order mark (BOM)."),
     "truncated": _error("The file was cut off while it was copied or written: copy it again, or remove the rest."),
+    "not-rows": _error(
+        "Write one object a line: `jq -c . FILE`, or with pandas to_json(…, orient='records', lines=True)."
+    ),
     "array-in-jsonl": _error("Name the file .json, or let --fix write the rows as lines."),
     # The JSON.
     "broken-json": _error("Write the row again with a JSON library."),
@@ -48,6 +51,7 @@ RULES: dict[str, Rule] = {
     "missing-key": _error("Add the key, or name the form with format."),
     "wrong-type": _error("Give the value the type that the form asks for."),
     "unknown-key": _warning("It is passed over. Remove it, or correct its spelling."),
+    "unsupported": _error("Passed over, it would change what is learnt: rewrite these rows, or leave them out."),
     "not-llama2-text": _error("Write the text as [INST] question [/INST] answer, or take another form."),
     # The conversation.
     "unknown-role": _error("Take one of the known roles."),
@@ -64,6 +68,7 @@ RULES: dict[str, Rule] = {
         "The row is left out, since the token would be read as the template's own. --fix takes out the token alone."
     ),
     # The content.
+    "too-few-rows": _error("Add rows with other questions: some are trained on, and others are held out."),
     "duplicate": _warning("Only the first of them is trained on."),
     "near-duplicate": _warning("Both are kept. Remove what says the same; --fix leaves the later one out."),
     "different-answers": _warning("Check which answer is right: the model learns a mixture of them."),

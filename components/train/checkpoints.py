@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -93,6 +94,7 @@ class Checkpoints:
             stack.enter_context(locked(self.folder / _LOCK, what))
             self._lease = stack.enter_context(held(self.prefix, what) if self.prefix else nullcontext())
             _remove_remains(self.folder)
+            self._abort_uploads()
             try:
                 with ThreadPoolExecutor(1) as self._uploader, ThreadPoolExecutor(1) as self._writer:
                     yield
@@ -184,6 +186,21 @@ class Checkpoints:
             _remove_run(self.folder)
         if self.prefix:
             _remove_stale(self.prefix.rpartition("/")[0])
+
+    def _abort_uploads(self) -> None:
+        """Take away the parts, which no listing shows, of checkpoints that killed processes were uploading.
+
+        Those of the newest one here are gone on with.
+        """
+        if not self.prefix:
+            return
+        newest = max(_steps(self.folder), default=-1)
+        try:
+            s3.abort_uploads(
+                s3.default_bucket(), f"{self.prefix}/", lambda key: key.partition("/")[0] != name_of(newest)
+            )
+        except Tune16Error as error:
+            say("train", f"unfinished uploads of checkpoints were not removed: {error}")
 
     def _check_lease(self) -> None:
         try:
@@ -289,13 +306,15 @@ def _remove_remains(folder: Path) -> None:
 def _remove_stale(prefix: str) -> None:
     """Take away the checkpoints in S3 of runs that have said nothing for a week."""
     try:
-        newest: dict[str, float] = {}
-        for stored in s3.list_objects(s3.default_bucket(), f"{prefix}/"):
+        bucket, of_run = s3.default_bucket(), defaultdict[str, list[s3.StoredObject]](list)
+        for stored in s3.list_objects(bucket, f"{prefix}/"):
             name = stored.key.removeprefix(f"{prefix}/")
-            run = name.partition("/")[0] if _OF_RUN.fullmatch(name) else ""
-            newest[run] = max(newest.get(run, 0.0), stored.modified)
-        for run, modified in newest.items():
-            if run and time.time() - modified > _STALE_SECONDS:
-                s3.delete_folder(s3.default_bucket(), f"{prefix}/{run}/", first="")
+            if _OF_RUN.fullmatch(name):
+                of_run[name.partition("/")[0]].append(stored)
+        for objects in of_run.values():
+            if time.time() - max(stored.modified for stored in objects) > _STALE_SECONDS:
+                for stored in objects:
+                    s3.delete(bucket, stored.key)
+        s3.abort_uploads(bucket, f"{prefix}/", lambda key: bool(_OF_RUN.fullmatch(key)), older_than=_STALE_SECONDS)
     except Tune16Error as error:
         say("train", f"old checkpoints were not removed: {error}")

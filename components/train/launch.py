@@ -101,7 +101,7 @@ def train_in_processes(
         except (ProcessExitedException, ProcessRaisedException) as error:
             if not messages.empty():
                 raise Tune16Error(messages.get()) from None
-            if termination.is_asked:
+            if termination.is_asked or getattr(error, "exit_code", None) == TERMINATED_EXIT_CODE:
                 raise SystemExit(TERMINATED_EXIT_CODE) from None
             if killed_by := getattr(error, "signal_name", None):
                 raise Tune16Error(

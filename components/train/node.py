@@ -8,11 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from components.errors import Tune16Error
-from components.steps import TERMINATED_EXIT_CODE
+from components.s3errors import patience
+from components.steps import TERMINATED_EXIT_CODE, say
 from components.train.launch import Group, train_in_processes
-from components.train.scratch import ALIVE_SECONDS, Scratch
+from components.train.scratch import ALIVE_SECONDS, JobEndedError, Scratch
 
 _MASTER_PORT = 29500
+_ENDED = (
+    "train: the nodes were told to end before the last step (node {node} says so; was a node drained, or its pod "
+    "evicted?), so there is no result. Start the run again: it goes on from its newest checkpoint."
+)
 
 
 def train_as_node(source: str) -> None:
@@ -26,12 +31,18 @@ def train_as_node(source: str) -> None:
     """
     scratch, node = Scratch.parse(source), int(_variable("NODE_RANK", "RANK", "0"))
     try:
-        scratch.check_alive()
-        threading.Thread(target=_watch, args=(scratch,), daemon=True).start()
-        _train(scratch, node)
+        with patience():
+            scratch.check_alive()
+            threading.Thread(target=_watch, args=(scratch,), daemon=True).start()
+            _train(scratch, node)
     except Tune16Error as error:
         with suppress(Tune16Error):
             scratch.report(node, error)
+        raise
+    except SystemExit as ended:
+        if ended.code == TERMINATED_EXIT_CODE:
+            with suppress(Tune16Error):
+                scratch.report(node, Tune16Error(_ENDED.format(node=node)))
         raise
 
 
@@ -52,11 +63,16 @@ def _variable(name: str, plain: str, default: str) -> str:
 
 
 def _watch(scratch: Scratch) -> None:
-    """End this pod when the step that began the job is gone; in a thread of its own, as training cannot look up."""
+    """End this pod when the step that began the job is gone; in a thread of its own, as training cannot look up.
+
+    A storage that cannot be asked says nothing about the step.
+    """
     while True:
         time.sleep(ALIVE_SECONDS)
         try:
             scratch.check_alive()
-        except Tune16Error as error:
+        except JobEndedError as error:
             print(f"error: {error}", flush=True)
             os._exit(TERMINATED_EXIT_CODE)
+        except Tune16Error as error:
+            say("train", f"the storage does not answer, training goes on: {error}")

@@ -6,7 +6,6 @@ folder of the connection's bucket (:mod:`components.train.scratch`).
 """
 
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +19,10 @@ from components import kubeapi
 from components.config import ClusterConfig, TrainConfig
 from components.errors import Tune16Error
 from components.outputs import new_folder
+from components.s3errors import patience
 from components.steps import say
 from components.train.jobs import PYTORCH_JOB, TRAIN_JOB, Json, Kind, describe
-from components.train.scratch import ALIVE_SECONDS, Scratch
+from components.train.scratch import ALIVE_SECONDS, Scratch, new_job
 
 POLL_SECONDS = 5.0
 _SILENCE_SECONDS = 1800  # without any news from pods that should be running; waiting in a queue does not count
@@ -30,22 +30,26 @@ _TIMEOUT_SECONDS = (10, 60)  # to connect, to read
 
 
 def train_on_nodes(
-    weights: Path, rows: Path, output: Path, config: TrainConfig, cluster: ClusterConfig, path: str = ""
+    weights: Path, rows: Path, output: Path, config: TrainConfig, cluster: ClusterConfig, path: str
 ) -> None:
     """Train on ``num_nodes`` nodes with ``num_gpus`` GPUs each, from within a pod of the cluster.
+
+    A storage or an API that is away for a quarter of an hour ends nothing.
 
     Raises:
         Tune16Error: this is no pod, the cluster serves no training jobs, the account may not make them, the job failed,
             or its pods said nothing for half an hour although they were not waiting in a queue.
     """
-    job = f"tune16-train-{uuid.uuid4().hex[:8]}"
-    scratch = Scratch.of_job(job)
-    with kubeapi.explained("train.num_nodes"):
+    if not path:
+        raise Tune16Error("train.num_nodes: the nodes meet below the model's place in the bucket. Set upload_path.")
+    job = new_job()
+    scratch = Scratch.of_job(job, path)
+    with kubeapi.explained("train.num_nodes"), patience():
         api = kubeapi.connect("train.num_nodes: several nodes are for a cluster, whose pods train. Set it to 1.")
         pod, kind = kubeapi.own_pod(api), _served_kind()
         namespace = pod["metadata"]["namespace"]
         body = describe(kind, job, pod, scratch.address, config, cluster, kind is TRAIN_JOB and _has_patches())
-        with scratch.holding(weights, rows, config, path), _running(kind, namespace, body):
+        with scratch.holding(weights, rows, config), _running(kind, namespace, body):
             _follow(kind, namespace, job, scratch)
             with new_folder(output) as folder:
                 scratch.fetch_adapter(folder)
@@ -54,7 +58,7 @@ def train_on_nodes(
 def _served_kind() -> Kind:
     for kind in (TRAIN_JOB, PYTORCH_JOB):
         try:
-            served = _request("GET", f"/apis/{kind.group}/{kind.version}")["resources"]
+            served = _patiently("GET", f"/apis/{kind.group}/{kind.version}")["resources"]
         except ApiException as error:
             if error.status != 404:
                 raise
@@ -69,7 +73,7 @@ def _served_kind() -> Kind:
 
 def _has_patches() -> bool:
     """Whether this cluster's TrainJob says runtimePatches, as newer trainers do, and not podTemplateOverrides."""
-    answer = _request("GET", f"/openapi/v3/apis/{TRAIN_JOB.group}/{TRAIN_JOB.version}")
+    answer = _patiently("GET", f"/openapi/v3/apis/{TRAIN_JOB.group}/{TRAIN_JOB.version}")
     for schema in answer["components"]["schemas"].values():
         kinds = [entry["kind"] for entry in schema.get("x-kubernetes-group-version-kind", [])]
         if TRAIN_JOB.name in kinds:
@@ -83,7 +87,7 @@ def _running(kind: Kind, namespace: str, body: Json) -> Iterator[None]:
     path = f"/apis/{kind.group}/{kind.version}/namespaces/{namespace}/{kind.plural}"
     name = body["metadata"]["name"]
     try:
-        _request("POST", path, body)
+        _create(path, body)
         yield
     finally:
         try:
@@ -91,6 +95,22 @@ def _running(kind: Kind, namespace: str, body: Json) -> Iterator[None]:
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             if getattr(error, "status", None) != 404:
                 say("train", f"{kind.name} {name} could not be removed ({error}); it goes with this pod")
+
+
+def _create(path: str, body: Json) -> None:
+    """Make the job; where the answer to an earlier try was lost, it is there already: its name is nobody else's."""
+    num_tries = 0
+
+    def post() -> None:
+        nonlocal num_tries
+        num_tries += 1
+        try:
+            _request("POST", path, body)
+        except ApiException as error:
+            if error.status != 409 or num_tries == 1:
+                raise
+
+    kubeapi.patiently(post, POLL_SECONDS)
 
 
 def _follow(kind: Kind, namespace: str, job: str, scratch: Scratch) -> None:

@@ -1,16 +1,20 @@
 """The folder in the bucket that a job on several nodes works in, between the step that began it and its pods.
 
+    <prefix>/<model name>/scratch/tune16-train-<8 hexadecimal digits>/
     weights/ rows/ config.json    what the job works on
     alive                         renewed by the step every minute
     error-<node>                  what went wrong in a pod
     adapter/                      the result
 
-Without a fresh ``alive`` the pods give up, so that a step that was killed leaves no GPU busy. Errors lie here because
-pods and their logs may be gone by the time that the step looks.
+Without a fresh ``alive`` the pods give up, so that a step that was killed leaves no GPU busy; while the storage cannot
+be asked they go on. Errors lie here because pods and their logs may be gone by the time that the step looks. What is
+removed lies below a name that only a job of this model has.
 """
 
 import json
+import re
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +24,23 @@ from components import s3
 from components.config import TrainConfig
 from components.errors import Tune16Error
 from components.references import fetch, parse, pin
+from components.s3errors import OUTAGE_SECONDS
 
 ALIVE_SECONDS = 60.0
-_ORPHANED_SECONDS = 600  # after which a job's pods believe that the step is gone
+_ORPHANED_SECONDS = 2 * OUTAGE_SECONDS  # the step may have had to wait for the storage before it renewed ``alive``
 _LEFTOVER_SECONDS = 86400
 _ROOT = "scratch"
+_JOB = re.compile(r"tune16-train-[0-9a-f]{8}")
 _CONFIG, _ALIVE, _ERROR = "config.json", "alive", "error-"
+
+
+class JobEndedError(Tune16Error):
+    """The job's pods have nothing left to work for."""
+
+
+def new_job() -> str:
+    """A name for a job, which nobody else has."""
+    return f"tune16-train-{uuid.uuid4().hex[:8]}"
 
 
 @dataclass(frozen=True)
@@ -36,9 +51,9 @@ class Scratch:
     prefix: str
 
     @classmethod
-    def of_job(cls, job: str) -> "Scratch":
-        """The folder of a job, in the connection's bucket."""
-        return cls(s3.default_bucket(), f"{_ROOT}/{job}")
+    def of_job(cls, job: str, path: str) -> "Scratch":
+        """The folder of a job on the model at `path`, in the connection's bucket."""
+        return cls(s3.default_bucket(), f"{path}/{_ROOT}/{job}")
 
     @classmethod
     def parse(cls, address: str) -> "Scratch":
@@ -51,15 +66,25 @@ class Scratch:
         """The folder's ``s3://`` address."""
         return f"s3://{self.bucket}/{self.prefix}"
 
+    @property
+    def _root(self) -> str:
+        """The folder of all jobs on this model."""
+        return self.prefix.rpartition("/")[0]
+
+    @property
+    def _path(self) -> str:
+        """The model's path in the bucket."""
+        return self._root.removesuffix(f"/{_ROOT}")
+
     @contextmanager
-    def holding(self, weights: Path, rows: Path, config: TrainConfig, path: str = "") -> Iterator[None]:
+    def holding(self, weights: Path, rows: Path, config: TrainConfig) -> Iterator[None]:
         """The job's inputs in the bucket while it runs; what killed steps have left there goes too."""
         self._remove_leftovers()
         try:
             self.renew()
             s3.upload_folder(weights, self.bucket, f"{self.prefix}/weights")
             s3.upload_folder(rows, self.bucket, f"{self.prefix}/rows")
-            content = json.dumps({"config": config.model_dump(), "path": path})
+            content = json.dumps({"config": config.model_dump(), "path": self._path})
             s3.create(self.bucket, f"{self.prefix}/{_CONFIG}", content.encode())
             yield
         finally:
@@ -67,18 +92,19 @@ class Scratch:
 
     def renew(self) -> None:
         """Say that the step is still there."""
-        s3.write(self.bucket, f"{self.prefix}/{_ALIVE}", str(time.time()).encode())
+        s3.write(self.bucket, f"{self.prefix}/{_ALIVE}", b"")
 
     def check_alive(self) -> None:
         """See that the step is there, and that no pod has failed: a failed job's pods are started again and again.
 
         Raises:
-            Tune16Error: it is gone, or one has, with that one's message.
+            JobEndedError: it is gone, or one has, with that one's message.
+            Tune16Error: the storage cannot be asked.
         """
         self.raise_reported()
-        renewed = s3.read(self.bucket, f"{self.prefix}/{_ALIVE}")
-        if renewed is None or time.time() - float(renewed) > _ORPHANED_SECONDS:
-            raise Tune16Error(f"{self.address}: the step that began this job is gone.")
+        found = s3.read_aged(self.bucket, f"{self.prefix}/{_ALIVE}")
+        if found is None or found[1] > _ORPHANED_SECONDS:
+            raise JobEndedError(f"{self.address}: the step that began this job is gone.")
 
     def report(self, node: int, error: Tune16Error) -> None:
         """Leave a pod's message for the step, unless it has gone and cleaned up; the first message counts."""
@@ -91,10 +117,10 @@ class Scratch:
         """Raise the message that a pod has left, if any has.
 
         Raises:
-            Tune16Error: with that message.
+            JobEndedError: with that message.
         """
         for stored in s3.list_objects(self.bucket, f"{self.prefix}/{_ERROR}"):
-            raise Tune16Error((s3.read(self.bucket, stored.key) or b"").decode())
+            raise JobEndedError((s3.read(self.bucket, stored.key) or b"").decode())
 
     def fetch_inputs(self, folder: Path) -> tuple[Path, Path, TrainConfig, str]:
         """Bring weights and rows below `folder`; returns both, the settings, and the model's path in the bucket."""
@@ -112,14 +138,17 @@ class Scratch:
         fetch(pin(parse(f"{self.address}/adapter", "model")), folder, ["*"])
 
     def _remove_leftovers(self) -> None:
-        jobs = {stored.key.split("/")[1] for stored in s3.list_objects(self.bucket, f"{_ROOT}/")}
-        for prefix in (f"{_ROOT}/{job}" for job in jobs):
-            renewed = s3.read(self.bucket, f"{prefix}/{_ALIVE}")
-            if time.time() - float(renewed or 0) > _LEFTOVER_SECONDS:
-                self._remove(prefix)
+        """Remove the folders of this model's jobs in which nothing has been written for a day."""
+        newest: dict[str, float] = {}
+        for stored in s3.list_objects(self.bucket, f"{self._root}/"):
+            job, inside, _ = stored.key.removeprefix(f"{self._root}/").partition("/")
+            if inside and _JOB.fullmatch(job):
+                newest[job] = max(newest.get(job, 0.0), stored.modified)
+        for job, modified in newest.items():
+            if time.time() - modified > _LEFTOVER_SECONDS:
+                self._remove(f"{self._root}/{job}")
 
     def _remove(self, prefix: str) -> None:
         """Take a job's folder away: ``alive`` first, so that a pod's late message is either seen here or taken back."""
         s3.delete(self.bucket, f"{prefix}/{_ALIVE}")
-        for stored in s3.list_objects(self.bucket, f"{prefix}/"):
-            s3.delete(self.bucket, stored.key)
+        s3.delete_folder(self.bucket, f"{prefix}/", first="")

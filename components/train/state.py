@@ -150,7 +150,7 @@ class _Occasions(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After so many seconds, and at once when the process is asked to end, which it then does."""
         is_due = time.monotonic() - self._last > self._every_seconds and not self._trainer._checkpoints.is_busy
-        is_due, ends = _agreed(is_due and not args.process_index, self._termination.is_asked)
+        is_due, ends = agreed(is_due and not args.process_index, self._termination.is_asked)
         if is_due or ends:
             control.should_save = True
             self._last = time.monotonic()
@@ -185,7 +185,7 @@ def agree_on_newest(checkpoints: Checkpoints, on_several_nodes: bool) -> Path | 
     return checkpoints.fetch(steps[0]) if steps[0] is not None else None
 
 
-def _agreed(*flags: bool) -> list[bool]:
+def agreed(*flags: bool) -> list[bool]:
     """Each flag, true in all processes where it is true in one."""
     if not distributed.is_initialized():
         return list(flags)

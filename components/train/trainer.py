@@ -34,7 +34,7 @@ from components.train.engine.packing import packed_dataset
 from components.train.engine.trainer import EngineTrainer, fewest
 from components.train.progress import Progress
 from components.train.report import write_report
-from components.train.state import Resumable, agree_on_newest, is_first, read_passes
+from components.train.state import Resumable, agree_on_newest, agreed, is_first, read_passes
 
 _MAX_EVALUATED_ROWS = 200
 
@@ -142,7 +142,7 @@ def train_adapter(lesson: Lesson, output: Path, place: Place) -> dict[str, float
 
 
 def _train(lesson: Lesson, checkpoints: Checkpoints, scratch: Path) -> Resumable:
-    """Put the trainer together and let it train to the end, or until the process is asked to end."""
+    """Put the trainer together and let it train to its last step, or until one of the processes is asked to end."""
     arguments = training_arguments(lesson.config, lesson.dtype, lesson.max_tokens, scratch)
     newest = agree_on_newest(checkpoints, lesson.config.num_nodes > 1)
     build = _distillation_trainer if lesson.config.method == "distill" else _sft_trainer
@@ -151,7 +151,8 @@ def _train(lesson: Lesson, checkpoints: Checkpoints, scratch: Path) -> Resumable
     with deferred_termination() as termination:
         trainer.protect(checkpoints, lesson.config.checkpoint_minutes * 60, termination)
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-        if termination.is_asked:
+        (is_asked,) = agreed(termination.is_asked)  # of all processes: none publishes what another calls unfinished
+        if is_asked or trainer.state.global_step < trainer.state.max_steps:
             if is_first():
                 checkpoints.wait()
             raise SystemExit(TERMINATED_EXIT_CODE)

@@ -7,7 +7,6 @@ next one goes on with it where it publishes the same, and else takes it away.
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 import time
@@ -27,7 +26,6 @@ from components.shapes import read_shape
 from components.steps import say
 from components.upload.retention import remove_old
 
-_VERSION = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 _SAY_EVERY_SECONDS = 10
 
 
@@ -255,8 +253,12 @@ def remove_leftovers(path: str, but: str = "") -> int:
         The number of objects and uploads removed.
     """
     names, complete = _names(path)
-    kept = f"{path}/{but}/" if but else ""
-    num_uploads = s3.abort_uploads(s3.default_bucket(), f"{path}/", but=kept)
+
+    def is_stale(key: str) -> bool:
+        version = key.partition("/")[0]
+        return versions.is_version(version) and version != but
+
+    num_uploads = s3.abort_uploads(s3.default_bucket(), f"{path}/", is_stale)
     num_files = sum(versions.remove(path, version) for version in names - complete - {but})
     if num_files or num_uploads:
         say("upload", f"removed {num_files} files and {num_uploads} unfinished uploads of earlier, killed runs")
@@ -268,5 +270,5 @@ def _names(path: str) -> tuple[set[str], set[str]]:
     bucket = s3.default_bucket()
     keys = [stored.key.removeprefix(f"{path}/") for stored in s3.list_objects(bucket, f"{path}/")]
     keys += [key.removeprefix(f"{path}/") for key in s3.unfinished_keys(bucket, f"{path}/")]
-    parts = [key.split("/", 1) for key in keys if _VERSION.fullmatch(key.split("/", 1)[0])]
+    parts = [key.split("/", 1) for key in keys if versions.is_version(key.split("/", 1)[0])]
     return {version for version, _ in parts}, {version for version, rest in parts if rest == versions.MANIFEST}

@@ -39,7 +39,7 @@ def _remove_old(path: str, number: int) -> None:
         return
     bucket = s3.default_bucket()
     keys = [stored.key.removeprefix(f"{path}/").split("/") for stored in s3.list_objects(bucket, f"{path}/")]
-    complete = sorted(parts[0] for parts in keys if parts[1:] == [versions.MANIFEST])
+    complete = sorted(name for name, *rest in keys if rest == [versions.MANIFEST] and versions.is_version(name))
     needed = {champion.version for champion in versions.read_log(path, newest=2)}
     for version in complete[:-number]:
         if version not in needed:

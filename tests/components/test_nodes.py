@@ -13,20 +13,22 @@ import jsonschema
 import pytest
 import torch
 
-from components import kubeapi, s3
+from components import kubeapi, s3, s3errors
 from components.config import ClusterConfig, PrepareConfig, QuantizeConfig, TrainConfig
 from components.errors import Tune16Error
 from components.merge.merger import read_deltas
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.train import nodes
+from components.train import scratch as scratch_module
 from components.train.launch import train
-from components.train.scratch import Scratch
+from components.train.scratch import JobEndedError, Scratch, new_job
 from tests.manifests.test_manifests import CRDS, custom_schemas
 from tests.servers import KubernetesApi
 
 Json = dict[str, Any]
 NAMESPACE = "tune16"
+PATH = "team/llm"
 CLUSTER = ClusterConfig(node_selector={"nvidia.com/gpu.product": "Tesla-T4"})
 TRAINER = "trainer.kubeflow.org/v1alpha1"
 SETTINGS: Json = {
@@ -42,8 +44,10 @@ pytestmark = [
 class Nodes:
     """Starts a job's pods as processes, as a training operator would, and reports how they end."""
 
-    def __init__(self, api: KubernetesApi) -> None:
+    def __init__(self, api: KubernetesApi, told_to_end: int | None = None) -> None:
         self.api = api
+        self.told_to_end = told_to_end
+        self.codes: list[int] = []
         self.jobs: list[Json] = []
         api.on_create["trainjobs"] = lambda job: self._start(job, "Complete")
         api.on_create["pytorchjobs"] = lambda job: self._start(job, "Succeeded")
@@ -74,12 +78,13 @@ class Nodes:
         command = [sys.executable, *container["command"][1:]]
         processes = [self._node(command, rank, num_nodes) for rank in range(num_nodes)]
         for line in processes[0].stdout or ():
+            if self.told_to_end is not None and line.startswith("train: step "):
+                processes[self.told_to_end].terminate()
             self.api.logs[NAMESPACE, f"{name}-0"] = self.api.logs.get((NAMESPACE, f"{name}-0"), "") + line
-        codes = []
         for process in processes:
             with process:  # closes its pipe
-                codes.append(process.wait())
-        kind, message = ("Failed", f"exit codes {codes}") if any(codes) else (success, "done")
+                self.codes.append(process.wait())
+        kind, message = ("Failed", f"exit codes {self.codes}") if any(self.codes) else (success, "done")
         job["status"]["conditions"] = [{"type": kind, "status": "True", "message": message}]
 
     @staticmethod
@@ -156,7 +161,7 @@ def test_two_nodes_equal_one_process_with_twice_the_batch(
 ) -> None:
     serve_train_jobs(api, "runtimePatches")
     started = Nodes(api)
-    two = train(*inputs, tmp_path / "two", TrainConfig(**{**SETTINGS, "micro_batch": 1, "num_nodes": 2}))
+    two = train(*inputs, tmp_path / "two", TrainConfig(**{**SETTINGS, "micro_batch": 1, "num_nodes": 2}), path=PATH)
     said = capsys.readouterr().out
     monkeypatch.delenv("KFP_POD_NAME")  # a pod without a GPU would be refused
     one = train(*inputs, tmp_path / "one", TrainConfig(**{**SETTINGS, "micro_batch": 1, "gradient_accumulation": 2}))
@@ -172,7 +177,7 @@ def test_two_nodes_equal_one_process_with_twice_the_batch(
     assert job["metadata"]["ownerReferences"] == [owner]
     assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpus"}
     assert not [key for key in api.objects if key[1] == "trainjobs"]
-    assert s3.list_objects(s3.default_bucket(), "scratch/") == []
+    assert s3.list_objects(s3.default_bucket(), f"{PATH}/scratch/") == []
 
 
 @pytest.mark.parametrize("field", ["runtimePatches", "podTemplateOverrides"])
@@ -213,10 +218,10 @@ def test_a_failed_pytorch_job_tells_the_steps_own_message_and_leaves_nothing(
     started = Nodes(api)
     config = TrainConfig(**{**SETTINGS, "num_nodes": 2, "target_modules": "qkv"})
     with pytest.raises(Tune16Error, match="train.target_modules: this model has no linear layer 'qkv'"):
-        train(*inputs, tmp_path / "out", config)
+        train(*inputs, tmp_path / "out", config, path=PATH)
     started.thread.join()
     assert len(started.jobs) == 1 and not [key for key in api.objects if key[1] == "pytorchjobs"]
-    assert s3.list_objects(s3.default_bucket(), "scratch/") == [] and not (tmp_path / "out").exists()
+    assert s3.list_objects(s3.default_bucket(), f"{PATH}/scratch/") == [] and not (tmp_path / "out").exists()
 
 
 def test_what_the_cluster_lacks_or_refuses(
@@ -224,35 +229,112 @@ def test_what_the_cluster_lacks_or_refuses(
 ) -> None:
     config = TrainConfig(num_nodes=2)
     with pytest.raises(Tune16Error, match="neither TrainJob nor PyTorchJob"):
-        train(*inputs, tmp_path / "out", config)
+        train(*inputs, tmp_path / "out", config, path=PATH)
     serve_train_jobs(api)
     api.forbid("POST", "trainjobs")
     with pytest.raises(Tune16Error, match="the cluster refuses: 403 .*cannot create resource.*Apply manifests/base"):
-        train(*inputs, tmp_path / "out", config)
-    assert s3.list_objects(s3.default_bucket(), "scratch/") == []
+        train(*inputs, tmp_path / "out", config, path=PATH)
+    assert s3.list_objects(s3.default_bucket(), f"{PATH}/scratch/") == []
     monkeypatch.delenv("KUBECONFIG")
     with pytest.raises(Tune16Error, match="several nodes are for a cluster"):
-        train(*inputs, tmp_path / "out", config)
+        train(*inputs, tmp_path / "out", config, path=PATH)
 
 
 def test_a_pod_without_its_step_gives_up(bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "components", "train-node", "--source", "s3://tune16/scratch/gone"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "the step that began this job is gone" in done.stderr
-    scratch = Scratch.of_job("left")
-    s3.write(scratch.bucket, f"{scratch.prefix}/alive", b"1000")
-    s3.write(scratch.bucket, f"{scratch.prefix}/weights/x", b"1000")
-    s3.write(scratch.bucket, "scratch/headless/error-1", b"of a pod that was killed while it reported")
-    with Scratch.of_job("next").holding(tmp_path, tmp_path, TrainConfig()):
-        names = {stored.key for stored in s3.list_objects(scratch.bucket, "scratch/")}
-        assert {name.split("/")[1] for name in names} == {"next"} and "scratch/next/alive" in names
-    assert [stored.key for stored in s3.list_objects(scratch.bucket, "scratch/")] == []
+
+
+def test_only_folders_of_this_models_old_jobs_are_removed(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = f"{PATH}/scratch/tune16-train-00000001"
+    strangers = {
+        "scratch/notes/alive",
+        "scratch/tune16-train-00000003/alive",
+        "other/llm/scratch/tune16-train-00000002/alive",
+        f"{PATH}/scratch/readme.txt",
+        f"{PATH}/scratch/tune16-train-mine/weights",
+        f"{PATH}/scratch/tune16-train-00000004",
+    }
+    for key in {f"{ours}/alive", f"{ours}/weights/x", f"{PATH}/scratch/tune16-train-00000005/error-1", *strangers}:
+        s3.write(bucket, key, b"")
+    with Scratch.of_job(new_job(), PATH).holding(tmp_path, tmp_path, TrainConfig()):
+        assert f"{ours}/weights/x" in _keys(bucket), "they have been written just now"
+    monkeypatch.setattr(scratch_module, "_LEFTOVER_SECONDS", -1)
+    with Scratch.of_job(new_job(), PATH).holding(tmp_path, tmp_path, TrainConfig()):
+        pass
+    assert _keys(bucket) == strangers
+
+
+def _keys(bucket: str) -> set[str]:
+    return {stored.key for stored in s3.list_objects(bucket, "")}
+
+
+def test_a_storage_that_is_away_for_a_while_ends_nothing(
+    api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The storage fails forty times in a row, where five tries would have to do, and the API drops some requests."""
+    serve_train_jobs(api)
+    for name in ("_FIRST_PAUSE_SECONDS", "_LONGEST_PAUSE_SECONDS"):
+        monkeypatch.setattr(s3errors, name, 0.05)
+    monkeypatch.setattr(nodes, "ALIVE_SECONDS", 0)
+    renew, faults = Scratch.renew, iter(range(40))
+
+    def renew_later(self: Scratch) -> None:
+        def ask() -> None:
+            if api.on_create and next(faults, None) is not None:
+                raise ConnectionResetError("away")
+
+        s3errors.attempt("s3://", ask)
+        renew(self)
+
+    monkeypatch.setattr(Scratch, "renew", renew_later)
+    api.drop("trainjobs", times=2)
+    api.on_create["trainjobs"] = lambda job: job.update(
+        status={"conditions": [{"type": "Failed", "status": "True", "message": "in the end"}]}
+    )
+    with pytest.raises(Tune16Error, match="failed: in the end"):
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
+    assert next(faults, None) is None
+
+
+def test_a_pod_goes_on_while_the_storage_cannot_be_asked(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = Scratch.of_job(new_job(), PATH)
+    with pytest.raises(JobEndedError, match="the step that began this job is gone"):
+        scratch.check_alive()
+    scratch.renew()
+    scratch.check_alive()
+    monkeypatch.setattr(scratch_module, "_ORPHANED_SECONDS", -10)
+    with pytest.raises(JobEndedError, match="the step that began this job is gone"):
+        scratch.check_alive()
+    monkeypatch.setenv("AWS_S3_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(s3errors, "_NUM_TRIES", 1)
+    with pytest.raises(Tune16Error, match="cannot be reached") as error:
+        scratch.check_alive()
+    assert not isinstance(error.value, JobEndedError)
+
+
+def test_a_node_that_is_told_to_end_leaves_no_result(
+    api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path, bucket: str
+) -> None:
+    """SIGTERM reaches the second node alone, in the middle: the first one, which writes the result, must not."""
+    serve_train_jobs(api, "runtimePatches")
+    started = Nodes(api, told_to_end=1)
+    config = TrainConfig(**{**SETTINGS, "epochs": 1, "micro_batch": 1, "num_nodes": 2, "checkpoint_minutes": 0.001})
+    with pytest.raises(Tune16Error, match="told to end before the last step.*goes on from its newest checkpoint"):
+        train(*inputs, tmp_path / "out", config, path=PATH)
+    started.thread.join()
+    assert started.codes == [143, 143] and not (tmp_path / "out").exists()
+    assert [key for key in _keys(bucket) if key.endswith("/checkpoint.json")]
+    assert not [key for key in _keys(bucket) if key.startswith(f"{PATH}/scratch/")]
 
 
 def test_a_message_that_comes_during_the_clean_up_does_not_stay(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scratch, delete = Scratch.of_job("late"), s3.delete
+    scratch, delete = Scratch.of_job("late", PATH), s3.delete
 
     def delete_while_a_pod_reports(bucket: str, key: str) -> None:
         if key == f"{scratch.prefix}/alive":
@@ -263,7 +345,7 @@ def test_a_message_that_comes_during_the_clean_up_does_not_stay(
 
     with scratch.holding(tmp_path, tmp_path, TrainConfig()):
         monkeypatch.setattr(s3, "delete", delete_while_a_pod_reports)
-    assert [stored.key for stored in s3.list_objects(scratch.bucket, "scratch/")] == []
+    assert [stored.key for stored in s3.list_objects(scratch.bucket, f"{PATH}/scratch/")] == []
 
 
 def test_passing_faults_of_the_api_do_not_end_a_job(
@@ -276,7 +358,7 @@ def test_passing_faults_of_the_api_do_not_end_a_job(
         status={"conditions": [{"type": "Failed", "status": "True", "message": "in the end"}]}
     )
     with pytest.raises(Tune16Error, match="failed: in the end"):
-        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2))
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
 
 
 def test_a_job_that_says_nothing_is_given_up_but_not_one_in_the_queue(
@@ -297,8 +379,8 @@ def test_a_job_that_says_nothing_is_given_up_but_not_one_in_the_queue(
         threading.Timer(3, fail).start()
 
     with pytest.raises(Tune16Error, match="has said nothing"):
-        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2))
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
     api.on_create["trainjobs"] = queue
     with pytest.raises(Tune16Error, match="failed: preempted"):
-        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2))
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
     assert len(seen) == 2 and not [key for key in api.objects if key[1] == "trainjobs"]
