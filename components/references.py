@@ -41,6 +41,7 @@ DATA_FILES = tuple(f"*{suffix}{compression}" for suffix in DATA_SUFFIXES for com
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _LARGEST_DOCUMENT = 64 << 20  # bytes of a model's JSON file; the index of the largest models has some megabytes
 _TOKENIZER = "tokenizer.json"  # larger than the others, and read by a library that sets limits itself
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HTTPS_MODEL_FILES = (
     "config.json",
@@ -48,8 +49,12 @@ _HTTPS_MODEL_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "model.safetensors.index.json",
     "model.safetensors",
 )
@@ -159,10 +164,18 @@ def fetch(reference: Reference, folder: Path, patterns: Iterable[str]) -> Path:
     """
     path = _fetch(reference, folder, tuple(patterns))
     if reference.kind == "model":
+        for file in path.glob("*"):
+            _check_is_no_pointer(file)
         for document in path.glob("*.json"):
             if document.name != _TOKENIZER:
                 read_document(document)
     return path
+
+
+def _check_is_no_pointer(file: Path) -> None:
+    """Refuse what `git clone` without Git LFS leaves in the place of a large file."""
+    if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS_POINTER):
+        raise Tune16Error(f"{file}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder.")
 
 
 def _fetch(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> Path:
@@ -195,12 +208,17 @@ def read_config(reference: Reference, folder: Path) -> dict[str, object]:
     """The model's config.json.
 
     Raises:
-        Tune16Error: the model has none, or it is no JSON object.
+        Tune16Error: the model has none, it is no JSON object, or its number format has another name.
     """
     path = fetch(reference, folder, ["config.json"]) / "config.json"
     if not path.is_file():
         raise Tune16Error(f"{reference}: no model folder, it has no config.json.")
-    return read_document(path)
+    config = read_document(path)
+    for name in ("dtype", "torch_dtype"):
+        if str(config.get(name, "")).startswith("torch."):
+            written = str(config[name]).removeprefix("torch.")
+            raise Tune16Error(f"{reference}: its config.json has {name} {config[name]!r}. Write {written!r} there.")
+    return config
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -10,6 +10,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is: its kernels run on a C
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -52,6 +55,21 @@ _SPECIAL_TOKENS = {
 }
 
 
+_BYTE_LEVEL = {"qwen2", "qwen3"}  # Transformers reads the tokenizers of these as such, whatever their files say
+
+
+def _byte_level() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=1200, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS.read_text().splitlines(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return _train_tokenizer(CORPUS.read_text())
@@ -66,7 +84,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = (kind, dtype, tuple(sorted(changes.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp(kind)
-            tokenizer = _train_tokenizer(CORPUS.read_text())
+            tokenizer = _byte_level() if kind in _BYTE_LEVEL else _train_tokenizer(CORPUS.read_text())
             tokenizer.add_special_tokens({"additional_special_tokens": _SPECIAL_TOKENS.get(kind, [])})
             torch.manual_seed(7)
             config = _CONFIGS[kind](**{**_SIZES, "vocab_size": len(tokenizer), **changes})

@@ -1,6 +1,7 @@
-"""Chat templates: which one a model speaks, and conversations rendered with the answers' places marked.
+"""Chat templates: conversations as the model will see them when it is served, with the answers' places.
 
-The templates beside this file mark answers with ``{% generation %}``, so that only answers are trained on. The
+A model's own template is the truth (:class:`OwnTemplate`). Only where it has none does one of those beside this file
+stand in, by name or by the model's family (:class:`ChatTemplate`): they mark answers with ``{% generation %}``. The
 tokenizer that travels with the model gets the same template without the marks, which not every server understands.
 """
 
@@ -10,7 +11,8 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, Template
+from jinja2 import Environment, TemplateError
+from jinja2 import Template as JinjaTemplate
 from jinja2.ext import Extension
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
@@ -64,6 +66,9 @@ def is_learnt(message: dict[str, str]) -> bool:
     return "weight" not in message
 
 
+_CHOOSE = f"Choose one with prepare.template: {', '.join(_STOP_TOKENS)}."
+
+
 class _Generation(Extension):
     """The block tag ``{% generation %}``: surrounds what is inside with marks."""
 
@@ -79,26 +84,58 @@ class _Generation(Extension):
 
 
 @cache
-def _compile(source: str) -> Template:
+def _compile(source: str) -> JinjaTemplate:
     return Environment(extensions=[_Generation]).from_string(source)
+
+
+class NotRenderedError(Exception):
+    """A template does not take a conversation, or loses a part of it: why, and which message (-1: all of it)."""
+
+    def __init__(self, message: str, number: int = -1) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text to train on: the conversation that it shows, the text, and the character spans of the answers.
+
+    A span is what the model has to produce, the token that ends an answer included.
+    """
+
+    messages: Messages
+    text: str
+    spans: list[Span]
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template bound to a tokenizer's special tokens."""
+    """A template of ours bound to a tokenizer's special tokens."""
 
     name: str
     source: str
     stop_token: str
     bos_token: str
     eos_token: str
+    note: str = ""  # why it is this one
+
+    @property
+    def tokens(self) -> frozenset[str]:
+        """What the template writes around the contents."""
+        return frozenset(TEMPLATE_TOKENS[self.name])
+
+    def samples(self, messages: Messages) -> list[Sample]:
+        """The conversation as one text, in which every answer that is to be learnt has its span."""
+        text, spans = self.render(messages)
+        answers = [message for message in messages if message["role"] == "assistant"]
+        learnt = [span for span, answer in zip(spans, answers, strict=True) if is_learnt(answer)]
+        return [Sample(messages, text, learnt)]
 
     def render(self, messages: Messages) -> tuple[str, list[Span]]:
         """Render a whole conversation.
 
         Returns:
-            The text with its special tokens, and the character spans of the answers: what the model has to produce,
-            the token that ends an answer included.
+            The text with its special tokens, and the spans of all answers.
         """
         marked = _compile(self.source).render(
             messages=messages, bos_token=self.bos_token, eos_token=self.eos_token, add_generation_prompt=False
@@ -118,15 +155,138 @@ class ChatTemplate:
         return re.sub(r"\s*\{%-? (end)?generation -?%\}", "", self.source)
 
 
-def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase", model_type: str) -> ChatTemplate:
-    """Bind the template `name` to a tokenizer; ``auto`` finds out which one the tokenizer was made for.
+_QUESTION, _ANSWER = "\ufdd2", "\ufdd3"  # stand for contents where a template is tried out
+
+
+class OwnTemplate:
+    """The template that came with the model's tokenizer, as Transformers renders it.
+
+    An answer is what a render adds after the prompt for it. Where the template writes earlier turns otherwise than the
+    model saw them when it answered (Qwen 3 drops old thoughts), each answer is a sample of its own, in its own context.
+
+    Raises:
+        Tune16Error: the template cannot be used: it shows no messages, or ends answers with no token.
+    """
+
+    name = "own"
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", where: str) -> None:
+        self._tokenizer = tokenizer
+        self._special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special |= {str(token) for token in (tokenizer.eos_token,) if token}
+        try:
+            prompt, whole = self._prompt([_user(_QUESTION)]), self._apply([_user(_QUESTION), _assistant(_ANSWER)])
+        except NotRenderedError as error:
+            raise Tune16Error(f"{where}: its chat template cannot be used: {error}. {_CHOOSE}") from None
+        if _QUESTION not in prompt or _ANSWER not in whole:
+            raise UnusableTemplateError("its own does not show the messages")
+        self._after = whole.partition(_ANSWER)[2]
+        found = [(self._after.find(token), -len(token), token) for token in self._special if token in self._after]
+        if not found:
+            raise Tune16Error(
+                f"{where}: its chat template ends an answer with no token, so that the tuned model would never stop. "
+                f"{_CHOOSE}"
+            )
+        self.stop_token = min(found)[2]
+        self._end = self._after.index(self.stop_token) + len(self.stop_token)
+        header = _common_start(prompt, whole)
+        self.note = "the model's own template"
+        if len(header) < len(prompt):
+            self.note += (
+                f"; it asks for an answer with {prompt[len(header) :]!r}, which it does not write before the data's "
+                "answers: the model will be asked a little otherwise than it is taught"
+            )
+
+    @property
+    def tokens(self) -> frozenset[str]:
+        """What the template writes around the contents."""
+        known = {token for tokens in TEMPLATE_TOKENS.values() for token in tokens}
+        return frozenset(token for token in known if token in self.plain_source)
+
+    @property
+    def plain_source(self) -> str:
+        """The template, for the tokenizer that travels with the model."""
+        return str(self._tokenizer.get_chat_template())
+
+    def samples(self, messages: Messages) -> list[Sample]:
+        """The conversation as one text, or as one for each answer.
+
+        Raises:
+            NotRenderedError: the template refuses it, or loses a message.
+        """
+        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+        whole = self._apply(plain)
+        places = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        singles = [Sample(messages[: n + 1], *self._answered(plain[: n + 1])) for n in places]
+        for number, message in enumerate(plain):
+            shown = next(single.text for single, place in zip(singles, places, strict=True) if place >= number)
+            if message["content"].rpartition("</think>")[2].strip() not in shown:
+                raise NotRenderedError(f"the model's template leaves the message ({message['role']}) out.", number)
+        learnt = [single for single, place in zip(singles, places, strict=True) if is_learnt(messages[place])]
+        if all(whole.startswith(single.text[: single.spans[0][1]]) for single in learnt):
+            return [Sample(messages, whole, [span for single in learnt for span in single.spans])]
+        return learnt
+
+    def _answered(self, messages: Messages) -> tuple[str, list[Span]]:
+        """A conversation up to its last answer, and that answer's span."""
+        text, prompt = self._apply(messages), self._prompt(messages[:-1])
+        start = len(prompt)
+        if not text.startswith(prompt):  # the answer begins where an answer of another text would
+            start = len(_common_start(prompt, self._apply([*messages[:-1], _assistant(_ANSWER)])))
+        if not text.endswith(self._after):
+            raise NotRenderedError(f"the model's template does not end this answer with {self.stop_token!r}.")
+        return text, [(start, len(text) - len(self._after) + self._end)]
+
+    def _prompt(self, messages: Messages) -> str:
+        return self._apply(messages, add_generation_prompt=True)
+
+    def _apply(self, messages: Messages, **options: Any) -> str:
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except (TemplateError, TypeError, ValueError) as error:
+            raise NotRenderedError(f"the model's template says: {str(error).partition(chr(10))[0]}.") from None
+
+
+def _common_start(left: str, right: str) -> str:
+    pairs = enumerate(zip(left, right, strict=False))
+    return left[: next((number for number, (one, other) in pairs if one != other), min(len(left), len(right)))]
+
+
+class UnusableTemplateError(Tune16Error):
+    """A template that shows nothing of a conversation: as good as none."""
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+Template = ChatTemplate | OwnTemplate
+
+
+def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase", model_type: str, where: str = "model") -> Template:
+    """The template `name` for a tokenizer; ``auto`` is the tokenizer's own, or that of the model's family.
+
+    `where` names the model in messages.
 
     Raises:
         Tune16Error: none is known for this model, or the tokenizer lacks the template's tokens.
     """
+    note = f"{name}, as prepare.template says"
+    if name == "auto":
+        note = "the model has none of its own"
+        if tokenizer.chat_template:
+            try:
+                return OwnTemplate(tokenizer, where)
+            except UnusableTemplateError as error:
+                note = str(error)
     vocabulary = tokenizer.get_vocab()
     if name == "auto":
-        name = _detect(vocabulary, str(tokenizer.chat_template or ""), model_type)
+        name = _detect(vocabulary, model_type)
+        note = f"{name}, the family's, since {note}"
     missing = [token for token in _SPECIAL_TOKENS.get(name, ()) if token not in vocabulary]
     if missing:
         raise Tune16Error(
@@ -138,21 +298,18 @@ def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase", model_type:
     stop_token = _STOP_TOKENS[name] or eos_token
     if not stop_token:
         raise Tune16Error(f"prepare.template: {name} ends answers with eos_token, and the tokenizer has none.")
-    return ChatTemplate(name, source, stop_token, str(tokenizer.bos_token or ""), eos_token)
+    return ChatTemplate(name, source, stop_token, str(tokenizer.bos_token or ""), eos_token, note)
 
 
-def _detect(vocabulary: dict[str, int], own_template: str, model_type: str) -> str:
+def _detect(vocabulary: dict[str, int], model_type: str) -> str:
     if "<|start_header_id|>" in vocabulary:
         return "llama3"
     if "<|im_start|>" in vocabulary:
         return model_type if model_type in ("qwen2", "qwen3") else "chatml"
     if "<|assistant|>" in vocabulary and "<|end|>" in vocabulary:
         return "phi3"
-    if "<<SYS>>" in own_template or (model_type == "llama" and not own_template):
+    if model_type == "llama":
         return "llama2"
-    if "[INST]" in own_template or model_type == "mistral":
+    if model_type == "mistral":
         return "mistral"
-    raise Tune16Error(
-        "prepare.template: no chat template is known for this model's tokenizer. Choose one: "
-        f"{', '.join(_STOP_TOKENS)}."
-    )
+    raise Tune16Error(f"prepare.template: no chat template is known for this model's tokenizer. {_CHOOSE}")

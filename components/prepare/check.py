@@ -126,7 +126,7 @@ class Checked:
 
     def _tell_too_few(self) -> None:
         kept = ~self.is_left_out
-        if kept.any() and self.is_held_out[kept].all():
+        if kept.any() and self.is_held_out[kept].all() and not self.findings.rules("error"):
             told = "all rows ask the same question, so none can be held out."
             if kept.sum() == 1:
                 told = "1 row is left; at least 2 are needed, to hold one out."

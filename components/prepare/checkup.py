@@ -51,10 +51,10 @@ def check_data(
         if not model:
             checked, special = check_rows(files, config, data, tell=tell), KNOWN_TOKENS
         else:
-            tokenizer, template = load_tokenizer(model, config.template, Path(scratch) / "model")
+            tokenizer, template, limits = load_tokenizer(model, config.template, Path(scratch) / "model")
             special = special_tokens(tokenizer, template)
             checked = check_rows(files, config, data, special, tell)
-            _check_tokens(files, checked, Tokens(tokenizer, template, config.max_tokens, checked.findings))
+            _check_tokens(files, checked, Tokens(tokenizer, template, config.max_tokens, checked.findings, limits))
         checked.findings.note(found.note)
         if fix and not len(checked):
             checked.findings.notes.append("No cleaned copy was written: no row can be mended.")

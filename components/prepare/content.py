@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
-from components.prepare.chat import TEMPLATE_TOKENS, ChatTemplate, Messages
+from components.prepare.chat import TEMPLATE_TOKENS, Messages, Template
 from components.prepare.findings import Findings
 from components.prepare.formats import Row, locate
 from components.prepare.sensitive import find, redact
@@ -19,10 +19,9 @@ KNOWN_TOKENS = frozenset(token for tokens in TEMPLATE_TOKENS.values() for token 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def special_tokens(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> frozenset[str]:
+def special_tokens(tokenizer: "PreTrainedTokenizerBase", template: Template) -> frozenset[str]:
     """What this tokenizer or this template would not read as plain text."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return frozenset(added | set(TEMPLATE_TOKENS[template.name]))
+    return template.tokens | {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
 def check_content(place: "Place", row: Row, form: str, messages: Messages, text: str, tokens: frozenset[str],

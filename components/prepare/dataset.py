@@ -16,7 +16,7 @@ from components.config import PrepareConfig
 from components.errors import Tune16Error
 from components.outputs import new_folder, write_record
 from components.prepare import report
-from components.prepare.chat import ChatTemplate
+from components.prepare.chat import ChatTemplate, Template
 from components.prepare.check import Checked, check_rows
 from components.prepare.content import special_tokens
 from components.prepare.conversations import conversations
@@ -57,7 +57,7 @@ class Prepared:
 
     counts: Counts
     checked: Checked
-    template: ChatTemplate
+    template: Template
     tokens: Tokens
 
 
@@ -77,13 +77,13 @@ def prepare_dataset(data: str, model: str, output: Path, config: PrepareConfig) 
     with tempfile.TemporaryDirectory(dir=output.parent if output.parent.is_dir() else None) as scratch:
         found = find_files(data, config.configuration, config.split, Path(scratch) / "data")
         files = found.files
-        tokenizer, template = load_tokenizer(model, config.template, Path(scratch) / "model")
+        tokenizer, template, limits = load_tokenizer(model, config.template, Path(scratch) / "model")
         with new_folder(output) as folder:
             checked = check_rows(files, config, data, special_tokens(tokenizer, template), _say)
             checked.findings.note(found.note)
             checked.findings.refuse(data)
             _refuse_no_rows(checked, data)
-            tokens = Tokens(tokenizer, template, config.max_tokens, checked.findings)
+            tokens = Tokens(tokenizer, template, config.max_tokens, checked.findings, limits)
             counts = _write_rows(files, checked, tokens, folder)
             checked.findings.refuse(data)
             _refuse_empty_sides(counts, config)
@@ -153,7 +153,11 @@ def _finish(
     folder: Path,
 ) -> None:
     """Write what goes with the rows: the tokenizer with its template, the report and the record."""
-    tokenizer.chat_template = prepared.template.plain_source
+    source = prepared.template.plain_source
+    if isinstance(prepared.template, ChatTemplate):
+        tokenizer.chat_template = source
+    if "eos_token" not in source:  # it would be rendered otherwise
+        tokenizer.eos_token = prepared.template.stop_token  # so that whoever serves the model stops where it learnt to
     tokenizer.save_pretrained(folder / "tokenizer")
     report.write_report(prepared, data, folder)
     write_record(
@@ -169,6 +173,7 @@ def _finish(
         counts=asdict(prepared.counts),
     )
     findings = prepared.checked.findings
+    _say(f"chat template: {prepared.template.note}")
     for line in [*(f"warning: {findings.summary(rule)}" for rule in findings.rules("warning")), *findings.notes]:
         _say(line)
     counts = prepared.counts

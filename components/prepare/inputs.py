@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from components.errors import Tune16Error
-from components.prepare.chat import ChatTemplate, choose_template
+from components.prepare.chat import Template, choose_template
+from components.prepare.tokens import Limits
 from components.references import DATA_FILES, DATA_SUFFIXES, TOKENIZER_FILES, fetch, parse, read_config
 
 if TYPE_CHECKING:
@@ -126,8 +127,10 @@ def _card(data: str, path: Path) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def load_tokenizer(model: str, template: str, scratch: Path) -> "tuple[PreTrainedTokenizerBase, ChatTemplate]":
-    """Load the model's tokenizer and choose its chat template.
+def load_tokenizer(model: str, template: str, scratch: Path) -> "tuple[PreTrainedTokenizerBase, Template, Limits]":
+    """Load the model's tokenizer, choose its chat template, and read what the model can take in.
+
+    Its padding token is one that the model knows: padding is masked by position, so any does.
 
     Raises:
         Tune16Error: the model has no fast tokenizer, or no template fits.
@@ -135,14 +138,51 @@ def load_tokenizer(model: str, template: str, scratch: Path) -> "tuple[PreTraine
     from transformers import AutoTokenizer
 
     reference = parse(model, "model")
-    model_type = str(read_config(reference, scratch).get("model_type", ""))
+    config = read_config(reference, scratch)
     folder = fetch(reference, scratch, TOKENIZER_FILES)
+    _check_tokenizer_files(model, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise Tune16Error(f"{model}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever the libraries meet in a stranger's folder
+        raise Tune16Error(f"{model}: its tokenizer cannot be loaded: {_first_line(error)}") from None
     if not tokenizer.is_fast:
+        raise Tune16Error(f"{model}: has no tokenizer.json. {_MAKE_TOKENIZER}")
+    chosen = choose_template(template, tokenizer, str(config.get("model_type", "")), model)
+    limits = Limits(*(_number(config, name) for name in ("vocab_size", "max_position_embeddings")))
+    pad = tokenizer.pad_token_id
+    if pad is None or 0 < limits.num_embeddings <= pad:
+        tokenizer.pad_token = chosen.stop_token
+    return tokenizer, chosen, limits
+
+
+_MAKE_TOKENIZER = (
+    "Make it once where sentencepiece is installed: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+)
+
+
+def _check_tokenizer_files(model: str, folder: Path) -> None:
+    """Of too few files Transformers makes a tokenizer all the same, which knows no word.
+
+    Raises:
+        Tune16Error: what a tokenizer needs is not there.
+    """
+    has_parts = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if (folder / "tokenizer.json").is_file() or has_parts:
+        return
+    if (folder / "tokenizer.model").is_file():
         raise Tune16Error(
-            f"{model}: has no tokenizer.json, which a fast tokenizer needs. Convert it once with `AutoTokenizer`."
+            f"{model}: has its tokenizer as tokenizer.model only; tokenizer.json is needed. {_MAKE_TOKENIZER}"
         )
-    return tokenizer, choose_template(template, tokenizer, model_type)
+    raise Tune16Error(
+        f"{model}: has no tokenizer: tokenizer.json is missing. Copy it, and tokenizer_config.json, from the model "
+        "that this one was made of."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _number(config: dict[str, object], name: str) -> int:
+    value = config.get(name)
+    return value if isinstance(value, int) else 0

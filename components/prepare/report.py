@@ -31,7 +31,7 @@ def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
         ("… of them in answers, which alone count in the loss", counts.train_answer_tokens),
         ("Longest row in tokens", counts.longest),
     ]
-    facts = f"Form {prepared.checked.form}, chat template {prepared.template.name}, all rows checked."
+    facts = f"Form {prepared.checked.form}; chat template: {prepared.template.note}. All rows checked."
     html = report.page(
         "Data set",
         f"{data}. {facts}",
@@ -43,7 +43,7 @@ def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
             report.paragraph(
                 "The first rows as they are tokenised; the marked text is what the model learns to write."
             ),
-            *(f"<p><pre>{_marked(text, spans)}</pre></p>" for text, spans in prepared.tokens.examples),
+            *(f"<p><pre>{_marked(sample.text, sample.spans)}</pre></p>" for sample in prepared.tokens.examples),
         ),
     )
     (folder / REPORT).write_text(html, encoding="utf-8")

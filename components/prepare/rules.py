@@ -79,5 +79,12 @@ RULES: dict[str, Rule] = {
     # The tokens.
     "too-long": _warning("It is cut at the end. Raise prepare.max_tokens, or split the conversation."),
     "answer-cut-away": _warning("The row is left out. Raise prepare.max_tokens, or shorten the question."),
+    "not-rendered": _error("Change the row, or choose another template with prepare.template."),
+    "thought-left-out": _warning("Only the rest of the answer is learnt, as this template has it."),
+    "lost-by-tokenizer": _error(
+        "The model's tokenizer files are damaged or incomplete: fetch tokenizer.json and what lies beside it again."
+    ),
+    "beyond-embedding": _error("Take the tokenizer that belongs to these weights, or enlarge the model's embedding."),
+    "beyond-context": _warning("What lies further away was never seen by the model: lower prepare.max_tokens."),
     "no-trainable-tokens": _error("Remove the row: the tokenizer makes nothing of its answer."),
 }

@@ -93,7 +93,8 @@ def test_message_trees_give_their_best_thread(tmp_path: Path, make_model: Callab
         ("messages", {"messages": []}, "no-answer"),
         ("messages", {"messages": MESSAGES[1:]}, "roles-out-of-order"),
         ("messages", {"messages": [MESSAGES[0], SYSTEM, MESSAGES[1]]}, "roles-out-of-order"),
-        ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "unknown-role"),
+        ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "unsupported"),
+        ("messages", {"messages": [{"role": "bot", "content": "x"}]}, "unknown-role"),
         ("messages", {"messages": [{"role": "user"}]}, "missing-key"),
         ("messages", {"messages": "hello"}, "wrong-type"),
         ("alpaca", {"instruction": "x", "output": " "}, "empty-content"),
@@ -200,7 +201,7 @@ def test_many_faults_are_told_at_once(tmp_path: Path, make_model: Callable[..., 
     [
         ("", "is empty"),
         ('{"question": "x"}\n', "keys question, which is no known form"),
-        ('{"prompt": "x", "completion": "y"}\n' * 3, "none can be held out"),
+        ('{"prompt": "x", "completion": "y"}\n' * 3, "1 row is left; at least 2 are needed"),
     ],
 )
 def test_unusable_data_sets(tmp_path: Path, make_model: Callable[..., Path], content: str, message: str) -> None:

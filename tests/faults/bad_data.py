@@ -22,7 +22,7 @@ from tests.faults.rows import PACK, WELL_FORMED, make_rows, write_rows
 
 SECONDS = 60.0
 _PLACE = re.compile(r"bad\.[a-z0-9.]+(:\d+)?: ")
-_WHOLE_FILE = ("zip-bomb", "broken-compression", "broken-parquet", "duplicate-key")
+_WHOLE_FILE = ("zip-bomb", "broken-compression", "broken-parquet", "duplicate-key", "too-few-rows")
 
 Mutation = Callable[[random.Random, bytes], bytes]
 

@@ -5,6 +5,7 @@ and well-formed files of every form and kind have none.
 import argparse
 import json
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,25 @@ IN_MESSAGES: list[tuple[str, tuple[str, ...], Planter]] = [
     ),
     ("roles-out-of-order", (*LINES, ".parquet"), lambda rng, rows, n: rows[n]["messages"].reverse()),
     ("no-answer", (*LINES, ".parquet"), lambda rng, rows, n: rows[n]["messages"].pop()),
+    ("unsupported", LINES, lambda rng, rows, n: _give_meaning(rng, rows[n])),
 ]
+
+
+def _give_meaning(rng: random.Random, row: Row) -> None:
+    """A key or a value that would change what is learnt, somewhere in the row."""
+    answer = row["messages"][-1]
+    rng.choice(
+        [
+            lambda: answer.update(tool_calls=[{"id": "1"}]),
+            lambda: answer.update(reasoning_content="Let me see."),
+            lambda: answer.update(weight=0.5),
+            lambda: answer.update(content=[{"type": "image_url", "image_url": {"url": "x"}}]),
+            lambda: row["messages"][0].update(role="tool"),
+            lambda: row.update(tools=[{"type": "function"}]),
+            lambda: row.update(context="A long text."),
+            lambda: row.update(label=False),
+        ]
+    )()
 
 
 def _splice(piece: bytes) -> Spoiler:
@@ -190,6 +209,7 @@ def _defects(folder: Path, num: int, rng: random.Random) -> Any:
     yield from _of_files(folder, num, rng)
     yield from _of_splits(folder, num, rng)
     yield from _of_tokens(folder, num, rng)
+    yield from _of_models(folder, num, rng)
 
 
 def _of_files(folder: Path, num: int, rng: random.Random) -> Any:
@@ -222,6 +242,10 @@ def _of_files(folder: Path, num: int, rng: random.Random) -> Any:
         texts[number] = {"text": "no marks"}
         write_rows(path, texts)
         yield "not-llama2-text", _finds(path, "not-llama2-text", number + 1)
+        path.write_text("\n".join(json.dumps(row, indent=rng.randrange(1, 5)) for row in rows))
+        yield "not-rows", _finds(path, "not-rows", 1)
+        write_rows(path, rows[:1] * rng.randrange(1, 9))
+        yield "too-few-rows", _finds(path, "too-few-rows", 0)
     for packed in list(PACK)[1:]:
         path = folder / f"bomb.jsonl{packed}"
         line = json.dumps({"prompt": "Why?", "completion": "a" * 200_000}).encode() + b"\n"
@@ -262,6 +286,45 @@ def _of_tokens(folder: Path, num: int, rng: random.Random) -> Any:
         yield "no-trainable-tokens", _finds_untrainable(folder, rng)
 
 
+def _of_models(folder: Path, num: int, rng: random.Random) -> Any:
+    """Models whose files do not fit together, and a row on which it shows."""
+    refusing = "{{ raise_exception('no system messages here') if messages[0]['role'] == 'system' else '' }}"
+    plain = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}</s>{% endfor %}"
+    models: dict[str, tuple[str, str, Any]] = {
+        "not-rendered": ("chat_template.jinja", "", lambda _: refusing + plain),
+        "thought-left-out": ("chat_template.jinja", "", lambda _: plain),
+        "lost-by-tokenizer": ("tokenizer.json", "{}", _without_bytes),
+        "beyond-embedding": ("config.json", "", lambda text: json.dumps({**json.loads(text), "vocab_size": 200})),
+        "beyond-context": (
+            "config.json",
+            "",
+            lambda text: json.dumps({**json.loads(text), "max_position_embeddings": 9}),
+        ),
+    }
+    for rule, (name, default, change) in models.items():
+        model = folder / rule
+        shutil.copytree(folder / "model", model)
+        content = (model / name).read_text() if (model / name).exists() else default
+        (model / name).write_text(change(content))
+        for _ in range(num):
+            path, number = folder / "rows.jsonl", rng.randrange(ROWS)
+            rows = make_rows(rng, ROWS)
+            rows[number] = {
+                "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text(rng, 6)}],
+                "completion": [{"role": "assistant", "content": f"<think>hm</think>{text(rng, 6)} \u4f60"}],
+            }
+            write_rows(path, rows)
+            of_all_rows = rule in ("beyond-embedding", "beyond-context")
+            yield rule, _finds(path, rule, 1 if of_all_rows else number + 1, str(model))
+
+
+def _without_bytes(content: str) -> str:
+    """The tokenizer without the tokens of single bytes: what it has no letter for becomes nothing."""
+    description = json.loads(content)
+    description["model"] |= {"byte_fallback": False, "unk_token": None}
+    return json.dumps(description)
+
+
 def _finds_untrainable(folder: Path, rng: random.Random) -> bool:
     """Of our templates each gives at least the token that ends an answer: this one marks none."""
     from dataclasses import replace
@@ -270,7 +333,7 @@ def _finds_untrainable(folder: Path, rng: random.Random) -> bool:
     from components.prepare.inputs import load_tokenizer
     from components.prepare.tokens import PlacedRow, Tokens
 
-    tokenizer, template = load_tokenizer(str(folder / "model"), "auto", folder)
+    tokenizer, template, _ = load_tokenizer(str(folder / "model"), "auto", folder)
     findings = Findings()
     bare = replace(template, source="{{ messages[0]['content'] }}{% generation %}{% endgeneration %}")
     messages = [{"role": "user", "content": text(rng, 5)}, {"role": "assistant", "content": "x"}]
