@@ -54,22 +54,37 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
     Raises:
         Tune16Error: the folder holds no model that can be loaded.
     """
+    torch.set_flush_denormal(True)  # masked attention makes denormals, which a CPU multiplies a hundred times slower
+    model = load_model(folder, dtype)
+    _compute_in(model, dtype)
+    return model
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a model folder as Transformers does, with every weight from its files.
+
+    Raises:
+        Tune16Error: the folder holds no model that can be loaded, or a weight would get random numbers.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    torch.set_flush_denormal(True)  # masked attention makes denormals, which a CPU multiplies a hundred times slower
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device()},
             attn_implementation="sdpa",
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise Tune16Error(f"{folder}: the model cannot be loaded: {str(error).splitlines()[0]}") from error
-    _compute_in(model, dtype)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Tune16Error(f"{folder}: the model cannot be loaded: {reason}") from error
+    for what, name in (("missing", "missing_keys"), ("misshapen", "mismatched_keys"), ("unreadable", "error_msgs")):
+        if found := sorted(map(str, report[name])):
+            raise Tune16Error(f"{folder}: the weight {found[0]} is {what}, and would get random numbers. Refused.")
     return model
 
 

@@ -32,7 +32,6 @@ from components.errors import Tune16Error
 
 Kind = Literal["model", "data"]
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
@@ -178,7 +177,23 @@ def _check_is_no_pointer(file: Path) -> None:
         raise Tune16Error(f"{file}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder.")
 
 
+def fetch_more(reference: Reference, folder: Path, names: Iterable[str]) -> Path:
+    """Bring further files of these names, of a reference that :func:`fetch` has checked just now; returns their folder.
+
+    Raises:
+        Tune16Error: as there.
+    """
+    return _bring(reference, folder, tuple(names))
+
+
 def _fetch(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> Path:
+    is_pinned_by_us = reference.pin and reference.scheme != "hf"
+    if is_pinned_by_us and pin(replace(reference, pin="")) != reference:
+        raise Tune16Error(f"{reference}: its content changed since the run began. Start the run again.")
+    return _bring(reference, folder, patterns)
+
+
+def _bring(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> Path:
     if reference.scheme == "hf":
         with _hub_errors(reference):
             return Path(
@@ -189,8 +204,6 @@ def _fetch(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> Pat
                     allow_patterns=list(patterns),
                 )
             )
-    if reference.pin and pin(replace(reference, pin="")) != reference:
-        raise Tune16Error(f"{reference}: its content changed since the run began. Start the run again.")
     if reference.scheme == "file":
         _check_names(reference, [name for name, _ in _files(reference)])
         return Path(reference.address)

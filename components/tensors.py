@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 
 from components.errors import Tune16Error
-from components.references import read_document
+from components.references import TOKENIZER_FILES, Reference, fetch, fetch_more, read_document
 from components.steps import say
 
 SINGLE_FILE = "model.safetensors"
@@ -77,12 +77,33 @@ class StoredTensor:
 Work = Callable[[StoredTensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
+def fetch_model(reference: Reference, folder: Path) -> Path:
+    """Bring a whole model onto this disk; of its weights only those that belong to it: some have them twice.
+
+    Returns:
+        The folder with the files.
+
+    Raises:
+        Tune16Error: it is missing or unreachable, or its content is no longer what the reference says.
+    """
+    path = fetch(reference, folder, TOKENIZER_FILES)
+    return fetch_more(reference, folder, _weight_names(path))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order.
 
     Raises:
         Tune16Error: one is missing, or the index names one outside the folder.
     """
+    names = _weight_names(folder)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise Tune16Error(f"{folder}: the weight file {missing[0]} is missing. Fetch the model again.")
+    return [folder / name for name in names]
+
+
+def _weight_names(folder: Path) -> list[str]:
     if (folder / INDEX_FILE).is_file():
         weight_map = read_document(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -91,12 +112,8 @@ def weight_files(folder: Path) -> list[Path]:
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise Tune16Error(f"{folder / INDEX_FILE}: names the file {outside[0]!r}, which is not in the folder.")
-    else:
-        names = [SINGLE_FILE]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise Tune16Error(f"{folder}: the weight file {missing[0]} is missing. Fetch the model again.")
-    return [folder / name for name in names]
+        return names
+    return [SINGLE_FILE]
 
 
 def read_header(file: Path) -> list[StoredTensor]:
@@ -139,6 +156,8 @@ def _stored(name: str, file: Path, entry: dict[str, Any], start: int) -> StoredT
         ValueError: its shape, number format and place do not agree.
     """
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{name}: the number format {entry['dtype']} is not supported")
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name}: shape and place are whole numbers from 0")
     stored = StoredTensor(name, file, _DTYPES[entry["dtype"]], tuple(shape), start + begin)

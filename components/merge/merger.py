@@ -18,9 +18,9 @@ import torch
 from components.config import MergeConfig
 from components.errors import Tune16Error
 from components.outputs import RECORD, new_folder, read_record, write_record
-from components.references import MODEL_FILES, companions, fetch, parse, read_config
+from components.references import companions, parse, read_config
 from components.steps import say
-from components.tensors import INDEX_FILE, StoredTensor, read_header, rewrite
+from components.tensors import INDEX_FILE, StoredTensor, fetch_model, read_header, rewrite
 
 ADAPTER_FOLDER = "adapter"
 
@@ -59,7 +59,7 @@ def merge_adapter(model: str, adapter: Path, output: Path, config: MergeConfig) 
     if trained["model"] != model:
         raise Tune16Error(f"The adapter in {adapter} belongs to the base model {trained['model']}, not to {model}.")
     with tempfile.TemporaryDirectory(dir=output.parent if output.parent.is_dir() else None) as scratch:
-        source = fetch(parse(model, "model"), Path(scratch), MODEL_FILES)
+        source = fetch_model(parse(model, "model"), Path(scratch))
         with new_folder(output) as folder:
             numbers = merge_weights(source, adapter, folder / "merged", config.dtype)
             shutil.copytree(adapter, folder / ADAPTER_FOLDER)

@@ -17,10 +17,11 @@ import torch
 from components.config import QuantizeConfig
 from components.errors import Tune16Error
 from components.outputs import new_folder, write_record
+from components.quantize.architecture import check_weights
 from components.quantize.nf4 import quantize_nf4
-from components.references import MODEL_FILES, companions, fetch, parse, read_config
+from components.references import companions, parse, read_config
 from components.shapes import read_shape
-from components.tensors import INDEX_FILE, StoredTensor, rewrite, weight_files
+from components.tensors import INDEX_FILE, StoredTensor, fetch_model, rewrite, weight_files
 
 _LLM_INT8_ROW_MAJOR = 0  # bitsandbytes' number for the plain weight layout
 
@@ -48,13 +49,14 @@ def quantize_checkpoint(model: str, output: Path, config: QuantizeConfig) -> dic
         The weights' ``bytes_before`` and ``bytes_after``.
 
     Raises:
-        Tune16Error: the model cannot be read or its architecture is not supported.
+        Tune16Error: the model cannot be read, its architecture is not supported, or a weight is missing or misshapen.
     """
     with tempfile.TemporaryDirectory(dir=output.parent if output.parent.is_dir() else None) as scratch:
         reference = parse(model, "model")
         base_config = read_config(reference, Path(scratch))
         read_shape(base_config, where=model)
-        source = fetch(reference, Path(scratch), MODEL_FILES)
+        source = fetch_model(reference, Path(scratch))
+        check_weights(source, where=model)
         with new_folder(output) as folder:
             numbers = {
                 "bytes_before": sum(file.stat().st_size for file in weight_files(source)),

@@ -20,10 +20,12 @@ from components.errors import Tune16Error
 from components.models import load_base
 from components.preflight.checks import as_markdown, check
 from components.prepare.dataset import load_tokenizer
-from components.references import DATA_FILES, MODEL_FILES, Reference, _inside, fetch, parse, pin, read_config
+from components.references import DATA_FILES, Reference, _inside, fetch, parse, pin, read_config
 from tests.servers import make_certificate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 
 @pytest.mark.parametrize(

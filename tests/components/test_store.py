@@ -284,12 +284,12 @@ def test_s3_references_are_fixed_by_content(bucket: str, make_model: Callable[..
     reference = pin(parse("s3:///models/tiny", "model"))
     assert str(reference).startswith(f"s3://{bucket}/models/tiny#")
     assert pin(parse(f"s3://{bucket}/models/tiny/", "model")) == reference
-    from components.references import MODEL_FILES, fetch
+    from components.references import fetch
 
-    got = fetch(parse(str(reference), "model"), folder.parent / "fetched", MODEL_FILES)
+    got = fetch(parse(str(reference), "model"), folder.parent / "fetched", ["*"])
     assert (got / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     s3.client().put_object(Bucket=bucket, Key="models/tiny/config.json", Body=b"{}")
     with pytest.raises(Tune16Error, match="its content changed since the run began"):
-        fetch(reference, folder.parent / "fetched2", MODEL_FILES)
+        fetch(reference, folder.parent / "fetched2", ["*"])
     with pytest.raises(Tune16Error, match="nothing is there"):
         pin(parse(f"s3://{bucket}/nothing", "model"))

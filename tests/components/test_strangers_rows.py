@@ -81,6 +81,7 @@ def test_fix_never_writes_a_row_without_its_call(tmp_path: Path) -> None:
 
 
 QUESTION, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+YES, TWO_PARTS = ANSWER | {"content": "Yes."}, {"content": "Why\n\nx?"}
 KIND = {"role": "system", "content": "Be kind."}
 
 
@@ -88,7 +89,7 @@ KIND = {"role": "system", "content": "Be kind."}
     ("form", "row", "messages"),
     [
         ("sharegpt", {"conversations": [QUESTION, ANSWER], "tools": "[]"}, [QUESTION, ANSWER]),
-        ("messages", {"messages": turns("x")}, [QUESTION | {"content": "Tell me about x."}, ANSWER | {"content": "Yes."}]),
+        ("messages", {"messages": turns("x")}, [QUESTION | {"content": "Tell me about x."}, YES]),
         ("messages", {"messages": [{"role": "user", "content": parts("Why?")}, ANSWER]}, [QUESTION, ANSWER]),
         ("messages", {"messages": json.dumps([QUESTION, ANSWER])}, [QUESTION, ANSWER]),
         ("messages", {"messages": [KIND | {"role": "developer"}, QUESTION, ANSWER]}, [KIND, QUESTION, ANSWER]),
@@ -98,7 +99,7 @@ KIND = {"role": "system", "content": "Be kind."}
         ("prompt_completion", {"prompt": "Why?", "completion": "So.", "system": "Be kind."}, [KIND, QUESTION, ANSWER]),
         ("alpaca", {"instruction": "Why?", "input": "", "output": "So.", "system": None}, [QUESTION, ANSWER]),
         ("alpaca", {"instruction": "", "input": "Why?", "output": "So."}, [QUESTION, ANSWER]),
-        ("alpaca", {"instruction": "Why", "context": "x?", "output": "So."}, [QUESTION | {"content": "Why\n\nx?"}, ANSWER]),
+        ("alpaca", {"instruction": "Why", "context": "x?", "output": "So."}, [QUESTION | TWO_PARTS, ANSWER]),
         ("alpaca", {"instruction": "Why?", "output": "So.", "history": [["Why?", "So."]]}, [QUESTION, ANSWER] * 2),
     ],
 )  # fmt: skip
