@@ -111,12 +111,19 @@ def evaluate(
 
 
 @app.command()
-def merge(model: Model, adapter: Adapter, output: Output, set_: Set = []) -> None:  # noqa: B006
+def merge(
+    model: Model,
+    adapter: Adapter,
+    output: Output,
+    rows: Annotated[Path | None, typer.Option(help="Output of the step prepare; with --evaluation too:")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="ask the result what it was judged by.")] = None,
+    set_: Set = [],  # noqa: B006
+) -> None:
     """Add an adapter to its full-precision base model."""
     from components.merge.merger import merge_adapter
 
     with step("merge"):
-        merge_adapter(model, adapter, output, _load(settings.MergeConfig, set_))
+        merge_adapter(model, adapter, output, _load(settings.MergeConfig, set_), rows, evaluation)
 
 
 @app.command()

@@ -27,9 +27,10 @@ CONNECTION_VARIABLES = (
 )
 TOKEN_VARIABLES = ("HF_TOKEN", "WANDB_API_KEY")
 
-# The verdicts of the step evaluate: a new champion, or the current one stays.
+# The verdicts of the step evaluate: a new champion, the current one stays, or the rows do not tell which is better.
 PROMOTED = "promoted"
 KEPT = "kept"
+INCONCLUSIVE = "inconclusive"
 
 Config = TypeVar("Config", bound="StepConfig")
 Share = Annotated[float, Field(ge=0, lt=1, json_schema_extra={"unit": "share of 1"})]
@@ -228,6 +229,13 @@ class EvaluateConfig(StepConfig):
     minimum_improvement: Share = Field(
         0.01, description="Share by which the held-out loss must fall below the base model's for a promotion."
     )
+    minimum_rows: int = Field(
+        10, ge=1, le=1_000_000, description="Held-out rows that a promotion needs.", json_schema_extra={"unit": "rows"}
+    )
+    replace_other_base: bool = Field(
+        False,
+        description="Let the result replace a champion that was made of another base model, and cannot be compared.",
+    )
     num_rows: int = Field(
         500, ge=1, le=1_000_000, description="Held-out rows that are scored.", json_schema_extra={"unit": "rows"}
     )
@@ -243,7 +251,7 @@ class EvaluateConfig(StepConfig):
         8,
         ge=1,
         le=1024,
-        description="Rows or prompts that pass through the model at once.",
+        description="Rows or prompts that pass through the model at once; fewer where the GPU's memory asks for it.",
         json_schema_extra={"unit": "rows"},
     )
 
@@ -286,14 +294,35 @@ class ConvertConfig(StepConfig):
         return _split(self.quantizations)
 
 
+_SUFFIX = re.compile(r"(\.(jsonl|ndjson|json|csv|parquet))?(\.(gz|bz2|xz|zst))?$")
+_PATH_PART = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def derived_path(preflight: PreflightConfig) -> str:
+    """Where a recipe's result goes that says nothing of it: a place for this model and this data alone."""
+    names = [re.split(r"[@#]", name)[0].rstrip("/").rpartition("/")[2] for name in (preflight.model, preflight.data)]
+    parts = [re.sub(r"[^a-z0-9]+", "-", _SUFFIX.sub("", name.lower()))[:24].strip("-") for name in names]
+    return f"tune16/{'-'.join(part or 'unnamed' for part in parts)}"
+
+
 class UploadConfig(StepConfig):
     """Where the result goes."""
 
     path: str = Field(
-        "tune16/llama-2-7b-chat-guanaco",
-        pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)+$",
-        description="Folder in the connection's bucket for this model's versions, as prefix/model-name.",
+        description="Folder in the connection's bucket for this model's versions, as prefix/model-name. Each base "
+        "model has its own; a recipe that names none gets tune16/<model>-<data>.",
     )
+
+    @field_validator("path")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        parts = value.split("/")
+        if len(parts) < 2 or not all(_PATH_PART.fullmatch(part) and set(part) != {"."} for part in parts):
+            raise ValueError(
+                "write it as prefix/model-name, such as team/llama-2-7b-support: letters, digits, '.', '_' and '-', "
+                "and no slash at either end"
+            )
+        return value
 
 
 class RegisterConfig(StepConfig):
@@ -355,7 +384,7 @@ with warnings.catch_warnings():
         evaluate: EvaluateConfig = EvaluateConfig()
         merge: MergeConfig = MergeConfig()
         convert: ConvertConfig = ConvertConfig()
-        upload: UploadConfig = UploadConfig()
+        upload: UploadConfig = UploadConfig(path=derived_path(PreflightConfig()))
         register: RegisterConfig = RegisterConfig()
         deploy: DeployConfig = DeployConfig()
         cluster: ClusterConfig = ClusterConfig()
@@ -365,6 +394,21 @@ with warnings.catch_warnings():
         def _empty_section(cls, value: Any) -> Any:
             """A section of a recipe whose lines are all commented out is an empty one."""
             return {} if value is None else value
+
+        @model_validator(mode="before")
+        @classmethod
+        def _has_a_place(cls, values: Any) -> Any:
+            """A recipe that names no place for its result gets one that no other model's recipe has."""
+            if not isinstance(values, dict):
+                return values
+            inputs, upload = values.get("preflight") or {}, values.get("upload") or {}
+            if isinstance(upload, UploadConfig) or not isinstance(upload, dict) or "path" in upload:
+                return values
+            try:
+                preflight = PreflightConfig.model_validate(inputs)
+            except ValidationError:
+                return {**values, "upload": {"path": "tune16/unnamed", **upload}}  # what is wrong is told at its place
+            return {**values, "upload": {"path": derived_path(preflight), **upload}}
 
         @model_validator(mode="after")
         def _has_what_it_serves(self) -> Self:
@@ -460,6 +504,8 @@ def override(recipe: Recipe, settings: list[str]) -> Recipe:
         Tune16Error: a setting has no such form, names no field, or its value is out of limits.
     """
     content = recipe.model_dump()
+    if recipe.upload.path == derived_path(recipe.preflight):
+        del content["upload"]["path"]  # it follows the model and the data
     for name, value in read_assignments(settings).items():
         step, dot, field = name.partition(".")
         if not dot:

@@ -1,6 +1,7 @@
 """Loading the quantised base model on the device at hand, for training and for evaluation."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,29 @@ def choose_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def usable_dtype(name: str) -> tuple[torch.dtype, str]:
+    """The number format `name`, or the nearest that the device at hand has, and a sentence where it is another."""
+    try:
+        return choose_dtype(name), ""
+    except Tune16Error:
+        dtype = choose_dtype("auto")
+    return dtype, f"trained in {name}, which {torch.cuda.get_device_name()} has not: judged in {dtype}"
+
+
+def card_facts() -> list[str]:
+    """The GPUs at hand as `nvidia-smi` would tell of them; nothing without one."""
+    driver = Path("/proc/driver/nvidia/version")
+    version = next(iter(re.findall(r"\s(\d+\.\d+(?:\.\d+)?)\s", driver.read_text())), "?") if driver.exists() else "?"
+    lines = []
+    for number in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(number)
+        lines.append(
+            f"GPU {number}: {card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}."
+            f"{card.minor}; driver {version}, CUDA {torch.version.cuda}"
+        )
+    return lines
+
+
 def available_memory() -> int:
     """Bytes of the GPU that this process's tensors may fill, with those that exist already."""
     free, total = torch.cuda.mem_get_info()
@@ -60,8 +84,13 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> Any:
+def load_model(folder: Path, dtype: torch.dtype | str, on_disk: bool = False) -> Any:
     """Load a model folder as Transformers does, with every weight from its files.
+
+    Args:
+        folder: the model.
+        dtype: number format of the weights; ``auto`` is their own.
+        on_disk: leave the weights on the disk, and compute on the CPU with a layer at a time.
 
     Raises:
         Tune16Error: the folder holds no model that can be loaded, or a weight would get random numbers.
@@ -73,7 +102,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": device()},
+            device_map={"": "disk" if on_disk else device()},
             attn_implementation="sdpa",
             trust_remote_code=False,
             use_safetensors=True,

@@ -12,6 +12,7 @@ from components.errors import Tune16Error
 
 RECORD = "tune16.json"
 REPORT = "report.html"
+PUBLISHED = "published.json"  # how the merged model does when it is loaded as strangers do
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import base64
 import io
 from collections.abc import Iterable
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from components.redaction import redacted
 
@@ -19,6 +19,7 @@ table { border-collapse: collapse; width: 100%; margin: .5rem 0; }
 th, td { border-bottom: 1px solid #dfe3ea; padding: .4rem .6rem; text-align: left; vertical-align: top; }
 th { font-weight: 600; background: #f5f7fa; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .verdict { border-left: .4rem solid #b3261e; background: #fdf1f0; padding: .8rem 1rem; margin: 1rem 0; }
+.verdict.open { border-color: #b26a00; background: #fff7e8; }
 .verdict.good { border-color: #1a7f37; background: #eefaf1; }
 pre { background: #f5f7fa; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
   font-size: .85rem; }
@@ -60,9 +61,12 @@ def _cell(value: Any) -> str:
     return f"<td>{escape(str(value))}</td>"
 
 
-def verdict(good: bool, text: str) -> str:
-    """The sentence that decides, in green or red."""
-    return f'<div class="verdict{" good" if good else ""}"><strong>{escape(text)}</strong></div>'
+Colour = Literal["good", "bad", "open"]
+
+
+def verdict(colour: Colour, text: str) -> str:
+    """The sentence that decides, in green, red, or amber where nothing is decided."""
+    return f'<div class="verdict {colour}"><strong>{escape(text)}</strong></div>'
 
 
 def picture(figure: "Figure", alternative: str) -> str:

@@ -101,6 +101,14 @@ def still_champion(path: str, version: str, step: str) -> bool:
     return champion == version
 
 
+def other_base(version: str, model: str) -> str:
+    """Why a champion is not replaced, and what to do."""
+    return (
+        f"champion {version} is made of another base model, {model}, so the two cannot be compared. Choose another "
+        "upload_path, or set evaluate.replace_other_base to true."
+    )
+
+
 def append_champion(path: str, version: str, before: Champion | None = None) -> Champion:
     """Make `version` the champion after `before`, which it was compared with; None: after no other.
 

@@ -57,6 +57,7 @@ def _place(task: dsl.PipelineTask, connection: Any, tokens: Any) -> None:
 )
 @_with_help
 def finetune(
+    upload_path: str,
     preflight_model: str = _DEFAULT.preflight.model,
     preflight_data: str = _DEFAULT.preflight.data,
     preflight_gpu_memory: float = _DEFAULT.preflight.gpu_memory,
@@ -70,7 +71,6 @@ def finetune(
     evaluate_options: dict[str, Any] = {},  # noqa: B006
     merge_dtype: str = _DEFAULT.merge.dtype,
     convert_quantizations: str = _DEFAULT.convert.quantizations,
-    upload_path: str = _DEFAULT.upload.path,
     register_server: str = _DEFAULT.register.server,
     deploy_runtime: str = _DEFAULT.deploy.runtime,
     cluster_connection: str = _DEFAULT.cluster.connection,
@@ -122,7 +122,13 @@ def finetune(
         champion=fixed.outputs["champion"],
     )
     with dsl.If(evaluated.outputs["Output"] == PROMOTED, name="better-than-the-champion"):
-        merged = merge(model=model, adapter=trained.outputs["adapter"], dtype=merge_dtype)
+        merged = merge(
+            model=model,
+            adapter=trained.outputs["adapter"],
+            rows=prepared.outputs["rows"],
+            evaluation=evaluated.outputs["evaluation"],
+            dtype=merge_dtype,
+        )
         converted = convert(
             merged=merged.outputs["merged"], rows=prepared.outputs["rows"], quantizations=convert_quantizations
         )

@@ -16,9 +16,9 @@ from components.config import ConvertConfig
 from components.convert import llamacpp
 from components.convert.report import write_report
 from components.convert.tokenizer import model_name, stage
-from components.convert.trial import MAX_NEW_TOKENS, Trial, try_file
+from components.convert.trial import MAX_NEW_TOKENS, Trial, row_loss, try_file
 from components.errors import Tune16Error
-from components.outputs import new_folder, read_json, read_record, write_json, write_record
+from components.outputs import PUBLISHED, new_folder, read_json, read_record, write_json, write_record
 from components.references import parse
 from components.report import size
 from components.steps import say
@@ -30,6 +30,7 @@ FULL = "F16"
 # minutes, and smaller files get more rows.
 _READ_BYTES = 100e9
 _FEWEST_ROWS, _MOST_ROWS = 8, 200
+_LARGEST_GAP, _LARGEST_SHARE = 0.02, 0.01  # in nats, and of the loss, together; rounding makes a tenth of that
 _LONGEST_ROW = 1024  # tokens; llama-cpp-python keeps the logits of all of them
 
 
@@ -63,6 +64,7 @@ def convert_model(merged: Path, data: Path, output: Path, config: ConvertConfig)
             with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
                 full = _convert(tools, merged, folder, Path(scratch))
                 rows = read_rows(merged, data, full.stat().st_size)
+                _check_against_weights(full, merged, data)
                 trials = [
                     _try(full, FULL, rows),
                     *(_quantize(full, folder, name, rows) for name in config.names if name != FULL),
@@ -112,6 +114,28 @@ def read_rows(merged: Path, data: Path, num_bytes: int) -> list[dict[str, Any]]:
     short = [row for row in rows if len(row["input_ids"]) <= _LONGEST_ROW]
     count = int(min(max(_READ_BYTES / num_bytes, _FEWEST_ROWS), _MOST_ROWS))
     return short[:count] or [min(rows, key=lambda row: len(row["input_ids"]))]
+
+
+def _check_against_weights(full: Path, merged: Path, data: Path) -> None:
+    """Compare the 16-bit file's loss with that of the weights it was made of, on the rows that the step merge asked.
+
+    Raises:
+        Tune16Error: they differ by more than rounding: the conversion has lost a part of the model.
+    """
+    if not (merged / PUBLISHED).is_file():
+        say("convert", "the step merge has asked the weights nothing, so the file is not compared with them")
+        return
+    published = read_json(merged / PUBLISHED)
+    rows = pq.read_table(data / "held_out.parquet").take(published["rows"]).to_pylist()
+    loss = row_loss(full, rows)
+    gap = loss - published["loss"]
+    say("convert", f"{FULL}: loss {loss:.4f}, the weights' {published['loss']:.4f} on the same {len(rows)} rows")
+    if abs(gap) > _LARGEST_GAP + _LARGEST_SHARE * published["loss"]:
+        raise Tune16Error(
+            f"convert: the loss of the 16-bit GGUF file is {loss:.3f}, that of the weights it was made of "
+            f"{published['loss']:.3f}. llama.cpp does not compute this model as Transformers does (a sliding window, a "
+            "scaling of positions?). Leave convert_quantizations empty to publish the weights alone."
+        )
 
 
 def _quantize(full: Path, folder: Path, name: str, rows: list[dict[str, Any]]) -> Trial:

@@ -21,7 +21,7 @@ def write_report(
     """Write ``report.html`` into `folder`; with `reason`, why there are no files."""
     title = "How small may it be?"
     if reason:
-        html = report.page(title, "GGUF files for llama.cpp.", report.verdict(False, f"No GGUF files: {reason}."))
+        html = report.page(title, "GGUF files for llama.cpp.", report.verdict("bad", f"No GGUF files: {reason}."))
     else:
         html = report.page(
             title,
@@ -45,7 +45,11 @@ def _token_notice(trials: list["Trial"], count: int) -> list[str]:
     text = (
         f"{same} of {count} prompts become the very tokens of the training, with the files' own template and tokenizer"
     )
-    return [report.verdict(same == count, f"{text}." if same == count else f"Only {text}. Check its answers.")]
+    return [
+        report.verdict(
+            "good" if same == count else "bad", f"{text}." if same == count else f"Only {text}. Check its answers."
+        )
+    ]
 
 
 def _row(trial: "Trial", full: "Trial") -> tuple[Any, ...]:

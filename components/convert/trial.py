@@ -71,6 +71,12 @@ def try_file(file: Path, name: str, rows: list[dict[str, Any]], advance: Callabl
     return trial
 
 
+def row_loss(file: Path, rows: list[dict[str, Any]]) -> float:
+    """Loss of a file in nats per answer token on `rows`."""
+    with loaded(file, max(len(row["input_ids"]) for row in rows)) as model:
+        return float(np.concatenate([answer_losses(model, row["input_ids"], row["labels"]) for row in rows]).mean())
+
+
 @contextmanager
 def loaded(file: Path, num_tokens: int, adapter: Path | None = None) -> Iterator[Any]:
     """A file in memory, with room for `num_tokens`, and perhaps with a LoRA file on it."""

@@ -19,7 +19,7 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
 ) -> str:
-    """Compare tuned and base model on held-out rows; the verdict is 'promoted' or 'kept'."""
+    """Compare tuned and base model on held-out rows; the verdict is promoted, kept or inconclusive."""
     from pathlib import Path
 
     from components.config import EvaluateConfig

@@ -1,7 +1,7 @@
 """The step evaluate: base and tuned model on the same held-out rows, from one model load, and the verdict.
 
 The adapter is switched off for the base model's figures, and the champion's adapter, where there is one on the same
-base model, is loaded beside it.
+base model, is loaded beside it. Answers end by the rule that is published with the model (:mod:`components.stopping`).
 """
 
 import tempfile
@@ -16,14 +16,25 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from components import versions
-from components.config import KEPT, PROMOTED, EvaluateConfig
+from components.config import PROMOTED, EvaluateConfig
 from components.errors import Tune16Error
+from components.evaluate.decision import ChampionScore, Comparison, decide
 from components.evaluate.report import write_card, write_report
-from components.evaluate.scores import Estimate, Scores, answer, bootstrap_difference, score_answers, score_losses
-from components.models import choose_dtype, load_base
+from components.evaluate.scores import (
+    Estimate,
+    RowLosses,
+    Scores,
+    answer,
+    bootstrap_difference,
+    chrf_difference,
+    score_answers,
+    score_losses,
+)
+from components.models import card_facts, load_base, usable_dtype
 from components.outputs import new_folder, read_record, write_json, write_record
 from components.report import significant
 from components.steps import say
+from components.stopping import generation_settings
 
 SCORES_FILE = "evaluation.json"
 _TUNED = "default"  # PEFT's name for the first adapter
@@ -41,14 +52,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ChampionScore:
-    """The champion's loss on the same rows; None where its base model is another one."""
-
-    version: str
-    loss: float | None
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Everything the report shows."""
 
@@ -57,13 +60,13 @@ class Evaluation:
     loss_difference: Estimate
     samples: list[Sample]
     champion: ChampionScore | None
-    promoted: bool
+    verdict: str
     reason: str
 
     @property
-    def verdict(self) -> str:
-        """``promoted`` or ``kept`` (the current champion stays)."""
-        return PROMOTED if self.promoted else KEPT
+    def promoted(self) -> bool:
+        """Whether the tuned model becomes the champion."""
+        return self.verdict == PROMOTED
 
     def metrics(self) -> dict[str, float]:
         """The scores as flat, rounded numbers for the dashboard."""
@@ -104,34 +107,38 @@ def evaluate_adapter(
     _check_lineage(trained, prepared, read_record(model, "quantize"))
     rows = pq.read_table(data / "held_out.parquet").slice(0, config.num_rows).to_pylist()
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer", padding_side="left", trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    stop_id = tokenizer.convert_tokens_to_ids(prepared["stop_token"])
-    base = load_base(model, choose_dtype(trained["compute_dtype"]))
+    ends = generation_settings(model, tokenizer, prepared["stop_token"])["eos_token_id"]
+    for line in card_facts():
+        say("evaluate", line)
+    dtype, told = usable_dtype(trained["compute_dtype"])
+    if told:
+        say("evaluate", told)
+    base = load_base(model, dtype)
     tuned = PeftModel.from_pretrained(base, adapter).eval()
     say("evaluate", f"scoring {len(rows)} held-out rows with the base and the tuned model")
     with tuned.disable_adapter():
         base_losses = score_losses(tuned, rows, config.batch_size)
-        base_answers = answer(tuned, tokenizer, rows[: config.num_prompts], stop_id, config, "base model")
+        base_answers = answer(tuned, tokenizer, rows[: config.num_prompts], ends, config, "base model")
     tuned_losses = score_losses(tuned, rows, config.batch_size)
-    tuned_answers = answer(tuned, tokenizer, rows[: config.num_prompts], stop_id, config, "tuned model")
-    rival = _score_champion(tuned, rows, trained["model"], config, path, champion) if champion else None
+    tuned_answers = answer(tuned, tokenizer, rows[: config.num_prompts], ends, config, "tuned model")
+    rival = None
+    if champion:
+        rival = _score_champion(tuned, rows, tuned_losses, trained["model"], config, path, champion)
     expected = [row["messages"][-1]["content"] for row in rows[: config.num_prompts]]
-    base_scores = score_answers(base_losses, base_answers, expected)
-    tuned_scores = score_answers(tuned_losses, tuned_answers, expected)
-    promoted, reason = decide(base_scores.loss.value, tuned_scores.loss.value, rival, config.minimum_improvement)
+    found = Comparison(
+        len(rows),
+        score_answers(base_losses, base_answers, expected),
+        score_answers(tuned_losses, tuned_answers, expected),
+        bootstrap_difference(base_losses, tuned_losses),
+        chrf_difference(base_answers, tuned_answers, expected),
+        rival,
+    )
+    verdict, reason = decide(found, config)
     samples = [
         Sample(row["messages"][-2]["content"], *texts)
         for row, *texts in zip(rows, expected, base_answers, tuned_answers, strict=False)
     ]
-    evaluation = Evaluation(
-        base_scores,
-        tuned_scores,
-        bootstrap_difference(base_losses, tuned_losses),
-        samples,
-        rival,
-        promoted,
-        reason,
-    )
+    evaluation = Evaluation(found.base, found.tuned, found.loss_difference, samples, rival, verdict, reason)
     _write(evaluation, trained, output, config)
     say("evaluate", f"{evaluation.verdict}: {reason}")
     return evaluation
@@ -146,38 +153,30 @@ def _check_lineage(trained: dict[str, Any], prepared: dict[str, Any], quantized:
         raise Tune16Error("The adapter was trained with another split of the data; it may have seen these rows.")
 
 
-def decide(
-    base_loss: float, tuned_loss: float, champion: ChampionScore | None, minimum_improvement: float
-) -> tuple[bool, str]:
-    """Whether the tuned model is promoted, and why in one sentence."""
-    improvement = 1 - tuned_loss / base_loss
-    change = f"the held-out loss is {abs(improvement):.1%} {'below' if improvement >= 0 else 'above'} the base model's"
-    if improvement < minimum_improvement:
-        return False, f"{change}; at least {minimum_improvement:.1%} below is asked for."
-    if champion is None:
-        return True, f"{change}, and there is no champion yet."
-    if champion.loss is None:
-        return True, f"{change}; champion {champion.version} has another base model and is not comparable."
-    if tuned_loss < champion.loss:
-        return (
-            True,
-            f"{change}, and it beats champion {champion.version} ({tuned_loss:.4f} against {champion.loss:.4f}).",
-        )
-    return False, f"{change}, but champion {champion.version} is at least as good ({champion.loss:.4f})."
-
-
 def _score_champion(
-    tuned: Any, rows: list[dict[str, Any]], model: str, config: EvaluateConfig, path: str, version: str
+    tuned: Any,
+    rows: list[dict[str, Any]],
+    losses: RowLosses,
+    model: str,
+    config: EvaluateConfig,
+    path: str,
+    version: str,
 ) -> ChampionScore:
-    """Score the champion's adapter on the same rows, where it belongs to the same base model."""
-    if versions.read_manifest(path, version)["lineage"]["model"] != model:
-        return ChampionScore(version, None)
+    """Score the champion's adapter on the same rows, where it belongs to the same base model.
+
+    Raises:
+        Tune16Error: the champion cannot be read.
+    """
+    other = versions.read_manifest(path, version)["lineage"]["model"]
+    if other != model:
+        return ChampionScore(version, other)
     say("evaluate", f"scoring champion {version}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = versions.download(path, version, Path(scratch) / "adapter", part="adapter")
         tuned.load_adapter(folder, adapter_name=_CHAMPION)
     with _using(tuned, _CHAMPION):
-        return ChampionScore(version, score_losses(tuned, rows, config.batch_size).mean)
+        champions = score_losses(tuned, rows, config.batch_size)
+    return ChampionScore(version, other, champions.mean, bootstrap_difference(champions, losses))
 
 
 @contextmanager
@@ -189,6 +188,12 @@ def _using(tuned: Any, adapter: str) -> Iterator[None]:
         tuned.set_adapter(_TUNED)
 
 
+def _as_dict(champion: ChampionScore | None) -> dict[str, Any] | None:
+    if champion is None:
+        return None
+    return {**vars(champion), "difference": champion.difference.as_dict() if champion.difference else None}
+
+
 def _write(evaluation: Evaluation, trained: dict[str, Any], output: Path, config: EvaluateConfig) -> None:
     with new_folder(output) as folder:
         content = {
@@ -197,7 +202,7 @@ def _write(evaluation: Evaluation, trained: dict[str, Any], output: Path, config
             "base": evaluation.base.as_dict(),
             "tuned": evaluation.tuned.as_dict(),
             "loss_difference": evaluation.loss_difference.as_dict(),
-            "champion": vars(evaluation.champion) if evaluation.champion else None,
+            "champion": _as_dict(evaluation.champion),
             "samples": [vars(sample) for sample in evaluation.samples],
         }
         write_json(folder / SCORES_FILE, content)

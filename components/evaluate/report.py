@@ -7,6 +7,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from components import report
+from components.config import INCONCLUSIVE, KEPT, PROMOTED
 from components.outputs import REPORT
 from components.references import parse
 
@@ -14,15 +15,16 @@ if TYPE_CHECKING:
     from components.evaluate.evaluation import Evaluation
 
 _SHOWN_SAMPLES = 20
+_WORDS = {PROMOTED: "Promoted", KEPT: "Not promoted", INCONCLUSIVE: "Inconclusive, not promoted"}
+_COLOURS: dict[str, report.Colour] = {PROMOTED: "good", KEPT: "bad", INCONCLUSIVE: "open"}
 
 
 def write_report(evaluation: "Evaluation", trained: dict[str, Any], folder: Path) -> None:
     """Write ``report.html`` into `folder`."""
-    word = "Promoted" if evaluation.promoted else "Not promoted"
     html = report.page(
         "Is the tuned model better?",
         f"{trained['model']}, tuned on {trained['data']}.",
-        report.verdict(evaluation.promoted, f"{word}: {evaluation.reason}"),
+        report.verdict(_COLOURS[evaluation.verdict], f"{_WORDS[evaluation.verdict]}: {evaluation.reason}"),
         report.picture(_bars(evaluation), "Loss, exact match and chrF of base and tuned model"),
         report.section(
             "Scores on rows that were never trained on",
@@ -50,6 +52,7 @@ def score_rows(evaluation: "Evaluation") -> list[tuple[str, str, str]]:
     ]
     if evaluation.champion and evaluation.champion.loss is not None:
         rows.append((f"Loss of champion {evaluation.champion.version}", "", f"{evaluation.champion.loss:.4g}"))
+        rows.append(("Difference from the champion's, row by row", "", str(evaluation.champion.difference)))
     return rows
 
 
@@ -101,7 +104,7 @@ def write_card(evaluation: "Evaluation", trained: dict[str, Any], folder: Path) 
 Base model `{model}`, {_how(trained)}tuned on `{data}` with {trained["bits"]}-bit frozen weights and a LoRA adapter of
 rank {trained["config"]["rank"]}.
 
-**{"Promoted" if evaluation.promoted else "Not promoted"}**: {evaluation.reason}
+**{_WORDS[evaluation.verdict]}**: {evaluation.reason}
 
 ## Evaluation
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,8 @@ import torch
 from sacrebleu.metrics.chrf import CHRF
 
 from components.config import EvaluateConfig
+from components.errors import Tune16Error
+from components.evaluate.batches import in_batches, tokens_at_once
 from components.models import device
 from components.report import significant
 from components.steps import say
@@ -78,23 +79,36 @@ def score_losses(model: Any, rows: list[dict[str, Any]], batch_size: int) -> Row
     """Score the answers of tokenised rows (``input_ids``, ``labels``) with the adapter that is active in `model`.
 
     Logits are computed for answer tokens only and in chunks: with a vocabulary of 128k a full batch's would not fit.
+
+    Raises:
+        Tune16Error: a loss is no finite number, or a single row does not fit the GPU.
     """
     causal = model.get_base_model()
-    sums, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        input_ids, attention, labels = _pad(batch)
+
+    def score(numbers: list[int]) -> list[tuple[float, int]]:
+        input_ids, attention, labels = _pad([rows[number] for number in numbers])
         hidden = causal.model(input_ids=input_ids, attention_mask=attention, use_cache=False).last_hidden_state
         row_of, place = (labels[:, 1:] != _IGNORED).nonzero(as_tuple=True)
         losses = _token_losses(causal.lm_head, hidden[row_of, place], labels[row_of, place + 1])
         row_of = row_of.cpu()
-        sums[start : start + len(batch)] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, row_of, losses)
-        tokens[start : start + len(batch)] = torch.bincount(row_of, minlength=len(batch))
-    return RowLosses(sums, tokens)
+        sums = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, row_of, losses)
+        return list(zip(sums.tolist(), torch.bincount(row_of, minlength=len(numbers)).tolist(), strict=True))
+
+    lengths = [len(row["input_ids"]) for row in rows]
+    sums, tokens = zip(*in_batches(lengths, batch_size, tokens_at_once(causal), score), strict=True)
+    if not np.isfinite(sums).all():
+        raise Tune16Error(
+            "evaluate: the model's loss is no finite number on some rows: it computes in a number format that cannot "
+            "hold its activations. Set train.compute_dtype to float32, or take a GPU with bfloat16."
+        )
+    return RowLosses(np.array(sums), np.array(tokens, dtype=np.int64))
 
 
-def _pad(batch: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pad at the end: ids, attention mask and labels, each of shape [rows, longest row]."""
+def _pad(batch: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Pad at the end: ids, attention mask and labels, each of shape [rows, longest row].
+
+    Rows of one length need no mask: attention then takes none, which would be of shape [rows, longest, longest].
+    """
     longest = max(len(row["input_ids"]) for row in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     attention = torch.zeros_like(ids)
@@ -104,7 +118,8 @@ def _pad(batch: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch
         ids[number, :length] = torch.tensor(row["input_ids"])
         attention[number, :length] = 1
         labels[number, :length] = torch.tensor(row["labels"])
-    return ids.to(device()), attention.to(device()), labels.to(device())
+    mask = None if attention.all() else attention.to(device())
+    return ids.to(device()), mask, labels.to(device())
 
 
 def _token_losses(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -117,42 +132,59 @@ def _token_losses(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Ten
 
 @torch.inference_mode()
 def answer(
-    model: Any, tokenizer: Any, rows: list[dict[str, Any]], stop_id: int, config: EvaluateConfig, who: str
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], ends: list[int], config: EvaluateConfig, who: str
 ) -> list[str]:
-    """Answer the last question of each row, greedily, in batches."""
-    answers: list[str] = []
-    remaining = iter(rows)
-    while batch := list(islice(remaining, config.batch_size)):
-        prompts = [row["messages"][:-1] for row in batch]
-        inputs = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(device())
+    """Answer the last question of each row, greedily, in batches; an answer ends with one of the tokens `ends`.
+
+    Raises:
+        Tune16Error: a single prompt does not fit the GPU.
+    """
+    prompts: list[list[int]] = tokenizer.apply_chat_template(
+        [row["messages"][:-1] for row in rows], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    num_answered = 0
+
+    def generate(numbers: list[int]) -> list[str]:
+        nonlocal num_answered
+        inputs = tokenizer.pad({"input_ids": [prompts[number] for number in numbers]}, return_tensors="pt").to(device())
         generated = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=config.max_new_tokens,
             do_sample=False,
             use_cache=True,
-            eos_token_id=stop_id,
+            eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
         )
         new_tokens = generated[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
-        say("evaluate", f"{who}: {len(answers)} of {len(rows)} prompts answered")
-    return answers
+        num_answered += len(numbers)
+        say("evaluate", f"{who}: {num_answered} of {len(rows)} prompts answered")
+        return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+
+    lengths = [len(prompt) + config.max_new_tokens for prompt in prompts]
+    return in_batches(lengths, config.batch_size, tokens_at_once(model.get_base_model()), generate)
 
 
 def score_answers(losses: RowLosses, answers: list[str], expected: list[str]) -> Scores:
     """Loss, exact match (spaces aside) and chrF (0 to 1; Popović 2015), each with its interval."""
-    metric = CHRF()
     exact = [float(got.split() == wanted.split()) for got, wanted in zip(answers, expected, strict=True)]
-    chrf = [metric.sentence_score(got, [wanted]).score / 100 for got, wanted in zip(answers, expected, strict=True)]
     ones = np.ones(len(expected))
     return Scores(
         bootstrap(losses.sums, losses.tokens.astype(float)),
         bootstrap(np.array(exact), ones),
-        bootstrap(np.array(chrf), ones),
+        bootstrap(_chrf(answers, expected), ones),
     )
+
+
+def chrf_difference(base: list[str], tuned: list[str], expected: list[str]) -> Estimate:
+    """Tuned minus base model's chrF, answer by answer: positive is better."""
+    return bootstrap(_chrf(tuned, expected) - _chrf(base, expected), np.ones(len(expected)))
+
+
+def _chrf(answers: list[str], expected: list[str]) -> npt.NDArray[np.float64]:
+    metric = CHRF()
+    pairs = zip(answers, expected, strict=True)
+    return np.array([metric.sentence_score(got, [wanted]).score / 100 for got, wanted in pairs])
 
 
 def bootstrap(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> Estimate:

@@ -6,8 +6,15 @@ from components import images
 
 
 @dsl.component(base_image=images.TRAINER, install_kfp_package=False)
-def merge(model: str, adapter: dsl.Input[dsl.Model], dtype: str, merged: dsl.Output[dsl.Model]) -> None:
-    """Add the adapter to the full-precision base model."""
+def merge(
+    model: str,
+    adapter: dsl.Input[dsl.Model],
+    rows: dsl.Input[dsl.Dataset],
+    evaluation: dsl.Input[dsl.Artifact],
+    dtype: str,
+    merged: dsl.Output[dsl.Model],
+) -> None:
+    """Add the adapter to the full-precision base model, and ask the result what it was judged by."""
     from pathlib import Path
 
     from components.config import MergeConfig
@@ -15,5 +22,6 @@ def merge(model: str, adapter: dsl.Input[dsl.Model], dtype: str, merged: dsl.Out
     from components.steps import step
 
     with step("merge"):
-        numbers = merge_adapter(model, Path(adapter.path), Path(merged.path), MergeConfig.load(dtype=dtype))
+        config, judged = MergeConfig.load(dtype=dtype), (Path(rows.path), Path(evaluation.path))
+        numbers = merge_adapter(model, Path(adapter.path), Path(merged.path), config, *judged)
         merged.metadata.update(numbers)

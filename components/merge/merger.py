@@ -17,9 +17,11 @@ import torch
 
 from components.config import MergeConfig
 from components.errors import Tune16Error
-from components.outputs import RECORD, new_folder, read_record, write_record
+from components.merge.published import check_published
+from components.outputs import RECORD, new_folder, read_record, write_json, write_record
 from components.references import companions, parse, read_config
 from components.steps import say
+from components.stopping import GENERATION_CONFIG, generation_settings
 from components.tensors import INDEX_FILE, StoredTensor, fetch_model, read_header, rewrite
 
 ADAPTER_FOLDER = "adapter"
@@ -40,7 +42,14 @@ class Delta:
     b: torch.Tensor
 
 
-def merge_adapter(model: str, adapter: Path, output: Path, config: MergeConfig) -> dict[str, float]:
+def merge_adapter(
+    model: str,
+    adapter: Path,
+    output: Path,
+    config: MergeConfig,
+    rows: Path | None = None,
+    evaluation: Path | None = None,
+) -> dict[str, float]:
     """Merge an adapter into its base model.
 
     Args:
@@ -48,12 +57,15 @@ def merge_adapter(model: str, adapter: Path, output: Path, config: MergeConfig) 
         adapter: output of the step train.
         output: becomes a folder with ``merged/``, a Hugging Face model folder, and ``adapter/``, a copy.
         config: the number format of the result.
+        rows: output of the step prepare, and
+        evaluation: that of the step evaluate: with both, the result is asked what it was judged by.
 
     Returns:
         ``num_merged`` weights and ``bytes`` written.
 
     Raises:
-        Tune16Error: the adapter belongs to another base model, or does not fit it.
+        Tune16Error: the adapter belongs to another base model, or does not fit it, or the result does not do as it was
+            judged.
     """
     trained = read_record(adapter, "train")
     if trained["model"] != model:
@@ -62,10 +74,21 @@ def merge_adapter(model: str, adapter: Path, output: Path, config: MergeConfig) 
         source = fetch_model(parse(model, "model"), Path(scratch))
         with new_folder(output) as folder:
             numbers = merge_weights(source, adapter, folder / "merged", config.dtype)
+            _write_generation(source, adapter, folder / "merged", trained["stop_token"])
             shutil.copytree(adapter, folder / ADAPTER_FOLDER)
+            if rows and evaluation:
+                check_published(folder, rows, evaluation)
             write_record(folder, "merge", config, model=model, **numbers)
     say("merge", f"{numbers['num_merged']} weights merged, {numbers['bytes'] / 2**30:.2f} GiB written")
     return numbers
+
+
+def _write_generation(source: Path, adapter: Path, target: Path, stop_token: str) -> None:
+    """Let whoever loads the model end its answers where it has learnt to, as the evaluation did."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+    write_json(target / GENERATION_CONFIG, generation_settings(source, tokenizer, stop_token))
 
 
 def merge_weights(source: Path, adapter: Path, target: Path, dtype: str = "auto") -> dict[str, float]:

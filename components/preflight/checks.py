@@ -87,11 +87,17 @@ def _version_to_beat(path: str, inputs: dict[str, str], recipe: Recipe) -> str:
     """The champion; where this very run has made the champion, the version that the champion had to beat.
 
     So an unchanged run asks every later step for what it has done before, and the pipeline's cache answers.
+
+    Raises:
+        Tune16Error: the champion is made of another base model, and is not to be replaced.
     """
     champion = versions.read_champion(path)
     if champion is None:
         return ""
     manifest = versions.read_manifest(path, champion.version)
+    base = manifest["lineage"]["model"]
+    if base != inputs["model"] and not recipe.evaluate.replace_other_base:
+        raise Tune16Error(f"upload.path: at {path}, {versions.other_base(champion.version, base)}")
     if not versions.is_made_of(path, manifest, {**inputs, "tune16": VERSION}, _settings(recipe)):
         return champion.version
     say("preflight", f"nothing has changed since {champion.version}: the steps come from the cache and need no GPU")

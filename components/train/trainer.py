@@ -133,6 +133,7 @@ def train_adapter(lesson: Lesson, output: Path, place: Place) -> dict[str, float
                 data=lesson.prepared["data"],
                 held_out_sha256=lesson.prepared["held_out_sha256"],
                 prepare=lesson.prepared["config"],
+                stop_token=lesson.prepared["stop_token"],
                 metrics=metrics,
                 losses=_losses(trainer.state.log_history),
             )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from components import memory
 from components.config import EvaluateConfig, MergeConfig, PrepareConfig, QuantizeConfig, Recipe, TrainConfig
 from components.errors import Tune16Error
-from components.evaluate.evaluation import ChampionScore, decide, evaluate_adapter
+from components.evaluate.evaluation import evaluate_adapter
 from components.evaluate.scores import bootstrap, score_losses
 from components.merge.merger import merge_adapter, merge_weights, read_deltas
 from components.models import choose_dtype, load_base
@@ -277,16 +277,6 @@ def test_weights_and_biases_offline_and_mlflow(
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(run.weights, run.rows, tmp_path / "out", config)
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-
-
-def test_verdicts() -> None:
-    reason = "the held-out loss is 50.0% below the base model's, and there is no champion yet."
-    assert decide(2.0, 1.0, None, 0.01) == (True, reason)
-    assert not decide(2.0, 1.99, None, 0.01)[0]
-    assert "above the base model's" in decide(2.0, 2.2, None, 0.0)[1]
-    assert decide(2.0, 1.0, ChampionScore("v1", 1.1), 0.01)[0]
-    assert not decide(2.0, 1.0, ChampionScore("v1", 1.0), 0.01)[0]
-    assert decide(2.0, 1.0, ChampionScore("v1", None), 0.01)[0]
 
 
 def test_bootstrap_intervals_hold_the_value() -> None:

@@ -30,7 +30,14 @@ def write_outputs(folder: Path, num_bytes: int = 25_600, data: str = "d") -> Out
     (evaluation / "README.md").write_text("card")
     scores = {name: {} for name in ("base", "tuned", "loss_difference")} | {"champion": None}
     (evaluation / "evaluation.json").write_text(json.dumps(scores))
-    facts = {"model": "m", "teacher": "", "held_out_sha256": "h", "prepare": {"max_tokens": 32}, "bits": 4}
+    facts = {
+        "model": "m",
+        "teacher": "",
+        "held_out_sha256": "h",
+        "prepare": {"max_tokens": 32},
+        "bits": 4,
+        "stop_token": "</s>",
+    }
     write_record(merged / "adapter", "train", TrainConfig(), data=data, **facts)
     write_record(merged, "merge", MergeConfig(), model="m")
     for name in ("model-Q8_0.gguf", "model-Q4_K_M.gguf", "adapter.gguf", "report.html"):

@@ -102,8 +102,9 @@ def test_the_form_is_the_config() -> None:
             assert parameter.default == {}
             continue
         knob = config.CONFIG_OF_STEP[step].model_fields[field]
-        assert parameter.default == knob.default
-        assert isinstance(knob.default, types[parameter.type.partition("[")[0]])
+        assert parameter.default == (None if knob.is_required() else knob.default)
+        assert parameter.optional != knob.is_required()
+        assert knob.annotation is str or isinstance(knob.default, types[parameter.type.partition("[")[0]])
 
 
 def test_the_plain_form_is_written(tmp_path: Path) -> None:
