@@ -117,6 +117,32 @@ def load_model(folder: Path, dtype: torch.dtype | str, on_disk: bool = False) ->
     return model
 
 
+def bound_float16(model: Any) -> None:
+    """Keep what a model computes in float16 within its range, as the engine does and Transformers does for T5.
+
+    Some models (Qwen2-7B) have activations beyond 65,504, of which float16 makes infinity and the next norm no number.
+    Bounded are what goes into norms and into the layer after the SiLU product, and what comes out of decoder layers.
+    """
+    limit = torch.finfo(torch.float16).max
+
+    def bounded(value: Any) -> Any:
+        is_short = isinstance(value, torch.Tensor) and value.dtype == torch.float16
+        return value.clamp(-limit, limit) if is_short else value
+
+    def before(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(bounded(value) for value in inputs)
+
+    def after(_: Any, __: Any, output: Any) -> Any:
+        return tuple(bounded(value) for value in output) if isinstance(output, tuple) else bounded(output)
+
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if last.endswith("norm") or last == "down_proj":
+            module.register_forward_pre_hook(before)
+        if name.rpartition(".")[0].endswith("layers") and last.isdigit():
+            module.register_forward_hook(after)
+
+
 def _compute_in(model: Any, dtype: torch.dtype) -> None:
     """Let everything compute in `dtype`: a quantised checkpoint keeps the base model's format whatever is asked for.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
@@ -30,7 +31,7 @@ from components.evaluate.scores import (
     score_answers,
     score_losses,
 )
-from components.models import card_facts, load_base, usable_dtype
+from components.models import bound_float16, card_facts, load_base, usable_dtype
 from components.outputs import new_folder, read_record, write_json, write_record
 from components.report import significant
 from components.steps import say
@@ -115,6 +116,8 @@ def evaluate_adapter(
         say("evaluate", told)
     base = load_base(model, dtype)
     tuned = PeftModel.from_pretrained(base, adapter).eval()
+    if dtype == torch.float16:
+        bound_float16(tuned)
     say("evaluate", f"scoring {len(rows)} held-out rows with the base and the tuned model")
     with tuned.disable_adapter():
         base_losses = score_losses(tuned, rows, config.batch_size)

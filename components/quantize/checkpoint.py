@@ -90,6 +90,8 @@ def _parts(stored: StoredTensor, weight: torch.Tensor, bits: int) -> dict[str, t
     """The tensors that stand for one weight in the checkpoint, under the names Transformers expects."""
     name = stored.name
     if bits == 16 or not _is_quantized(stored):
+        if weight.is_floating_point() and not all(extreme.isfinite() for extreme in weight.aminmax()):
+            raise Tune16Error(f"The model's weight {name} holds NaN or infinite values. Fetch the model again.")
         return {name: weight}
     if bits == 4:
         try:

@@ -18,6 +18,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from components.config import ClusterConfig, TrainConfig
+from components.cpus import num_threads
 from components.errors import USER_ERROR_EXIT_CODE, Tune16Error, message_of
 from components.outputs import read_record
 from components.redaction import protect_output
@@ -131,7 +132,7 @@ def _work(
         "MASTER_ADDR": group.address,
         "MASTER_PORT": str(group.port),
         # Without it accelerate gives every process all cores, which then wait for each other most of the time.
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.num_gpus)),
+        "OMP_NUM_THREADS": str(max(1, num_threads() // config.num_gpus)),
     }
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)

@@ -7,6 +7,7 @@ JSON; nothing is pickled.
 
 import dataclasses
 import json
+import math
 import os
 import random
 import time
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from components.errors import Tune16Error
 from components.outputs import read_json
 from components.steps import Termination
 from components.train.checkpoints import Checkpoints
@@ -26,6 +28,10 @@ from components.train.seal import step_of
 
 _TENSORS, _STATE, _TRAINER_STATE = "state.safetensors", "state.json", "trainer_state.json"
 _OPTIMIZER = "optimizer"
+_NO_NUMBER = (
+    "train: {what} is no finite number. Lower train.learning_rate; on a GPU without bfloat16, set train.compute_dtype "
+    "to float32."
+)
 
 
 class Resumable(Trainer):
@@ -38,6 +44,7 @@ class Resumable(Trainer):
         """Keep a checkpoint every so many seconds, at the end of each epoch, and when the process is asked to end."""
         self._checkpoints = checkpoints
         self._kept_step = -1
+        self._sums_of_losses: list[tuple[int, torch.Tensor]] = []
         self._seconds_before, self._started = 0.0, time.monotonic()
         self.add_callback(_Occasions(self, every_seconds, termination))
 
@@ -98,6 +105,26 @@ class Resumable(Trainer):
             (folder / _TRAINER_STATE).write_text(trainer_state)
 
         self._checkpoints.save(self.state.global_step, write)
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        """As the Trainer does, but for a loss that is no number any more: that ends the run, and no checkpoint has it.
+
+        What has been added up is looked at when the GPU is waited for anyway.
+        """
+        self._sums_of_losses.append((self.state.global_step, tr_loss.detach().clone()))
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            are_numbers = torch.stack([total for _, total in self._sums_of_losses]).isfinite().flatten().tolist()
+            if not all(are_numbers):
+                first = self._sums_of_losses[are_numbers.index(False)][0]
+                raise Tune16Error(_NO_NUMBER.format(what=f"the loss of step {first:,}"))
+            self._sums_of_losses = []
+        super()._maybe_log_save_evaluate(tr_loss, *arguments, **options)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer does, but for a held-out loss that is no number."""
+        if not math.isfinite(float(logs.get("eval_loss", 0))):
+            raise Tune16Error(_NO_NUMBER.format(what=f"the held-out loss at step {self.state.global_step:,}"))
+        super().log(logs, start_time)
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         """Nothing where the run was killed after its last step: in part of an epoch there would be a next one."""

@@ -20,7 +20,7 @@ from components.errors import Tune16Error
 from components.gpus import Gpu, known_gpu
 from components.images import VERSION
 from components.memory import HOST_MEMORY, MemoryPlan, Step
-from components.models import available_memory, choose_dtype, load_base
+from components.models import available_memory, bound_float16, card_facts, choose_dtype, load_base
 from components.outputs import new_folder, read_json, read_record, write_record
 from components.references import file_digest, parse
 from components.report import significant
@@ -144,6 +144,8 @@ def train_adapter(lesson: Lesson, output: Path, place: Place) -> dict[str, float
 
 def _train(lesson: Lesson, checkpoints: Checkpoints, scratch: Path) -> Resumable:
     """Put the trainer together and let it train to its last step, or until one of the processes is asked to end."""
+    for line in card_facts():
+        say("train", line)
     arguments = training_arguments(lesson.config, lesson.dtype, lesson.max_tokens, scratch)
     newest = agree_on_newest(checkpoints, lesson.config.num_nodes > 1)
     build = _distillation_trainer if lesson.config.method == "distill" else _sft_trainer
@@ -329,10 +331,15 @@ def _lora(config: TrainConfig, base: Any) -> LoraConfig:
 
 
 def _keep_adapter_in_float32(trainer: Trainer) -> None:
-    """TRL makes a 4-bit model's adapter bfloat16 whatever the device; float16's loss scaling needs float32."""
+    """TRL makes a 4-bit model's adapter bfloat16 whatever the device; float16's loss scaling needs float32.
+
+    In float16 the activations are bounded, too.
+    """
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if trainer.args.fp16:
+        bound_float16(trainer.model)
 
 
 def _metrics(trainer: Resumable) -> dict[str, float]:

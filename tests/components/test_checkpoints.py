@@ -105,6 +105,23 @@ class TestTraining:
         assert "going on from the checkpoint of step" in capsys.readouterr().out
         assert not list(tmp_path.glob(".*"))
 
+    @pytest.mark.parametrize("engine", ["tune16", "trl"])
+    def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
+        self, lesson: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+    ) -> None:
+        on_step_end = Progress.on_step_end
+
+        def spoil(self: Progress, args: Any, state: Any, control: Any, **options: Any) -> None:
+            on_step_end(self, args, state, control, **options)
+            if state.global_step == 3:
+                for parameter in options["model"].parameters():
+                    parameter.data.fill_(float("nan")) if parameter.requires_grad else None
+
+        monkeypatch.setattr(Progress, "on_step_end", spoil)
+        with pytest.raises(Tune16Error, match=r"the loss of step 4 is no finite number. Lower train.learning_rate"):
+            _train(lesson, tmp_path / "adapter", engine=engine)
+        assert not (tmp_path / "adapter").exists()
+
     def test_two_processes_go_on_together(
         self, lesson: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
     ) -> None:

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from components.config import PrepareConfig, QuantizeConfig, TrainConfig
 from components.errors import Tune16Error
-from components.models import load_base
+from components.models import bound_float16, load_base
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.shapes import read_shape
@@ -345,3 +345,25 @@ def test_training_has_the_losses_of_plain_trl(quantized: Callable[..., Path], ro
         metrics = train(quantized("llama"), rows, tmp_path / name, config)
         losses[name] = [metrics["train_loss_first"], metrics["train_loss_last"], metrics["held_out_loss"]]
     assert losses["tune16"] == pytest.approx(losses["trl"], rel=1e-4)
+
+
+def test_activations_beyond_float16_end_neither_the_engine_nor_plain_transformers(
+    quantized: Callable[..., Path],
+) -> None:
+    """As Qwen2-7B has them in public: products of 1e5 and more, of which float16 makes infinity."""
+
+    def outlier_model() -> Any:
+        torch.manual_seed(0)
+        base = load_base(quantized("qwen2"), torch.float16)
+        base.model.layers[0].post_attention_layernorm.weight.data.fill_(6000)
+        return get_peft_model(base, LoraConfig(r=8, target_modules="all-linear")).train()
+
+    batch, plain = packed(), outlier_model()
+    alone = batch.tokens[None, : ROWS[0]]
+    assert not plain(input_ids=alone).logits.isfinite().all(), "the model has outliers"
+    bound_float16(plain)
+    assert plain(input_ids=alone).logits.isfinite().all()
+    engine = Engine(outlier_model())
+    sums = engine.sums(batch)
+    sums[0].backward()
+    assert sums.isfinite().all() and engine.gradients.isfinite().all() and engine.gradients.any()

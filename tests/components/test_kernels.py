@@ -53,6 +53,19 @@ def test_swiglu_and_its_backward(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     assert close(fused, plain, dtype)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, under the interpreter
+@pytest.mark.parametrize("module", [fast, kernels])
+def test_swiglu_stays_within_float16(module: object) -> None:
+    gate_up = torch.tensor(
+        [[300.0, -300, 6e4, torch.inf, -torch.inf, 1, 300, 300, 6e4, torch.inf, 1, -torch.inf]]
+    ).half()
+    out = module.swiglu(gate_up)  # type: ignore[attr-defined]
+    assert out.isfinite().all() and out[0, 2] == kernels.FLOAT16_MAX and out[0, 1] == 0
+    grad = torch.ones_like(out)
+    module.swiglu_backward_(grad, gate_up)  # type: ignore[attr-defined]
+    assert not gate_up.isnan().any()
+
+
 @pytest.mark.parametrize("module", [fast, kernels])
 def test_dropout_drops_its_share_and_the_same_again(module: object) -> None:
     x = torch.ones(300, 100)

@@ -116,6 +116,7 @@ class _Function(torch.autograd.Function):
         seed = block.seed(batch.training)
         block.load()
         y, kept = block.forward(x, batch, seed)
+        kernels.bound_(y)
         ctx.save_for_backward(_to_host(x) if batch.offload and ctx.needs_input_grad[0] else x)
         ctx.block, ctx.batch, ctx.seed, ctx.kept = block, batch, seed, kept if block.keep else None
         return y

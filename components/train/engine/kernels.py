@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+FLOAT16_MAX = 65504.0
+
 
 @cache
 def _triton() -> ModuleType | None:
@@ -66,12 +68,26 @@ def rotate_(x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, b
     part.copy_(torch.stack([left * c - right * s, right * c + left * s], 2))
 
 
+def bound_(x: torch.Tensor) -> torch.Tensor:
+    """Keep float16 within its range, as Transformers does for T5: some models have activations beyond 65,504."""
+    return x.clamp_(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
+
+
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up (Shazeer, GLU variants); `gate_up` is [rows, 2 x size], the result [rows, size]."""
+    """silu(gate) · up (Shazeer, GLU variants); `gate_up` is [rows, 2 x size], the result [rows, size].
+
+    In float16 gate, up and their product are bounded (:func:`bound_`).
+    """
     if fast := _for(gate_up):
         return fast.swiglu(gate_up)  # type: ignore[no-any-return]
-    gate, up = gate_up.float().chunk(2, 1)
-    return (functional.silu(gate) * up).to(gate_up.dtype)
+    gate, up = _bounded(gate_up).chunk(2, 1)
+    return _bounded(functional.silu(gate) * up, gate_up.dtype).to(gate_up.dtype)
+
+
+def _bounded(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`x` in float32, within float16's range where that is its own format or `dtype`."""
+    is_short = torch.float16 in (x.dtype, dtype)
+    return x.float().clamp(-FLOAT16_MAX, FLOAT16_MAX) if is_short else x.float()
 
 
 def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
@@ -79,7 +95,7 @@ def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
     if fast := _for(grad):
         fast.swiglu_backward_(grad, gate_up)
         return
-    gate, up = gate_up.float().chunk(2, 1)
+    gate, up = _bounded(gate_up).chunk(2, 1)
     share = gate.sigmoid()
     silu, g = gate * share, grad.float()
     gate_up.copy_(torch.cat([g * up * (share + silu * (1 - share)), g * silu], 1))

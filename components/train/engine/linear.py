@@ -82,13 +82,14 @@ class Linears:
         """The product h = dropout(x) A^T, [tokens, sum of ranks]; None where no layer has an adapter."""
         if not self._adapted:
             return None
-        return torch.mm(kernels.dropout(x, dropout.share, dropout.seed) if dropout else x, self._a_t)
+        return kernels.bound_(torch.mm(kernels.dropout(x, dropout.share, dropout.seed) if dropout else x, self._a_t))
 
     def forward(
         self, x: torch.Tensor, h: torch.Tensor | None, dense: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The output [tokens, sum of rows], from x [tokens, columns] and its h; `residual` [tokens, rows] is added."""
-        y = torch.mm(x, dense.t()) if residual is None else torch.addmm(residual, x, dense.t())
+        # Bounded, since infinity and the adapter's infinity of the other sign would be no number.
+        y = torch.mm(x, dense.t()) if residual is None else kernels.bound_(torch.addmm(residual, x, dense.t()))
         outputs = _split(y, self._rows, 1)
         for index in self._biases:
             outputs[index].add_(self._bases[index].bias)

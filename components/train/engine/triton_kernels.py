@@ -102,32 +102,40 @@ def rotate_(x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, b
     )
 
 
+def _limit(x: torch.Tensor) -> float:
+    """The largest number that is kept: float16's, and of the other formats float32's."""
+    return torch.finfo(torch.float16 if x.dtype == torch.float16 else torch.float32).max
+
+
 @triton.jit
-def _swiglu(gate_up, out, size, BLOCK: tl.constexpr):
+def _swiglu(gate_up, out, size, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
     gate = tl.load(gate_up + row * 2 * size + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * size + columns, gate * tl.sigmoid(gate) * up, mask=mask)
+    gate, up = tl.clamp(gate, -LIMIT, LIMIT), tl.clamp(up, -LIMIT, LIMIT)
+    tl.store(out + row * size + columns, tl.clamp(gate * tl.sigmoid(gate) * up, -LIMIT, LIMIT), mask=mask)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """See kernels.swiglu."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
-    _swiglu[(rows, triton.cdiv(size, _VALUES_PER_PROGRAM))](gate_up, out, size, BLOCK=_VALUES_PER_PROGRAM)
+    grid = (rows, triton.cdiv(size, _VALUES_PER_PROGRAM))
+    _swiglu[grid](gate_up, out, size, LIMIT=_limit(gate_up), BLOCK=_VALUES_PER_PROGRAM)
     return out
 
 
 @triton.jit
-def _swiglu_backward(grad, gate_up, size, BLOCK: tl.constexpr):
+def _swiglu_backward(grad, gate_up, size, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
     at_gate = gate_up + row * 2 * size + columns
     gate = tl.load(at_gate, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(at_gate + size, mask=mask, other=0.0).to(tl.float32)
+    gate, up = tl.clamp(gate, -LIMIT, LIMIT), tl.clamp(up, -LIMIT, LIMIT)
     g = tl.load(grad + row * size + columns, mask=mask, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     silu = gate * share
@@ -138,7 +146,8 @@ def _swiglu_backward(grad, gate_up, size, BLOCK: tl.constexpr):
 def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
     """See kernels.swiglu_backward_."""
     rows, size = grad.shape
-    _swiglu_backward[(rows, triton.cdiv(size, _VALUES_PER_PROGRAM))](grad, gate_up, size, BLOCK=_VALUES_PER_PROGRAM)
+    grid = (rows, triton.cdiv(size, _VALUES_PER_PROGRAM))
+    _swiglu_backward[grid](grad, gate_up, size, LIMIT=_limit(gate_up), BLOCK=_VALUES_PER_PROGRAM)
 
 
 @triton.jit
