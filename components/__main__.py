@@ -8,6 +8,7 @@ import typer
 from components import config as settings
 from components.errors import user_errors
 from components.knobs import knobs_page
+from components.proxies import spare_loopback
 from components.steps import say, step
 
 Set = Annotated[list[str], typer.Option("--set", help="A setting of the step, as field=value; repeat it for more.")]
@@ -236,5 +237,6 @@ def _load(cls: type[settings.Config], assignments: list[str]) -> settings.Config
 
 
 if __name__ == "__main__":
+    spare_loopback()
     with user_errors():
         app()

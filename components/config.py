@@ -6,6 +6,7 @@ file sets any field under its step's name; the pipeline's form shows the ones th
 """
 
 import difflib
+import json
 import re
 import warnings
 from collections.abc import Iterable
@@ -42,17 +43,30 @@ class StepConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
-    def load(cls, options: dict[str, Any] | None = None, **fields: Any) -> Self:
-        """Build the settings of one step from its form `fields` and its JSON `options`.
+    def load(cls, options: dict[str, Any] | str | None = None, **fields: Any) -> Self:
+        """Build the settings of one step from its form `fields` and its JSON `options`, also as text.
 
         Raises:
             Tune16Error: a key is unknown or given twice, or a value is out of its limits; every fault is named.
         """
+        if isinstance(options, str):
+            options = _as_object(options, f"{step_name(cls)}_options")
         twice = sorted(set(options or {}) & set(fields))
         if twice:
             step = step_name(cls)
             raise Tune16Error(f"{step}_options: '{twice[0]}' has a field of its own, {step}_{twice[0]}. Set it there.")
         return parse(cls, {**(options or {}), **fields}, where=step_name(cls))
+
+
+def _as_object(text: str, where: str) -> dict[str, Any]:
+    """A JSON object that arrived as text, as some clients of the pipeline server send it."""
+    try:
+        content = json.loads(text or "{}")
+    except ValueError as error:
+        raise Tune16Error(f"{where}: is text that is no JSON ({error}). Write an object, such as {{}}.") from None
+    if not isinstance(content, dict):
+        raise Tune16Error(f"{where}: is {type(content).__name__} in JSON, where an object is needed, such as {{}}.")
+    return content
 
 
 class PreflightConfig(StepConfig):
@@ -360,6 +374,16 @@ class ClusterConfig(StepConfig):
         description="Name of the Secret with HF_TOKEN for gated models and WANDB_API_KEY for Weights & Biases; it need "
         "not exist.",
     )
+
+    @field_validator("node_selector", "tolerations", mode="before")
+    @classmethod
+    def _as_json(cls, value: Any) -> Any:
+        """What arrived as text, as some clients of the pipeline server send it."""
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            raise ValueError("it is text that is no JSON") from None
+
     node_selector: dict[str, str] = Field({}, description="Labels of the nodes that GPU steps may run on.")
     tolerations: list[dict[str, Any]] = Field(
         [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 from components.errors import Tune16Error
 
 FIELD_MANAGER = "tune16"
+_LONGEST_LABEL = 63  # of a DNS name
+_LONGEST_NAME = 40  # of these, which the names of the service's parts and its host's label share
 
 _APPLY = "application/apply-patch+yaml"  # JSON is YAML
 Answer = TypeVar("Answer")
@@ -98,6 +101,27 @@ def main_container(pod: dict[str, Any]) -> dict[str, Any]:
     """The container of a pipeline step's pod that the step itself runs in; the workflow's own stand beside it."""
     found: dict[str, Any] = next(entry for entry in pod["spec"]["containers"] if entry["name"] == "main")
     return found
+
+
+def service_name(path: str) -> str:
+    """A name that Kubernetes takes, from the last part of ``upload_path``."""
+    name = re.sub(r"[^a-z0-9]+", "-", path.rpartition("/")[2].lower()).strip("-")
+    name = name if name[:1].isalpha() else f"model-{name}"
+    return name[:_LONGEST_NAME].rstrip("-")
+
+
+def check_service_name(path: str, namespace: str) -> None:
+    """See that the endpoint of the model at `path` can have its address: KServe makes one label of both names.
+
+    Raises:
+        Tune16Error: it would have more than 63 letters.
+    """
+    label = f"{service_name(path)}-predictor-{namespace}"
+    if len(label) > _LONGEST_LABEL:
+        raise Tune16Error(
+            f"deploy.runtime: the endpoint's address would begin with {label!r}, {len(label)} letters of which DNS "
+            f"takes {_LONGEST_LABEL}. Shorten the last part of upload_path by {len(label) - _LONGEST_LABEL}."
+        )
 
 
 def patiently(request: Callable[[], Answer], pause: float) -> Answer:

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from components import s3
 from components.errors import Tune16Error
@@ -37,6 +38,8 @@ DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
 DATA_FILES = tuple(f"*{suffix}{compression}" for suffix in DATA_SUFFIXES for compression in COMPRESSIONS)
 
+_UNKNOWN_QUESTION = {404, 405, 501}  # mirrors of the Hub do not answer all that it does
+_PINNED = re.compile(r"(.*)#([0-9a-f]{32})", re.DOTALL)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _LARGEST_DOCUMENT = 64 << 20  # bytes of a model's JSON file; the index of the largest models has some megabytes
 _TOKENIZER = "tokenizer.json"  # larger than the others, and read by a library that sets limits itself
@@ -93,13 +96,13 @@ def parse(name: str, kind: Kind) -> Reference:
     if scheme == "hf":
         address, _, revision = rest.removeprefix("datasets/").partition("@")
         return Reference(kind, "hf", address, revision)
-    address, _, pin = rest.partition("#")
+    address, pin = _without_pin(rest)
     if scheme == "s3":
         bucket, _, key = address.partition("/")
         return Reference(kind, "s3", f"{bucket or s3.default_bucket()}/{key.strip('/')}", pin)
     if scheme in ("https", "http"):
         _check_address(scheme, address)
-        return Reference(kind, scheme, address.rstrip("/"), pin)  # type: ignore[arg-type]
+        return Reference(kind, scheme, address.replace("#", "%23").rstrip("/"), pin)  # type: ignore[arg-type]
     if scheme == "file":
         return Reference(kind, "file", address, pin)
     if scheme == "oci":
@@ -108,6 +111,12 @@ def parse(name: str, kind: Kind) -> Reference:
             "s3://bucket/folder."
         )
     raise Tune16Error(f"{name}: '{scheme}://' is not supported. Use a Hugging Face id, s3://, https:// or a path.")
+
+
+def _without_pin(rest: str) -> tuple[str, str]:
+    """An address and its digest, if it has one; any other ``#`` is a part of a name."""
+    found = _PINNED.fullmatch(rest)
+    return (found[1], found[2]) if found else (rest, "")
 
 
 def _check_address(scheme: str, address: str) -> None:
@@ -130,13 +139,8 @@ def pin(reference: Reference) -> Reference:
         Tune16Error: it is missing, gated, unreachable, or a model without safetensors; the message says what to do.
     """
     if reference.scheme == "hf":
-        with _hub_errors(reference):
-            api = HfApi()
-            repo_type = _repo_type(reference)
-            api.auth_check(reference.address, repo_type=repo_type)
-            info = api.repo_info(reference.address, revision=reference.pin or None, repo_type=repo_type)
-        names = [sibling.rfilename for sibling in getattr(info, "siblings", None) or []]
-        fixed = replace(reference, pin=str(info.sha))
+        names, commit = _pin_on_hub(reference)
+        fixed = replace(reference, pin=commit)
     else:
         entries = dict(_entries(reference))
         names = list(entries)
@@ -144,6 +148,38 @@ def pin(reference: Reference) -> Reference:
         fixed = replace(reference, pin=hashlib.sha256(listing).hexdigest()[:32])
     _check_names(reference, names)
     return fixed
+
+
+def _pin_on_hub(reference: Reference) -> tuple[list[str], str]:
+    """The files of a repository of the Hub, of a mirror, or, offline, of the cache; and the commit."""
+    repo_type = _repo_type(reference)
+    with _hub_errors(reference):
+        if constants.HF_HUB_OFFLINE:
+            path = _cached(reference)
+            return [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()], path.name
+        api = HfApi()
+        info = api.repo_info(reference.address, revision=reference.pin or None, repo_type=repo_type)
+        try:
+            api.auth_check(reference.address, repo_type=repo_type)
+        except GatedRepoError:
+            raise
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _UNKNOWN_QUESTION:
+                raise
+    return [sibling.rfilename for sibling in getattr(info, "siblings", None) or []], str(info.sha)
+
+
+def _cached(reference: Reference) -> Path:
+    """The snapshot of a repository in the Hub's cache: of its revision, or the only one that is there."""
+    repo_type = _repo_type(reference)
+    snapshots = Path(
+        constants.HF_HUB_CACHE, repo_folder_name(repo_id=reference.address, repo_type=repo_type), "snapshots"
+    )
+    if not reference.pin and len(only := list(snapshots.glob("*"))) == 1:
+        return only[0]
+    return Path(
+        snapshot_download(reference.address, repo_type=repo_type, revision=reference.pin or None, local_files_only=True)
+    )
 
 
 def fetch(reference: Reference, folder: Path, patterns: Iterable[str]) -> Path:

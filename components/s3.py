@@ -1,7 +1,8 @@
 """S3 through boto3, set up from exactly the variables of an OpenShift AI connection.
 
-``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_S3_ENDPOINT``, ``AWS_DEFAULT_REGION`` and ``AWS_S3_BUCKET``; a
-custom CA through boto3's own ``AWS_CA_BUNDLE``. Addresses are path style, which every S3 server understands.
+``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_S3_ENDPOINT``, ``AWS_DEFAULT_REGION`` and ``AWS_S3_BUCKET``, and
+``AWS_SESSION_TOKEN`` of keys that expire; a custom CA through boto3's own ``AWS_CA_BUNDLE``. Addresses are path style,
+which every S3 server understands.
 """
 
 import os
@@ -14,11 +15,12 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, ProfileNotFound
 
 from components import multipart
 from components.config import CONNECTION_VARIABLES
@@ -28,6 +30,7 @@ from components.s3errors import attempt, code_of, status_of
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+_SESSION_TOKEN = "AWS_SESSION_TOKEN"  # of keys that expire
 _SETTLED_SECONDS = 0.5  # a small object is written in hundredths
 _TRANSFER = TransferConfig(max_concurrency=4)
 
@@ -54,13 +57,50 @@ def client() -> "S3Client":
             f"S3 connection: {', '.join(missing)} not set. Name a connection's Secret in cluster_connection, or "
             f"export {', '.join(CONNECTION_VARIABLES)}."
         )
+    _check_variables()
     if (bundle := os.environ.get("AWS_CA_BUNDLE")) and not Path(bundle).exists():
         raise Tune16Error(f"S3 connection: {bundle}, which AWS_CA_BUNDLE names, is no file. Mount your CA there.")
-    return _client(*(os.environ.get(name, "") for name in CONNECTION_VARIABLES[:4]))
+    return _client(*(os.environ.get(name, "") for name in (*CONNECTION_VARIABLES[:4], _SESSION_TOKEN)))
+
+
+def _check_variables() -> None:
+    """Refuse what no server could make sense of; the values themselves may be secrets.
+
+    Raises:
+        Tune16Error: names the variable, and what is wrong with it.
+    """
+    for name in (*CONNECTION_VARIABLES, _SESSION_TOKEN):
+        value = os.environ.get(name, "")
+        if any(character.isspace() for character in value):
+            raise Tune16Error(
+                f"S3 connection: {name} has a line break or a blank in it. Write the Secret again without it (`echo` "
+                "adds a line break, `printf` and --from-literal do not)."
+            )
+    bucket, endpoint = os.environ.get("AWS_S3_BUCKET", ""), os.environ["AWS_S3_ENDPOINT"]
+    if "/" in bucket:
+        raise Tune16Error(
+            f"S3 connection: AWS_S3_BUCKET is {bucket!r}; a bucket's bare name is needed, without s3:// and folders."
+        )
+    url = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+    if url.path.strip("/") or url.query or url.fragment:
+        raise Tune16Error(
+            f"S3 connection: AWS_S3_ENDPOINT has {url.path!r} behind the server's address. Leave it out; the bucket "
+            "belongs into AWS_S3_BUCKET."
+        )
+    if bucket and (url.hostname or "").startswith(f"{bucket}."):
+        raise Tune16Error(
+            f"S3 connection: AWS_S3_ENDPOINT begins with the bucket's name. Write {url.hostname!r} without "
+            f"{bucket + '.'!r}; the bucket belongs into AWS_S3_BUCKET."
+        )
 
 
 @lru_cache(maxsize=1)
-def _client(access_key: str, secret_key: str, endpoint: str, region: str) -> "S3Client":
+def _client(access_key: str, secret_key: str, endpoint: str, region: str, session_token: str) -> "S3Client":
+    # Some servers keep the checksums that boto adds by itself as a part of the file. Every file has our own SHA-256.
+    checksums: Any = {
+        name: os.environ.get(f"AWS_{name.upper()}", "when_required").lower()
+        for name in ("request_checksum_calculation", "response_checksum_validation")
+    }
     try:
         return boto3.client(
             "s3",
@@ -68,13 +108,20 @@ def _client(access_key: str, secret_key: str, endpoint: str, region: str) -> "S3
             region_name=region or "us-east-1",
             aws_access_key_id=access_key,
             aws_secret_access_key=secret_key,
+            aws_session_token=session_token or None,
             config=Config(
+                **checksums,
                 s3={"addressing_style": "path"},
                 retries={"mode": "standard", "max_attempts": 4},
                 connect_timeout=10,
                 read_timeout=60,
             ),
         )
+    except ProfileNotFound:
+        raise Tune16Error(
+            f"S3 connection: AWS_PROFILE is {os.environ.get('AWS_PROFILE')!r}, and there is no such profile. Unset it: "
+            "the connection's own variables say all."
+        ) from None
     except (BotoCoreError, ValueError, OSError) as error:
         raise Tune16Error(f"S3 connection: {error}. Check AWS_S3_ENDPOINT and AWS_CA_BUNDLE.") from None
 
@@ -110,11 +157,16 @@ def list_objects(bucket: str, prefix: str) -> list[StoredObject]:
 
     def ask() -> list[StoredObject]:
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return [
-            StoredObject(found["Key"], found["Size"], found["ETag"], found["LastModified"].timestamp())
-            for page in pages
-            for found in page.get("Contents", [])
-        ]
+        try:
+            return [
+                StoredObject(found["Key"], found["Size"], found["ETag"], found["LastModified"].timestamp())
+                for page in pages
+                for found in page.get("Contents", [])
+            ]
+        except ClientError as error:
+            if code_of(error) == "NoSuchKey":  # so some servers say that there is nothing
+                return []
+            raise
 
     return sorted(attempt(f"s3://{bucket}/{prefix}", ask), key=lambda stored: stored.key)
 
@@ -305,3 +357,37 @@ def check_writable(bucket: str, prefix: str) -> None:
             f"s3://{bucket}/{key}: was overwritten by a write that was to do so in no case (If-None-Match), by which "
             "runs that publish at the same time are kept apart. It needs a newer S3 server."
         )
+    _check_rights_on_parts(bucket, f"{prefix}/")
+
+
+def _check_rights_on_parts(bucket: str, prefix: str) -> None:
+    """See that parts of files may be sent, listed and taken away, as publishing does.
+
+    Raises:
+        Tune16Error: the server forbids one of these.
+    """
+    key = f"{prefix}.tune16-parts-probe-{uuid.uuid4().hex}"
+    begun = _allowed("s3:PutObject", lambda: client().create_multipart_upload(Bucket=bucket, Key=key))
+    _allowed(
+        "s3:ListBucketMultipartUploads",
+        lambda: client().list_multipart_uploads(Bucket=bucket, Prefix=prefix, MaxUploads=1),
+    )
+    if begun:
+        upload: dict[str, Any] = {"Bucket": bucket, "Key": key, "UploadId": begun["UploadId"]}
+        _allowed("s3:ListMultipartUploadParts", lambda: client().list_parts(**upload))
+        _allowed("s3:AbortMultipartUpload", lambda: multipart.abort(client(), bucket, key, begun["UploadId"]))
+
+
+def _allowed(right: str, call: Callable[[], Any]) -> Any:
+    """What `call` gives; None where the server answers with something else than a refusal."""
+    try:
+        return call()
+    except ClientError as error:
+        if status_of(error) == 403:
+            raise Tune16Error(
+                f"S3 connection: the right {right} is missing, which publishing needs ({code_of(error)}). Ask for it "
+                "on this bucket."
+            ) from None
+    except (BotoCoreError, KeyError):
+        pass
+    return None

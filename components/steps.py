@@ -12,6 +12,7 @@ from types import FrameType
 
 from components.cpus import limit_threads
 from components.errors import user_errors
+from components.proxies import spare_loopback
 from components.redaction import redacted
 
 PARENT_VARIABLE = "TUNE16_PARENT"  # the process without which a step has nobody to work for: a run on this machine
@@ -43,6 +44,7 @@ def step(name: str) -> Iterator[None]:
     started = time.monotonic()
     _end_with_parent()
     limit_threads()
+    spare_loopback()
     say(name, "started")
     with _on_sigterm(_end), user_errors():
         yield

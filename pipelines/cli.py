@@ -15,6 +15,7 @@ from rich.table import Table
 from components.__main__ import chat, serve
 from components.config import override
 from components.errors import Tune16Error, user_errors
+from components.proxies import spare_loopback
 from pipelines import cli_cluster, cli_data
 from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shapes
 
@@ -152,6 +153,7 @@ def _print_run(result: Any) -> None:
 
 def main() -> None:
     """Entry point of the command `tune16`."""
+    spare_loopback()
     with user_errors():
         app()
 

@@ -48,6 +48,8 @@ def _place(task: dsl.PipelineTask, connection: Any, tokens: Any) -> None:
     task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
     kubernetes.use_secret_as_env(task, connection, {name: name for name in CONNECTION_VARIABLES})
     kubernetes.use_secret_as_env(task, tokens, {name: name for name in TOKEN_VARIABLES}, optional=True)
+    # For Pod Security "restricted". OpenShift adds it by itself; pipeline servers before 2.17 pass it over.
+    kubernetes.set_security_context(task, run_as_non_root=True)
 
 
 @dsl.pipeline(
@@ -108,8 +110,6 @@ def finetune(
         epochs=train_epochs,
         learning_rate=train_learning_rate,
         rank=train_rank,
-        node_selector=cluster_node_selector,
-        tolerations=cluster_tolerations,
         options=train_options,
         path=upload_path,
     )

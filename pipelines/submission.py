@@ -1,5 +1,6 @@
 """Runs on a cluster: submissions that leave nothing behind when they fail, schedules, and following a run."""
 
+import calendar
 import re
 import sys
 import tempfile
@@ -29,6 +30,7 @@ _CRON_FIELDS = (
     ("day of week", 0, 6, ("sun", "mon", "tue", "wed", "thu", "fri", "sat")),
 )
 _CRON_WORDS = {"@hourly", "@daily", "@weekly", "@monthly", "@yearly"}
+_LEAP_YEAR = 2024  # any: February has its 29th
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -152,6 +154,8 @@ def read_cron(text: str) -> Trigger:
                 f"--cron '{text}': the {label} '{field}' is wrong. It takes {low} to {high}{also}, * for any, lists "
                 "with commas, ranges with a hyphen and steps with a slash."
             )
+    if not _comes(*fields[3:]):
+        raise Tune16Error(f"--cron '{text}': never fires: no such month has a day {fields[3]}.")
     return Trigger(cron=" ".join(fields))
 
 
@@ -296,6 +300,28 @@ def _is_same(entry: Json, wanted: Json) -> bool:
 
 def _find_same(server: PipelineServer, wanted: Json) -> Json | None:
     return next((entry for entry in server.list_schedules() if _is_same(entry, wanted)), None)
+
+
+def _comes(day: str, month: str, weekday: str) -> bool:
+    """Whether any of the days is one of the months': with a day of the week beside it, either is enough."""
+    if weekday not in ("*", "?"):
+        return True
+    days, months = (
+        _cron_values(field, low, high, names)
+        for field, (_, low, high, names) in zip((day, month), _CRON_FIELDS[3:5], strict=True)
+    )
+    return min(days) <= max(calendar.monthrange(_LEAP_YEAR, number)[1] for number in months)
+
+
+def _cron_values(field: str, low: int, high: int, names: tuple[str, ...]) -> list[int]:
+    """The numbers that a valid field stands for."""
+    values: list[int] = []
+    for part in field.lower().split(","):
+        span, _, step = part.partition("/")
+        ends = [low, high] if span in ("*", "?") else [_cron_number(end, low, names) or 0 for end in span.split("-")]
+        last = ends[1] if len(ends) > 1 else high if step else ends[0]
+        values += range(ends[0], last + 1, int(step or 1))
+    return values
 
 
 def _is_cron_part(part: str, low: int, high: int, names: tuple[str, ...]) -> bool:

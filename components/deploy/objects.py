@@ -1,6 +1,5 @@
 """The InferenceService (KServe v1beta1) of a version, for each kind of server."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,6 @@ _USUAL_CONTEXT = 4096  # tokens; a model trained on longer rows gets twice those
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for
 SERVED_BY = {"llama.cpp": "tune16-llama-cpp", "llama.cpp-gpu": "tune16-llama-cpp-gpu"}
 _ADAPTER_MOUNT = "/mnt/adapter"
-_LONGEST_NAME = 40  # of 63, which the names of the service's parts and its host's label share
 
 
 @dataclass(frozen=True)
@@ -33,16 +31,9 @@ class Placing:
     tolerations: list[Json] = field(default_factory=list)
 
 
-def service_name(path: str) -> str:
-    """A name that Kubernetes takes, from the last part of ``upload_path``."""
-    name = re.sub(r"[^a-z0-9]+", "-", path.rpartition("/")[2].lower()).strip("-")
-    name = name if name[:1].isalpha() else f"model-{name}"
-    return name[:_LONGEST_NAME].rstrip("-")
-
-
 def alias(path: str, version: str, runtime: str) -> str:
     """What this kind of server calls this very version, beside the name that stays the same."""
-    return f"{service_name(path)}@{version}-{runtime}"
+    return f"{kubeapi.service_name(path)}@{version}-{runtime}"
 
 
 def describe(manifest: Json, path: str, runtime: str, placing: Placing, pod: Json) -> Json:
@@ -51,7 +42,7 @@ def describe(manifest: Json, path: str, runtime: str, placing: Placing, pod: Jso
     Raises:
         Tune16Error: the version has no GGUF file for llama.cpp, or the base model is not where KServe can fetch it.
     """
-    name, version = service_name(path), manifest["version"]
+    name, version = kubeapi.service_name(path), manifest["version"]
     if runtime in SERVED_BY:
         server = _llama_cpp(manifest, path, runtime)
     elif runtime == "vllm":
@@ -123,13 +114,13 @@ def context(manifest: Json) -> int:
 def _vllm(manifest: Json, path: str) -> Json:
     """The project's vLLM runtime, which KServe picks by the model's format, on merged weights."""
     version = manifest["version"]
-    model = _vllm_model(manifest, "--served-model-name", service_name(path), alias(path, version, "vllm"))
+    model = _vllm_model(manifest, "--served-model-name", kubeapi.service_name(path), alias(path, version, "vllm"))
     return {"model": {**model, "storage": {"path": f"{path}/{version}/merged"}}}
 
 
 def _vllm_adapter(manifest: Json, path: str, connection: str, image: str) -> Json:
     """The same with the base model, and the adapter as a model beside it."""
-    names = (service_name(path), alias(path, manifest["version"], "vllm-adapter"))
+    names = (kubeapi.service_name(path), alias(path, manifest["version"], "vllm-adapter"))
     modules = [f"{name}={_ADAPTER_MOUNT}/files" for name in names]
     rank = next((rank for rank in _LORA_RANKS if rank >= manifest["adapter_rank"]), None)
     if rank is None:

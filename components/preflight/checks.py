@@ -1,6 +1,7 @@
 """The step preflight: everything that can be known before a GPU is asked for."""
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ def check(recipe: Recipe, path: str = "") -> Preflight:
         Tune16Error: the storage cannot be written, model or data set cannot be read, the architecture is not
             supported, or training would not fit the GPU.
     """
+    if recipe.deploy.runtime and (namespace := os.environ.get("KFP_NAMESPACE")):
+        from components.kubeapi import check_service_name  # its client takes a second to import
+
+        check_service_name(path, namespace)
     if path:
         s3.check_writable(s3.default_bucket(), path)
         say("preflight", f"s3://{s3.default_bucket()}/{path} is writable")

@@ -15,8 +15,6 @@ def train(
     epochs: float,
     learning_rate: float,
     rank: int,
-    node_selector: dict[str, str],
-    tolerations: list[dict[str, Any]],
     options: dict[str, Any],
     path: str,
     adapter: dsl.Output[dsl.Model],
@@ -26,15 +24,14 @@ def train(
     """Train a LoRA adapter on the frozen base model."""
     from pathlib import Path
 
-    from components.config import ClusterConfig, TrainConfig
+    from components.config import TrainConfig
     from components.outputs import copy_report, log_metrics
     from components.steps import step
     from components.train.launch import train as train_adapter
 
     with step("train"):
         config = TrainConfig.load(options, epochs=epochs, learning_rate=learning_rate, rank=rank)
-        cluster = ClusterConfig.load(node_selector=node_selector, tolerations=tolerations)
         folders = (Path(weights.path), Path(rows.path), Path(adapter.path))
-        numbers = train_adapter(*folders, config, cluster, Path(teacher_weights.path), path)
+        numbers = train_adapter(*folders, config, Path(teacher_weights.path), path)
         copy_report(adapter.path, report.path)
         log_metrics(metrics, numbers)

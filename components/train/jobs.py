@@ -1,10 +1,11 @@
 """Training jobs as the cluster takes them: a TrainJob or a PyTorchJob, made from the step's own pod."""
 
+import json
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from components.config import ClusterConfig, TrainConfig
+from components.config import TrainConfig
 from components.kubeapi import main_container
 
 Json = dict[str, Any]
@@ -13,6 +14,7 @@ _RUNTIME = "torch-distributed"  # the ClusterTrainingRuntime that comes with Ope
 _GPU = "nvidia.com/gpu"
 _CA_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
 _OF_THE_STEP_ALONE = ("KFP_", "ARGO_", "PET_")  # variables that mean the step's own pod
+_TEMPLATE = "ARGO_TEMPLATE"  # the variable in which Argo Workflows tells a pod's containers what it was made of
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
@@ -54,18 +56,15 @@ PYTORCH_JOB = Kind(
 )
 
 
-def describe(
-    kind: Kind, job: str, pod: Json, source: str, config: TrainConfig, cluster: ClusterConfig, has_patches: bool
-) -> Json:
+def describe(kind: Kind, job: str, pod: Json, source: str, config: TrainConfig, has_patches: bool) -> Json:
     """The job's object; it belongs to the step's own pod, so the cluster removes it with it.
 
     Args:
         kind: what the cluster serves.
         job: the job's name.
-        pod: the step's own pod: image, account, variables, CAs and queue are the job's too.
+        pod: the step's own pod: image, account, variables, CAs, nodes and queue are the job's too.
         source: ``s3://`` folder of the inputs.
         config: how many nodes and GPUs.
-        cluster: which nodes; the pod's own selector may be of a queue that has no GPUs.
         has_patches: whether the cluster's TrainJob has ``runtimePatches``; older ones have ``podTemplateOverrides``.
     """
     main = main_container(pod)
@@ -80,7 +79,7 @@ def describe(
     labels = {name: text for name, text in pod["metadata"].get("labels", {}).items() if name == _QUEUE_LABEL}
     metadata = pod["metadata"]
     owner = {"apiVersion": "v1", "kind": "Pod", "name": metadata["name"], "uid": metadata["uid"]}
-    placement = _placement(pod, main, cluster)
+    placement = _placement(pod, main)
     if kind is TRAIN_JOB:
         spec = _train_job(container, resources, placement, config, has_patches)
     else:
@@ -140,16 +139,33 @@ def _environment(main: Json) -> list[Json]:
     return own + [{"name": name, "value": os.environ[name]} for name in added]
 
 
-def _placement(pod: Json, main: Json, cluster: ClusterConfig) -> Placement:
+def _nodes(pod: Json) -> tuple[Json, list[Json]]:
+    """Node selector and tolerations that the pipeline asked for, of this pod: parameters would be in the cache's key.
+
+    They stand in the workflow's patch of the pod. The pod's own may have others: a queue's that has no GPUs, and those
+    that Kubernetes gives to every pod.
+    """
+    for container in (*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]):
+        for entry in container.get("env", []):
+            if entry["name"] == _TEMPLATE and (patch := json.loads(entry["value"]).get("podSpecPatch")):
+                patched = json.loads(patch)
+                return patched.get("nodeSelector") or {}, patched.get("tolerations") or []
+    own = pod["spec"].get("tolerations", [])
+    asked = [entry for entry in own if not entry.get("key", "").startswith("node.kubernetes.io/")]
+    return pod["spec"].get("nodeSelector") or {}, asked
+
+
+def _placement(pod: Json, main: Json) -> Placement:
     spec = pod["spec"]
+    selector, tolerations = _nodes(pod)
     volumes = [volume for volume in spec.get("volumes", []) if "configMap" in volume]
     names = {volume["name"] for volume in volumes}
     mounts = [mount for mount in main.get("volumeMounts", []) if mount["name"] in names]
     return Placement(
         {
             "serviceAccountName": spec.get("serviceAccountName", "default"),
-            "nodeSelector": cluster.node_selector,
-            "tolerations": cluster.tolerations,
+            "nodeSelector": selector,
+            "tolerations": tolerations,
             "volumes": [*volumes, {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}],
             "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
         },

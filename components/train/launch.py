@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
-from components.config import ClusterConfig, TrainConfig
+from components.config import TrainConfig
 from components.cpus import num_threads
 from components.errors import USER_ERROR_EXIT_CODE, Tune16Error, message_of
 from components.outputs import read_record
@@ -43,7 +43,6 @@ def train(
     rows: Path,
     output: Path,
     config: TrainConfig,
-    cluster: ClusterConfig | None = None,
     teacher: Path | None = None,
     path: str = "",
 ) -> dict[str, float]:
@@ -54,7 +53,6 @@ def train(
         rows: output of the step prepare.
         output: becomes the adapter's folder.
         config: the settings.
-        cluster: which nodes a job on several of them may have.
         teacher: the step quantize's output for the model to learn from.
         path: ``prefix/model-name`` in the connection's bucket, for checkpoints; empty keeps them on disk only.
 
@@ -64,7 +62,7 @@ def train(
     if config.num_nodes > 1:
         from components.train.nodes import train_on_nodes
 
-        train_on_nodes(weights, rows, output, config, cluster or ClusterConfig(), path)
+        train_on_nodes(weights, rows, output, config, path)
     elif config.num_gpus > 1:
         train_in_processes(weights, rows, output, config, Group(), path)
     else:

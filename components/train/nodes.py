@@ -16,7 +16,7 @@ from kubernetes import client
 from kubernetes.client.rest import ApiException
 
 from components import kubeapi
-from components.config import ClusterConfig, TrainConfig
+from components.config import TrainConfig
 from components.errors import Tune16Error
 from components.outputs import new_folder
 from components.s3errors import patience
@@ -29,9 +29,7 @@ _SILENCE_SECONDS = 1800  # without any news from pods that should be running; wa
 _TIMEOUT_SECONDS = (10, 60)  # to connect, to read
 
 
-def train_on_nodes(
-    weights: Path, rows: Path, output: Path, config: TrainConfig, cluster: ClusterConfig, path: str
-) -> None:
+def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig, path: str) -> None:
     """Train on ``num_nodes`` nodes with ``num_gpus`` GPUs each, from within a pod of the cluster.
 
     A storage or an API that is away for a quarter of an hour ends nothing.
@@ -48,7 +46,7 @@ def train_on_nodes(
         api = kubeapi.connect("train.num_nodes: several nodes are for a cluster, whose pods train. Set it to 1.")
         pod, kind = kubeapi.own_pod(api), _served_kind()
         namespace = pod["metadata"]["namespace"]
-        body = describe(kind, job, pod, scratch.address, config, cluster, kind is TRAIN_JOB and _has_patches())
+        body = describe(kind, job, pod, scratch.address, config, kind is TRAIN_JOB and _has_patches())
         with scratch.holding(weights, rows, config), _running(kind, namespace, body):
             _follow(kind, namespace, job, scratch)
             with new_folder(output) as folder:

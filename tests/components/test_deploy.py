@@ -14,8 +14,9 @@ import pytest
 from components.config import DeployConfig, Recipe, parse
 from components.deploy import deployer
 from components.deploy.deployer import deploy
-from components.deploy.objects import Placing, alias, describe, service_name
+from components.deploy.objects import Placing, alias, describe
 from components.errors import Tune16Error
+from components.kubeapi import check_service_name, service_name
 from tests.servers import KubernetesApi
 
 PATH = "tune16/Llama-2 7B_chat"
@@ -355,8 +356,8 @@ def test_vllm_with_weights_and_with_an_adapter() -> None:
     with pytest.raises(Tune16Error, match="up to rank 512, this one has 1000"):
         describe(manifest() | {"adapter_rank": 1000}, PATH, "vllm-adapter", PLACING, POD)
     with pytest.raises(Tune16Error, match="cannot fetch the base model s3://other/base"):
-        describe(manifest(model="s3://other/base#1"), PATH, "vllm-adapter", PLACING, POD)
-    stored = describe(manifest(model="s3://bucket/models/base#1"), PATH, "vllm-adapter", PLACING, POD)
+        describe(manifest(model=f"s3://other/base#{32 * '1'}"), PATH, "vllm-adapter", PLACING, POD)
+    stored = describe(manifest(model=f"s3://bucket/models/base#{32 * '1'}"), PATH, "vllm-adapter", PLACING, POD)
     assert stored["spec"]["predictor"]["model"]["storage"] == {"path": "models/base", "key": "tune16-connection"}
 
 
@@ -372,3 +373,11 @@ def test_names_and_runtimes_that_do_not_fit_are_told_at_once() -> None:
         parse(Recipe, {"deploy": {"runtime": "llama.cpp"}, "convert": {"quantizations": ""}}, where="form")
     with pytest.raises(Tune16Error, match="'runtime' is 'tgi': input should be '', 'vllm', 'vllm-adapter'"):
         DeployConfig.load(runtime="tgi")
+
+
+def test_an_address_that_dns_does_not_take_is_refused_before_the_run() -> None:
+    check_service_name("team/llm", "tune16")
+    with pytest.raises(
+        Tune16Error, match=r"66 letters of which DNS takes 63. Shorten the last part of upload_path by 3"
+    ):
+        check_service_name(f"team/{'x' * 35}", "my-data-science-team")

@@ -1,5 +1,6 @@
 """Training on several nodes: a Kubernetes API stand-in whose training jobs are real processes, and a real S3 server."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import pytest
 import torch
 
 from components import kubeapi, s3, s3errors
-from components.config import ClusterConfig, PrepareConfig, QuantizeConfig, TrainConfig
+from components.config import PrepareConfig, QuantizeConfig, TrainConfig
 from components.errors import Tune16Error
 from components.merge.merger import read_deltas
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.train import nodes
 from components.train import scratch as scratch_module
+from components.train.jobs import PYTORCH_JOB
 from components.train.launch import train
 from components.train.scratch import JobEndedError, Scratch, new_job
 from tests.manifests.test_manifests import CRDS, custom_schemas
@@ -29,7 +31,8 @@ from tests.servers import KubernetesApi
 Json = dict[str, Any]
 NAMESPACE = "tune16"
 PATH = "team/llm"
-CLUSTER = ClusterConfig(node_selector={"nvidia.com/gpu.product": "Tesla-T4"})
+SELECTOR = {"nvidia.com/gpu.product": "Tesla-T4"}
+TOLERATIONS = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
 TRAINER = "trainer.kubeflow.org/v1alpha1"
 SETTINGS: Json = {
     "epochs": 0.25, "learning_rate": 5e-3, "rank": 8, "dropout": 0, "micro_batch": 2, "num_evaluations": 1
@@ -120,6 +123,7 @@ def step_pod() -> Json:
         "resources": {"requests": {"cpu": "4", "memory": "24Gi"}, "limits": {"cpu": "4", "memory": "24Gi"}},
         "volumeMounts": [{"name": "ca", "mountPath": "/ca"}, {"name": "scratch", "mountPath": "/tmp"}],
     }
+    template = json.dumps({"podSpecPatch": json.dumps({"nodeSelector": SELECTOR, "tolerations": TOLERATIONS})})
     metadata = {
         "name": "tune16-abc-train",
         "namespace": NAMESPACE,
@@ -127,8 +131,9 @@ def step_pod() -> Json:
     }
     spec = {
         "serviceAccountName": "pipeline-runner-dspa",
-        "containers": [{"name": "wait", "image": "argo"}, main],
+        "containers": [{"name": "wait", "image": "argo", "env": [{"name": "ARGO_TEMPLATE", "value": template}]}, main],
         "nodeSelector": {"injected": "by the queue"},
+        "tolerations": [*TOLERATIONS, {"key": "node.kubernetes.io/not-ready", "operator": "Exists"}],
         "volumes": [{"name": "ca", "configMap": {"name": "dsp-ca"}}, {"name": "scratch", "emptyDir": {}}],
     }
     return {"kind": "Pod", "metadata": metadata, "spec": spec}
@@ -189,9 +194,7 @@ def test_the_train_job_is_what_the_cluster_takes(
     monkeypatch.setenv("SSL_CERT_FILE", "/ca/ca.crt")
     serve_train_jobs(api, field)
     pod, kind = kubeapi.own_pod(kubeapi.connect("")), nodes._served_kind()
-    body = nodes.describe(
-        kind, "job", pod, "s3://b/x", TrainConfig(num_nodes=3, num_gpus=2), CLUSTER, nodes._has_patches()
-    )
+    body = nodes.describe(kind, "job", pod, "s3://b/x", TrainConfig(num_nodes=3, num_gpus=2), nodes._has_patches())
     trainer = body["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 2)
     assert trainer["resourcesPerNode"]["limits"] == {"cpu": "4", "memory": "24Gi", "nvidia.com/gpu": "2"}
@@ -206,7 +209,11 @@ def test_the_train_job_is_what_the_cluster_takes(
     else:
         placed = patch["spec"]
     assert placed["serviceAccountName"] == "pipeline-runner-dspa"
-    assert (placed["tolerations"], placed["nodeSelector"]) == (CLUSTER.tolerations, CLUSTER.node_selector)
+    assert (placed["tolerations"], placed["nodeSelector"]) == (TOLERATIONS, SELECTOR)
+    del pod["spec"]["containers"][0]["env"]  # another version of Argo: then what the pod itself has
+    placed = nodes.describe(PYTORCH_JOB, "job", pod, "s3://b/x", TrainConfig(num_nodes=2), False)["spec"]
+    placed = placed["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    assert (placed["tolerations"], placed["nodeSelector"]) == (TOLERATIONS, {"injected": "by the queue"})
     assert [volume["name"] for volume in placed["volumes"]] == ["ca", "shm"]
     assert [mount["mountPath"] for mount in placed["containers"][0]["volumeMounts"]] == ["/ca", "/dev/shm"]
 

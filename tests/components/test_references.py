@@ -21,10 +21,12 @@ from components.models import load_base
 from components.preflight.checks import as_markdown, check
 from components.prepare.dataset import load_tokenizer
 from components.references import DATA_FILES, Reference, _inside, fetch, parse, pin, read_config
+from components.tensors import fetch_model, weight_files
 from tests.servers import make_certificate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+PIN = 32 * "1"
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 
@@ -35,7 +37,10 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
         ("org/name@v1", "model", Reference("model", "hf", "org/name", "v1")),
         ("hf://datasets/org/name@abc", "data", Reference("data", "hf", "org/name", "abc")),
         ("s3://bucket/a/b/", "model", Reference("model", "s3", "bucket/a/b")),
-        ("s3://bucket/a#123", "model", Reference("model", "s3", "bucket/a", "123")),
+        (f"s3://bucket/a#{PIN}", "model", Reference("model", "s3", "bucket/a", PIN)),
+        ("s3://bucket/a#1/b.jsonl", "data", Reference("data", "s3", "bucket/a#1/b.jsonl")),
+        (f"file:///tmp/a #2.csv#{PIN}", "data", Reference("data", "file", "/tmp/a #2.csv", PIN)),
+        ("https://host/a#b.jsonl", "data", Reference("data", "https", "host/a%23b.jsonl")),
         ("https://host/x.jsonl", "data", Reference("data", "https", "host/x.jsonl")),
         ("/tmp/x", "data", Reference("data", "file", "/tmp/x")),
     ],
@@ -102,6 +107,7 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self._send(404, X_Error_Code="RepoNotFound")
 
+    auth_check: tuple[int, bytes] = (200, b"{}")
     do_HEAD = do_GET  # noqa: N815
 
     def _api(self, name: str, rest: list[str], kind: str) -> None:
@@ -110,7 +116,7 @@ class Hub(BaseHTTPRequestHandler):
         elif name not in ("org/open", "org/rows", "org/pickle"):
             self._send(404, X_Error_Code="RepoNotFound")
         elif rest[:1] == ["auth-check"]:
-            self._send(200, b"{}")
+            self._send(*self.auth_check)
         elif rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT):
             self._send(404, X_Error_Code="RevisionNotFound")
         elif rest[:1] == ["tree"]:
@@ -396,3 +402,55 @@ def test_an_address_with_a_password_is_refused() -> None:
     with pytest.raises(Tune16Error, match="https:// address is not valid") as refused:
         parse("https://me:pa55/word@host/rows.jsonl", "data")
     assert "pa55" not in str(refused.value)
+
+
+@pytest.mark.parametrize("status", [404, 405])
+def test_a_mirror_of_the_hub_that_does_not_know_every_question(
+    hub: str, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(Hub, "auth_check", (status, b"{}"))
+    assert pin(parse("org/open", "model")).pin == COMMIT
+
+
+def test_offline_what_lies_in_the_cache_is_fixed_and_found(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    reference = pin(parse("org/open", "model"))
+    fetched = fetch_model(reference, tmp_path / "x")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    assert pin(parse("org/open", "model")) == reference
+    assert fetch_model(reference, tmp_path / "y") == fetched
+    with pytest.raises(Tune16Error, match="org/rows"):
+        pin(parse("org/rows", "data"))
+    huggingface_hub.close_session()
+
+
+def test_of_weights_that_are_there_twice_only_those_of_the_index_are_fetched(
+    make_model: Callable[..., Path], bucket: str, tmp_path: Path
+) -> None:
+    for file in make_model("llama").iterdir():
+        s3.upload(file, bucket, f"models/llama/{file.name}")
+    s3.write(bucket, "models/llama/consolidated.safetensors", b"the same again, in another form")
+    folder = fetch_model(pin(parse("s3:///models/llama", "model")), tmp_path / "model")
+    assert not (folder / "consolidated.safetensors").exists() and weight_files(folder)
+
+
+def test_a_pointer_of_git_lfs_is_no_file(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(make_model("llama"), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(Tune16Error, match=r"tokenizer.json: is a Git LFS pointer, .* Run `git lfs pull`"):
+        load_tokenizer(str(tmp_path / "model"), "auto", tmp_path / "x")
+
+
+def test_vocabulary_and_merges_are_fetched_over_https(
+    hub: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    tokenizer = json.loads((tmp_path / "hub" / "tokenizer.json").read_text())
+    (tmp_path / "hub" / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
+    (tmp_path / "hub" / "merges.txt").write_text("#version: 0.2\n")
+    folder = fetch(parse(f"{hub}/files", "model"), tmp_path / "model", ["*.json", "*.txt"])
+    assert (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()

@@ -1,14 +1,20 @@
 """S3: uploads go on where a killed one ended, and each fault is told with its remedy."""
 
+import hashlib
+import os
 import random
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from botocore.exceptions import ClientError
 
 from components import multipart, s3, s3errors
 from components.errors import Tune16Error
+from components.proxies import spare_loopback
 from pipelines.s3server import S3Server
 from tests.faults.proxy import Plan, proxy
 
@@ -147,3 +153,116 @@ def test_a_missing_ca_file_is_told(bucket: str, between: object, monkeypatch: py
     monkeypatch.setenv("AWS_CA_BUNDLE", "/absent/ca.pem")
     with pytest.raises(Tune16Error, match="/absent/ca.pem, which AWS_CA_BUNDLE names, is no file"):
         s3.read(bucket, "k")
+
+
+# What stands in the environment.
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "secret\n", "AWS_SECRET_ACCESS_KEY has a line break or a blank in it"),
+        ("AWS_ACCESS_KEY_ID", " key", "AWS_ACCESS_KEY_ID has a line break or a blank in it"),
+        ("AWS_S3_ENDPOINT", "http://127.0.0.1:1 ", "AWS_S3_ENDPOINT has a line break or a blank in it"),
+        ("AWS_S3_ENDPOINT", "http://127.0.0.1:1/tune16", "has '/tune16' behind the server's address"),
+        ("AWS_S3_ENDPOINT", "https://tune16.s3.example.com", "begins with the bucket's name"),
+        ("AWS_S3_BUCKET", "s3://tune16", "AWS_S3_BUCKET is 's3://tune16'; a bucket's bare name is needed"),
+        ("AWS_S3_BUCKET", "tune16/folder", "a bucket's bare name is needed"),
+        ("AWS_PROFILE", "nobody's", 'AWS_PROFILE is "nobody\'s", and there is no such profile. Unset it'),
+    ],
+)
+def test_a_variable_that_cannot_be_meant_is_named(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    s3._client.cache_clear()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Tune16Error, match="S3 connection: ") as error:
+        s3.check_writable("tune16", "prefix")
+    assert told in str(error.value) and "secret" not in str(error.value).removeprefix("S3 connection: AWS_SECRET")
+    s3._client.cache_clear()
+
+
+class _Server(BaseHTTPRequestHandler):
+    """A small S3: objects by path, kept as they come. It knows no multipart uploads and no checksums in trailers."""
+
+    protocol_version = "HTTP/1.1"
+    store: ClassVar[dict[str, bytes]] = {}
+    seen: ClassVar[list[dict[str, str]]] = []
+    refusal: ClassVar[str] = ""  # of questions about parts
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.seen.append(dict(self.headers))
+        if self.headers.get("If-None-Match") == "*" and self.path in self.store:
+            self._send(412, b"<Error><Code>PreconditionFailed</Code></Error>")
+            return
+        self.store[self.path] = body
+        self._send(200, ETag=f'"{hashlib.md5(body).hexdigest()}"')
+
+    def do_DELETE(self) -> None:
+        self.store.pop(self.path, None)
+        self._send(204)
+
+    def do_GET(self) -> None:
+        if self.refusal and "uploads" in self.path:
+            self._send(403, f"<Error><Code>{self.refusal}</Code></Error>".encode())
+        else:
+            self._send(404, b"<Error><Code>NoSuchKey</Code></Error>")
+
+    do_POST = do_GET  # noqa: N815
+
+    def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def small(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Server]]:
+    handler: type[_Server] = type("Handler", (_Server,), {"store": {}, "seen": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_S3_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_keys_that_expire_come_with_their_token_and_no_checksum_is_sent_unasked(
+    small: type[_Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of-this-session")
+    s3.check_writable("tune16", "prefix")
+    assert small.seen and not small.store
+    for headers in small.seen:
+        assert headers["X-Amz-Security-Token"] == "of-this-session"
+        assert "aws-chunked" not in headers.get("Content-Encoding", "") and "X-Amz-Trailer" not in headers
+    assert s3.list_objects("tune16", "prefix/") == []
+
+
+def test_a_right_that_publishing_needs_is_missed_before_the_run(
+    small: type[_Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "refusal", "AccessDenied")
+    with pytest.raises(Tune16Error, match=r"the right s3:\w+ is missing, which publishing needs"):
+        s3.check_writable("tune16", "prefix")
+
+
+def test_loopback_never_goes_through_a_proxy(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "example.com")
+    monkeypatch.delenv("no_proxy", raising=False)
+    spare_loopback()
+    assert os.environ["NO_PROXY"] == "example.com,localhost,127.0.0.1,::1"
+    spare_loopback()
+    assert os.environ["NO_PROXY"].count("localhost") == 1
+    s3._client.cache_clear()
+    s3.write(bucket, "k", b"x")
+    assert s3.read(bucket, "k") == b"x"
+    s3._client.cache_clear()
