@@ -28,9 +28,9 @@ _MODULES = {
     "gguf": [
         "components.convert.converter",
         "components.serve.server",
-        "components.serve.weights",
+        "components.serve.api",
         "llama_cpp",
-        "llama_cpp.server.app",
+        "components.serve.gguf",
         "sentencepiece",
     ],
     "chat": ["components.chat.launch", "components.chat.page"],

@@ -8,7 +8,7 @@ from urllib.parse import urldefrag, urlsplit
 
 from components.chatapi import Endpoint
 from components.errors import Tune16Error
-from components.serve.server import running
+from components.serve.server import check_port, running
 from components.serve.target import find_target, write_inverse
 from components.steps import say
 
@@ -34,6 +34,7 @@ def chat(place: Path, tuned: str, base: str, feedback: str, host: str, port: int
         from components.chat.page import Column, serve_page
     except ModuleNotFoundError as error:
         raise Tune16Error(f"{error.name} is not installed: pip install 'tune16[chat]'.") from None
+    check_port(host, port)
     columns: list[Column] = []
     with ExitStack() as stack:
         if tuned:

@@ -68,17 +68,17 @@ def build_page(columns: list[Column], feedback: str) -> gr.Blocks:
     async def converse(
         question: str,
         systems: list[str],
+        earlier: list[list[Turn]],
         system: str,
         temperature: float,
         max_tokens: int,
         top_p: float,
         penalty: float,
-        *chats: list[Turn],
     ) -> AsyncIterator[Any]:
         if not question.strip():
             return
-        histories = [[*chat, {"role": "user", "content": question}] for chat in chats]
-        yield "", [*systems, system], *histories
+        histories = [[*history, {"role": "user", "content": question}] for history in earlier]
+        yield "", [*systems, system], histories, *histories
         sampling = Sampling(temperature, top_p, int(max_tokens), penalty)
         tasks = [
             asyncio.create_task(_answer(column, system, history, sampling))
@@ -86,9 +86,9 @@ def build_page(columns: list[Column], feedback: str) -> gr.Blocks:
         ]
         try:  # Stop, Clear and a closed tab end this at a yield or a wait, and with it the requests
             while (await asyncio.wait(tasks, timeout=_UPDATE_SECONDS))[1]:
-                yield gr.skip(), gr.skip(), *histories
+                yield gr.skip(), gr.skip(), gr.skip(), *histories
             await asyncio.gather(*tasks)
-            yield gr.skip(), gr.skip(), *histories
+            yield gr.skip(), gr.skip(), gr.skip(), *histories
         finally:
             for task in tasks:
                 task.cancel()
@@ -112,15 +112,22 @@ def build_page(columns: list[Column], feedback: str) -> gr.Blocks:
                 gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p", elem_id="top-p"),
                 gr.Slider(0.8, 2, 1, step=0.05, label="Repetition penalty", elem_id="repetition-penalty"),
             ]
-        systems = gr.State([])  # the system prompt of every question: a vote is on what was asked
+        # Kept here and not in the browser, which could say anything: the system prompt of every question, and what was
+        # asked and answered. A vote is on that.
+        systems, histories = gr.State([]), gr.State([[] for _ in columns])
         run = gr.on(
-            [send.click, box.submit], converse, [box, systems, system, *sliders, *chats], [box, systems, *chats]
+            [send.click, box.submit],
+            converse,
+            [box, systems, histories, system, *sliders],
+            [box, systems, histories, *chats],
         )
         stop.click(None, cancels=run)
-        clear.click(None, cancels=run).then(lambda: [[]] * (1 + len(chats)), None, [systems, *chats])
-        for chat, column in zip(chats, columns, strict=True):
+        clear.click(None, cancels=run).then(
+            lambda: [[], [[] for _ in columns], *([] for _ in columns)], None, [systems, histories, *chats]
+        )
+        for number, (chat, column) in enumerate(zip(chats, columns, strict=True)):
             if feedback:
-                chat.like(_voter(column, feedback), [chat, systems], None)
+                chat.like(_voter(number, column, feedback), [histories, systems], None)
     queued: gr.Blocks = page.queue(default_concurrency_limit=16, max_size=64)  # by default visitors wait in a line
     return queued
 
@@ -165,11 +172,13 @@ def _text(turn: Turn) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def _voter(column: Column, feedback: str) -> Callable[..., None]:
-    def vote(event: gr.LikeData, history: list[Turn], systems: list[str]) -> None:
+def _voter(number: int, column: Column, feedback: str) -> Callable[..., None]:
+    def vote(event: gr.LikeData, histories: list[list[Turn]], systems: list[str]) -> None:
         names: dict[Any, Vote] = {True: "up", False: "down"}
         given = names.get(event.liked, "")
-        turns = history[: event.index + 1]  # type: ignore[operator]
+        turns = histories[number][: event.index + 1]  # type: ignore[operator]
+        if not turns or turns[-1]["role"] != "assistant":
+            return  # of an answer that is not there
         system = systems[sum(turn["role"] == "user" for turn in turns) - 1]
         messages = to_messages(system, turns)
         try:

@@ -1,7 +1,6 @@
-"""An OpenAI-compatible server for a model on this disk, as a process of its own.
+"""An OpenAI-compatible server for a model on this disk, as a process of its own (:mod:`components.serve.api`).
 
-GGUF files go to llama.cpp's server (in llama-cpp-python), weights to a small one on Transformers
-(:mod:`components.serve.weights`).
+GGUF files are run by llama.cpp, weights by Transformers.
 """
 
 import importlib.util
@@ -15,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from components.chatapi import Endpoint
-from components.cpus import num_threads
 from components.errors import Tune16Error
 from components.serve.target import Target
 
@@ -31,17 +29,14 @@ def command(
     Raises:
         Tune16Error: what it needs is not installed.
     """
-    place = ["--host", host, "--port", str(port)]
-    if not target.is_gguf:
+    if target.is_gguf:
+        _require("llama_cpp", "GGUF files need llama.cpp: `make llama` builds it, with a C++ compiler")
+    else:
         _require("torch", "weights need the trainer's packages: pip install 'tune16[trainer,serve]'")
-        return [sys.executable, "-m", "components.serve.weights", str(target.model), "--alias", alias, *place]
-    _require("llama_cpp", "GGUF files need llama.cpp: `make llama` builds it, with a C++ compiler")
-    settings = {"model": target.model, "model_alias": alias, "n_ctx": context, "interrupt_requests": "false"}
-    settings |= {"n_threads": num_threads(), "n_threads_batch": num_threads()}
-    settings |= {"n_gpu_layers": -1} if gpu else {}
-    settings |= {"lora_path": adapter} if adapter else {}
-    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "llama_cpp.server", *options, "--verbose", "false", *place]
+    options = ["--alias", alias, "--host", host, "--port", str(port), "--context", str(context)]
+    options += ["--gpu"] if gpu else []
+    options += ["--adapter", str(adapter)] if adapter else []
+    return [sys.executable, "-m", "components.serve.api", str(target.model), *options]
 
 
 def _require(package: str, remedy: str) -> None:
@@ -78,6 +73,23 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def check_port(host: str, port: int) -> None:
+    """See that nobody listens there yet: a model takes minutes to load.
+
+    Raises:
+        Tune16Error: somebody does, or this machine has no such address.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise Tune16Error(
+                f"{host}:{port}: nothing can be served there ({error.strerror}). Choose another with --port or --host."
+            ) from None
+
+
 def _wait(process: "subprocess.Popen[bytes]", endpoint: Endpoint, target: Target) -> None:
     limit = time.monotonic() + _START_SECONDS
     while time.monotonic() < limit:
@@ -95,8 +107,9 @@ def serve(target: Target, alias: str, host: str, port: int, context: int, gpu: b
     """Become the server: this process goes on as it, so that signals reach it. Does not return.
 
     Raises:
-        Tune16Error: what it needs is not installed.
+        Tune16Error: what it needs is not installed, or the port is taken.
     """
     arguments = command(target, alias, host, port, context, gpu)
+    check_port(host, port)
     sys.stdout.flush()
     os.execv(arguments[0], arguments)

@@ -34,6 +34,7 @@ def find_target(place: Path) -> Target:
         Tune16Error: there is none.
     """
     if place.is_file():
+        _check_is_model(place)
         return _with_adapter(place)
     for folder in (place, *sorted(place.glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True)):
         for pattern in ("model-*.gguf", "*.gguf", "gguf/model-*.gguf", "steps/*/convert/gguf/model-*.gguf"):
@@ -44,9 +45,25 @@ def find_target(place: Path) -> Target:
             for config in sorted(folder.glob(pattern)):
                 if any(config.parent.glob("*.safetensors")):
                     return Target(config.parent)
+    if place.is_dir() and any(place.rglob("adapter_model.safetensors")):
+        raise Tune16Error(f"{place}: has an adapter only. Name the folder with the merged model, or a GGUF file.")
     raise Tune16Error(
         f"{place}: there is no model, neither a GGUF file nor weights. Run `make run` first, or name one."
     )
+
+
+def _check_is_model(file: Path) -> None:
+    """Refuse what is no GGUF file, and one that is an adapter.
+
+    Raises:
+        Tune16Error: says what it is.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(1 << 16)
+    if not start.startswith(b"GGUF"):
+        raise Tune16Error(f"{file}: is no GGUF file. Name one, or the folder of a model.")
+    if _ALPHA in start:
+        raise Tune16Error(f"{file}: is an adapter, no model. Name the model's file, which lies beside it.")
 
 
 def _with_adapter(file: Path) -> Target:

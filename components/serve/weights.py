@@ -1,158 +1,90 @@
-"""The chat endpoint of the OpenAI API on weights, through Transformers: for where no GGUF file was made.
+"""Weights in memory, run by Transformers: for where no GGUF file was made."""
 
-`python -m components.serve.weights FOLDER --alias NAME --host HOST --port PORT`. One answer at a time.
-"""
-
-import argparse
-import json
-import threading
-import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from components.errors import user_errors
-from components.models import choose_dtype, device
+from components.errors import Tune16Error
+from components.models import choose_dtype, device, load_model
+from components.serve.api import Messages, Sampling, Writer
+
+_UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
 
 
-class Request(BaseModel):
-    """What is read of a request; other fields of the API are refused, because ignoring them would change answers."""
+class WeightsModel:
+    """A model folder in memory, with its own tokenizer, chat template and generation settings.
 
-    model_config = {"extra": "forbid"}
-
-    model: str = ""
-    messages: list[dict[str, str]] = Field(min_length=1)
-    stream: bool = False
-    max_tokens: int = Field(512, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    repeat_penalty: float | None = None  # llama.cpp's name of the same
-
-
-class _Stopped(StoppingCriteria):
-    """Ends a generation that nobody waits for any more."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-class Model:
-    """A model folder in memory."""
+    Raises:
+        Tune16Error: it cannot be loaded.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=choose_dtype("auto"), device_map={"": device()}, trust_remote_code=False, use_safetensors=True
-        )
-        self._lock = threading.Lock()
-
-    def answer(self, request: Request) -> Iterator[str]:
-        """The answer, piece by piece; closing the iterator ends the generation."""
-        inputs = self._tokenizer.apply_chat_template(
-            request.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(device())
-        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stopped = _Stopped()
-        drawn = {"temperature": request.temperature, "top_p": request.top_p} if request.temperature else {}
-        options = {
-            **inputs,
-            **drawn,
-            "do_sample": bool(request.temperature),
-            "max_new_tokens": request.max_tokens,
-            "repetition_penalty": request.repetition_penalty,
-            "streamer": streamer,
-            "stopping_criteria": StoppingCriteriaList([stopped]),
-            "pad_token_id": self._tokenizer.eos_token_id,
-        }
-        with self._lock:
-            generation = _Generation(self._model, options, streamer)
-            try:
-                yield from streamer
-            finally:
-                stopped.event.set()
-                generation.join()
-            if generation.error:
-                raise generation.error
-
-
-class _Generation(threading.Thread):
-    """A generation on its way; whatever becomes of it, its reader is told that it has ended."""
-
-    def __init__(self, model: Any, options: dict[str, Any], streamer: TextIteratorStreamer) -> None:
-        super().__init__()
-        self.error: Exception | None = None
-        self._model, self._options, self._streamer = model, options, streamer
-        self.start()
-
-    def run(self) -> None:
+        self._model = load_model(folder, choose_dtype("auto")).eval()
         try:
-            self._model.generate(**self._options)
-        except Exception as error:
-            self.error = error
-            self._streamer.end()
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # whatever the library meets in a stranger's folder
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Tune16Error(f"{folder}: its tokenizer cannot be loaded: {reason}") from None
+        if not self._tokenizer.chat_template:
+            raise Tune16Error(f"{folder}: its tokenizer has no chat template, so nobody can talk to it.")
+        ends = self._model.generation_config.eos_token_id
+        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self.context = int(self._model.config.max_position_embeddings)
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """See Model."""
+        try:
+            tokens: list[int] = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        except (TemplateError, TypeError) as error:
+            raise ValueError(str(error)) from None
+        return tokens
+
+    def answer(self, prompt: list[int], sampling: Sampling, writer: Writer) -> None:
+        """See Model."""
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        ids = torch.tensor([prompt], device=device())
+        self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.max_tokens,
+            pad_token_id=self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else 0,
+            stopping_criteria=StoppingCriteriaList([_Into(writer, self._tokenizer, len(prompt), self._ends)]),
+            **_drawing(sampling),
+        )
 
 
-def build(model: Model, alias: str) -> FastAPI:
-    """The server."""
-    app = FastAPI(title=alias, openapi_url=None)
-
-    @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": alias, "object": "model", "owned_by": "tune16"}]}
-
-    @app.post("/v1/chat/completions", response_model=None)
-    def chat(request: Request) -> JSONResponse | StreamingResponse:
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": alias}
-        if request.stream:
-            return StreamingResponse(_events(model.answer(request), head), media_type="text/event-stream")
-        message = {"role": "assistant", "content": "".join(model.answer(request))}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return JSONResponse({**head, "object": "chat.completion", "choices": [choice]})
-
-    return app
+def _drawing(sampling: Sampling) -> dict[str, Any]:
+    """The options of `generate`: what is not asked for stays as the model's own settings have it."""
+    names = ("top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(sampling, name)) is not None}
+    if "top_k" in given:
+        given["top_k"] = max(given["top_k"], 0)  # -1 is none, for others
+    if sampling.temperature == 0:
+        kept = {"repetition_penalty": given["repetition_penalty"]} if "repetition_penalty" in given else {}
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **kept}
+    return {"do_sample": True, "temperature": 1.0 if sampling.temperature is None else sampling.temperature, **given}
 
 
-def _events(pieces: Iterator[str], head: dict[str, Any]) -> Iterator[str]:
-    def event(delta: dict[str, str], reason: str | None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+class _Into(StoppingCriteria):
+    """Brings every new token's text to the writer, and ends the generation where the writer wants no more."""
 
-    for piece in pieces:
-        yield event({"content": piece}, None)
-    yield event({}, "stop")
-    yield "data: [DONE]\n\n"
+    def __init__(self, writer: Writer, tokenizer: Any, start: int, ends: set[int]) -> None:
+        self._writer, self._tokenizer, self._start, self._ends = writer, tokenizer, start, ends
+        self._written = ""
 
-
-def main() -> None:
-    """Serve the folder of the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--alias", required=True)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    arguments = parser.parse_args()
-    app = build(Model(arguments.folder), arguments.alias)
-    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")
-
-
-if __name__ == "__main__":
-    with user_errors():
-        main()
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> Any:
+        tokens = input_ids[0, self._start :].tolist()
+        if tokens[-1] in self._ends:
+            self._writer.end("stop")
+        else:
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            is_whole = not text.endswith(_UNFINISHED)
+            self._writer.add(text[len(self._written) :] if is_whole else "")
+            self._written = text if is_whole else self._written
+        return torch.full((1,), self._writer.is_done, dtype=torch.bool, device=input_ids.device)

@@ -285,7 +285,7 @@ def test_weights_and_gguf_files_answer_through_their_servers(make_model: Callabl
         assert endpoint.ask("tiny", messages, GREEDY) == text
         streamed = asyncio.run(collect_from(endpoint, messages))
         assert "".join(streamed) == text and len(streamed) > 1
-        with pytest.raises(Tune16Error, match="answers 422"):
+        with pytest.raises(Tune16Error, match="answers 400"):
             endpoint.ask("tiny", [], GREEDY)
     tools = llamacpp.converter()
     if tools is None:
@@ -305,7 +305,7 @@ def test_what_is_served_is_found_in_every_kind_of_folder(tmp_path: Path) -> None
     gguf = run / "steps" / "tune16-x" / "convert" / "gguf"
     gguf.mkdir(parents=True)
     for name, size in (("model-Q4_K_M.gguf", 10), ("model-Q8_0.gguf", 20), ("adapter.gguf", 99)):
-        (gguf / name).write_bytes(b"x" * size)
+        (gguf / name).write_bytes(b"GGUF" + b"x" * size)
     os.utime(run)
     weights = tmp_path / "runs" / "zebra-1" / "steps" / "tune16-x" / "merge" / "merged" / "merged"
     weights.mkdir(parents=True)
