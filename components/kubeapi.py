@@ -45,17 +45,31 @@ def send(
         kubernetes.client.rest.ApiException: the API refuses.
         urllib3.exceptions.HTTPError: it gives no answer.
     """
-    return api.call_api(
-        path,
-        method,
-        query_params=list((query or {}).items()),
-        header_params={"Accept": "*/*", "Content-Type": content_type},
-        body=body,
-        auth_settings=["BearerToken"],
-        response_type=answer,
-        _return_http_data_only=True,
-        _request_timeout=timeout,
-    )
+    try:
+        return api.call_api(
+            path,
+            method,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": "*/*", "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+            response_type=answer,
+            _return_http_data_only=True,
+            _request_timeout=timeout,
+        )
+    except ApiException as error:
+        refuse_certificate(error)
+        raise
+
+
+def refuse_certificate(error: Any) -> None:
+    """Call a certificate that is not trusted by its name: the clients make of it a refusal with the status 0.
+
+    Raises:
+        urllib3.exceptions.SSLError: that is what it was.
+    """
+    if not error.status:
+        raise urllib3.exceptions.SSLError(str(error.reason)) from None
 
 
 def apply(api: client.ApiClient, path: str, body: dict[str, Any]) -> Any:

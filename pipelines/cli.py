@@ -15,6 +15,7 @@ from rich.table import Table
 from components.__main__ import chat, serve
 from components.config import override
 from components.errors import Tune16Error, user_errors
+from components.images import VERSION
 from components.proxies import spare_loopback
 from pipelines import cli_cluster, cli_data
 from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shapes
@@ -36,6 +37,23 @@ app.add_typer(cli_cluster.runs, name="runs")
 app.add_typer(cli_cluster.schedules, name="schedule")
 app.add_typer(cli_data.data, name="data")
 console = Console(highlight=False)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"tune16 {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune a large language model with QLoRA on one 16 GB GPU."""
+
+
 _BAR = 40  # columns of the terminal for the whole GPU
 
 

@@ -218,8 +218,7 @@ def explained(cluster: Cluster, action: str) -> Iterator[None]:
             raise Tune16Error(f"{where}: {cluster.origin} is not a valid login (any more). {remedy}") from None
         if error.status == 403:
             raise ForbiddenError(
-                f"This account may not {action} in namespace {cluster.namespace}. Ask its owner for the role edit, or "
-                "name another namespace with --namespace."
+                f"This account may not {action} in namespace {cluster.namespace}. {_right_for(action)}"
             ) from None
         if error.status == 400 and "waiting to start" in str(error.body):
             raise NotStartedError(f"{where}: cannot {action} yet.") from None
@@ -228,6 +227,19 @@ def explained(cluster: Cluster, action: str) -> Iterator[None]:
         raise Tune16Error(f"{where}: cannot {action}: {error.status} {error.reason}.") from None
     except urllib3.exceptions.HTTPError as error:
         raise unreachable(where, error) from None
+
+
+# Whom to ask for a right, by what an action says; the role edit has neither of these.
+_RIGHTS = {
+    "nodes": "Nodes belong to the whole cluster: ask its administrator for the ClusterRole cluster-reader.",
+    "review": "Only the role admin may ask for others: ask the namespace's owner for it.",
+    "Secret": "Ask its owner for the role edit; an account of a pod needs a Role that names the Secret.",
+}
+
+
+def _right_for(action: str) -> str:
+    found = next((remedy for word, remedy in _RIGHTS.items() if word in action), "")
+    return found or "Ask its owner for the role edit, or name another namespace with --namespace."
 
 
 def unreachable(where: str, error: Exception) -> Tune16Error:

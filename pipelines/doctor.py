@@ -30,6 +30,7 @@ from pipelines.cluster import (
     server_object,
 )
 from pipelines.registry import image_status
+from pipelines.resources import RESOURCES
 from pipelines.server import Json, PipelineServer
 from pipelines.submission import newest_version, pipeline_spec
 
@@ -224,8 +225,6 @@ def _gpu(road: Road) -> str:
 
 def _quota(road: Road) -> str:
     """What the quotas allow at most is a limit; what others use of it now only makes a step wait."""
-    from pipelines.finetune import RESOURCES
-
     quotas = road.get("/api/v1/namespaces/{namespace}/resourcequotas", "read the quotas")["items"]
     cpu = max((parse_quantity(needs[0]), step) for step, needs in RESOURCES.items())
     memory = max((parse_quantity(needs[1]), step) for step, needs in RESOURCES.items())

@@ -17,22 +17,9 @@ from components.quantize.component import quantize
 from components.register.component import register
 from components.train.component import train
 from components.upload.component import upload
+from pipelines.resources import RESOURCES
 
 _DEFAULT = Recipe()
-
-# CPU and memory that each step asks for; training and evaluation also take one GPU.
-RESOURCES = {
-    "preflight": ("500m", "1Gi"),
-    "prepare": ("2", "4Gi"),
-    "quantize": ("2", "4Gi"),
-    "train": ("4", "24Gi"),
-    "evaluate": ("2", "16Gi"),
-    "merge": ("2", "4Gi"),
-    "convert": ("4", "20Gi"),
-    "upload": ("1", "2Gi"),
-    "register": ("500m", "1Gi"),
-    "deploy": ("500m", "1Gi"),
-}
 
 
 def _with_help(function: Callable[..., None]) -> Callable[..., None]:

@@ -26,6 +26,7 @@ from kfp_server_api import (
 )
 from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
+from components import kubeapi
 from components.errors import Tune16Error
 from pipelines.cluster import ServerAddress, unreachable
 
@@ -270,6 +271,9 @@ class PipelineServer:
             if not isinstance(error.__context__, ApiException):
                 raise
             raise urllib3.exceptions.SSLError(str(error.__context__.reason)) from None
+        except ApiException as error:
+            kubeapi.refuse_certificate(error)
+            raise
         content: Json = self._client.sanitize_for_serialization(answer) or {}
         return content
 

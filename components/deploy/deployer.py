@@ -138,11 +138,11 @@ def deploy(manifest: Json, path: str, placing: Placing, config: DeployConfig) ->
         except Exception as error:
             if not kubeapi.passes(error):
                 raise  # refused: nothing has changed
-            raise Tune16Error(f"{_why(error)} {_roll_back(service, body, served)}") from None
+            raise Tune16Error(f"{_why(error)} {_roll_back(service, body, served, before is not None)}") from None
         try:
             url = _wait(service, alias(path, manifest["version"], config.runtime))
         except (Tune16Error, ApiException, urllib3.exceptions.HTTPError) as error:
-            raise Tune16Error(f"{_why(error)} {_roll_back(service, body, served)}") from None
+            raise Tune16Error(f"{_why(error)} {_roll_back(service, body, served, before is not None)}") from None
         kubeapi.patiently(lambda: service.remember(body), POLL_SECONDS)
         return url
 
@@ -167,9 +167,11 @@ def _why(error: Exception) -> str:
     return kubeapi.message(error) if isinstance(error, ApiException) else str(error)
 
 
-def _roll_back(service: _Service, body: Json, served: Json | None) -> str:
-    """Bring back what has served before, and say what that is."""
+def _roll_back(service: _Service, body: Json, served: Json | None, was_there: bool) -> str:
+    """Bring back what has served before, and say what that is; only what this step has made is removed."""
     try:
+        if served is None and was_there:
+            return "It was there before this step, so it stays applied; whether it serves is not known."
         if served is None:
             kubeapi.patiently(service.delete, POLL_SECONDS)
             return "It was removed; nothing was served before."

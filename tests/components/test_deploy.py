@@ -227,6 +227,27 @@ def test_a_first_version_that_never_answers_is_taken_away(cluster: Cluster) -> N
     assert KEY not in cluster.api.objects
 
 
+def test_a_first_version_that_nobody_has_remembered_is_not_taken_away(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step was killed after the version served; what comes next must not end it."""
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(*_: object) -> str:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deployer, "_wait", killed)
+        with pytest.raises(KilledError):
+            run()
+    cluster.model.answer = ""
+    with pytest.raises(Tune16Error, match="It was there before this step, so it stays applied"):
+        run()
+    assert KEY in cluster.api.objects
+
+
 def test_a_server_that_answers_nonsense_or_goes_on_with_the_old_version_does_not_count(cluster: Cluster) -> None:
     run(version=OLD)
     cluster.model.answer = [1]  # type: ignore[assignment]
