@@ -87,12 +87,20 @@ def run_one(name: str, scratch: Path) -> dict[str, Any]:
     trainer_name, model_name, changes = SETTINGS[name]
     settings = {"micro_batch": 4, "gradient_accumulation": 1, "dropout": 0.0, "packing": False} | changes
     settings.setdefault("compute_dtype", "bfloat16")
+    return measure(trainer_name, model_name, settings, scratch)
+
+
+def measure(trainer_name: str, model_name: str, settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Speed, peak and losses of one trainer; without a GPU, which the tests have not, the peak is 0."""
     if trainer_name == "unsloth":
         import unsloth  # noqa: F401  (before everything that it changes)
     import torch
 
-    card = torch.cuda.get_device_properties(0)
-    torch.cuda.set_per_process_memory_fraction(BUDGET * GIBIBYTE / card.total_memory)
+    card = "CPU"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        card = properties.name
+        torch.cuda.set_per_process_memory_fraction(BUDGET * GIBIBYTE / properties.total_memory)
     model, rows = _inputs(model_name, scratch)
     torch.cuda.empty_cache()
     build = {"tune16": build_tune16, "trl": build_trl, "unsloth": build_unsloth}[trainer_name]
@@ -106,7 +114,7 @@ def run_one(name: str, scratch: Path) -> dict[str, Any]:
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIBIBYTE, 2),
         "seconds_per_step": round(counted.seconds / STEPS, 4),
         "losses": [round(float(losses[0]), 3), round(float(losses[-1]), 3)],
-        "card": card.name,
+        "card": card,
         "versions": _versions(),
     }
 
@@ -154,7 +162,8 @@ class _Counted:
         class Clock(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step in (WARM_UP, WARM_UP + STEPS):
-                    torch.cuda.synchronize()
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
                     sign = -1 if state.global_step == WARM_UP else 1
                     counted.seconds += sign * time.monotonic()
                     counted.tokens += sign * counted._seen
@@ -166,14 +175,15 @@ class _Counted:
 
 def build_tune16(model: Path, rows: Path, settings: dict[str, Any], scratch: Path) -> Any:
     """The project's own trainer, as the step train builds it."""
-    import torch
 
     from components.config import TrainConfig
+    from components.steps import Termination
     from components.train import trainer
+    from components.train.arguments import training_arguments
+    from components.train.checkpoints import Checkpoints, Place
     from components.train.engine import attention
 
-    dtype = getattr(torch, settings["compute_dtype"])
-    if dtype == torch.float16:
+    if settings["compute_dtype"] == "float16":
         attention._FIRST_CAPABILITY_WITH_FLASH = (99, 0)  # what a card before Ampere has
     config = TrainConfig(
         micro_batch=settings["micro_batch"],
@@ -182,14 +192,19 @@ def build_tune16(model: Path, rows: Path, settings: dict[str, Any], scratch: Pat
         compute_dtype=settings["compute_dtype"],
         num_evaluations=1,
     )
-    options = trainer._options(config, dtype, [], scratch / "out")
-    built = trainer._build(model, rows, 1024, options, dtype, config)
-    trainer._schedule(built, dtype, config)
+    lesson = trainer.Lesson(model, rows, config)
+    built = trainer._sft_trainer(
+        lesson, training_arguments(config, lesson.dtype, lesson.max_tokens, scratch / "out"), None
+    )
+    trainer._schedule(built, lesson)
+    built.protect(Checkpoints({}, Place(scratch / "checkpoints")), 1e9, Termination())
+    built._save_checkpoint = lambda *_: None  # what a checkpoint costs, gpu_checkpoints.py measures
     built.args.eval_strategy = "no"
     return built
 
 
 def _arguments(rows: Path, settings: dict[str, Any], scratch: Path) -> tuple[Any, Any]:
+    import torch
     from datasets import Dataset
     from trl import SFTConfig
 
@@ -201,9 +216,10 @@ def _arguments(rows: Path, settings: dict[str, Any], scratch: Path) -> tuple[Any
         max_length=1024,
         packing=settings["packing"],
         gradient_checkpointing=True,
-        bf16=not half,
+        bf16=settings["compute_dtype"] == "bfloat16",
         fp16=half,
-        optim="paged_adamw_8bit",
+        optim="paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=2,
         save_strategy="no",
         report_to=[],
@@ -219,8 +235,12 @@ def build_trl(model: Path, rows: Path, settings: dict[str, Any], scratch: Path) 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTTrainer
 
+    from components.models import device
+
     dtype = getattr(torch, settings["compute_dtype"])
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": 0}, attn_implementation="sdpa")
+    base = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, device_map={"": device()}, attn_implementation="sdpa"
+    )
     arguments, data = _arguments(rows, settings, scratch)
     lora = LoraConfig(r=64, lora_alpha=16, lora_dropout=settings["dropout"], target_modules="all-linear")
     tokenizer = AutoTokenizer.from_pretrained(model)

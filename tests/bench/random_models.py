@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from components.config import PrepareConfig, QuantizeConfig
+from components.models import device
 from components.outputs import write_record
 from components.shapes import ModelShape, known_shape
 
@@ -43,7 +44,7 @@ def shape_of(name: str) -> ModelShape:
 
 
 def make_model(shape: ModelShape, dtype: torch.dtype, num_layers: int | None = None) -> Any:
-    """A model of this shape on the GPU: linears in NF4, everything else in `dtype`, all random."""
+    """A model of this shape on the device at hand: linears in NF4, everything else in `dtype`, all random."""
     torch.manual_seed(0)
     config = _CONFIGS[shape.architecture](
         hidden_size=shape.hidden,
@@ -66,12 +67,12 @@ def make_model(shape: ModelShape, dtype: torch.dtype, num_layers: int | None = N
         for name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear) and name != "lm_head":
                 setattr(parent, name, _nf4(child, dtype))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to("cuda")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device())
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             owner = model.get_submodule(name.rpartition(".")[0])
             value = torch.ones if "norm" in name else lambda *size, **options: torch.randn(*size, **options) * 0.02
-            value = value(*parameter.shape, dtype=dtype, device="cuda")
+            value = value(*parameter.shape, dtype=dtype, device=device())
             setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=False))
     model.is_loaded_in_4bit = True
     return model
@@ -82,8 +83,10 @@ def _nf4(linear: torch.nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:
     layer = bnb.nn.Linear4bit(
         linear.in_features, linear.out_features, has_bias, compute_dtype=dtype, quant_type="nf4", device="meta"
     )
-    weight = torch.randn(linear.out_features, linear.in_features, dtype=dtype, device="cuda") * 0.02
-    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).cuda()
+    weight = torch.randn(linear.out_features, linear.in_features, dtype=dtype, device=device()) * 0.02
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(
+        device()
+    )
     layer.weight.quant_state.dtype = dtype
     return layer
 
@@ -116,7 +119,13 @@ def write_rows(vocabulary: int, folder: Path, num_rows: int = 1200) -> Path:
         pq.write_table(pa.table({"input_ids": ids, "labels": ids}), folder / f"{file}.parquet")
     _tokenizer(vocabulary).save_pretrained(folder / "tokenizer")
     write_record(
-        folder, "prepare", PrepareConfig(max_tokens=MAX_TOKENS), model="/random", data="/random", held_out_sha256=""
+        folder,
+        "prepare",
+        PrepareConfig(max_tokens=MAX_TOKENS),
+        model="/random",
+        data="/random",
+        held_out_sha256="",
+        stop_token="</s>",
     )
     return folder
 
