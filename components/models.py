@@ -121,7 +121,8 @@ def bound_float16(model: Any) -> None:
     """Keep what a model computes in float16 within its range, as the engine does and Transformers does for T5.
 
     Some models (Qwen2-7B) have activations beyond 65,504, of which float16 makes infinity and the next norm no number.
-    Bounded are what goes into norms and into the layer after the SiLU product, and what comes out of decoder layers.
+    Bounded are what goes into norms and into the layer after the SiLU product, and what comes out of decoder layers and
+    of the adapters' dropout.
     """
     limit = torch.finfo(torch.float16).max
 
@@ -139,7 +140,7 @@ def bound_float16(model: Any) -> None:
         last = name.rpartition(".")[2]
         if last.endswith("norm") or last == "down_proj":
             module.register_forward_pre_hook(before)
-        if name.rpartition(".")[0].endswith("layers") and last.isdigit():
+        if (name.rpartition(".")[0].endswith("layers") and last.isdigit()) or ".lora_dropout." in name:
             module.register_forward_hook(after)
 
 

@@ -102,10 +102,13 @@ def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
 
 
 def dropout(x: torch.Tensor, share: float, seed: int) -> torch.Tensor:
-    """Dropout whose mask is drawn from `seed` whenever it is needed, so that none is kept for the backward pass."""
+    """Dropout whose mask is drawn from `seed` whenever it is needed, so that none is kept for the backward pass.
+
+    What stays grows by 1 / (1 - share), and is bounded in float16 (:func:`bound_`).
+    """
     if fast := _for(x):
         return fast.dropout(x, share, seed)  # type: ignore[no-any-return]
-    return x * _mask(x, share, seed)
+    return bound_(x * _mask(x, share, seed))
 
 
 def add_dropped_(total: torch.Tensor, x: torch.Tensor, share: float, seed: int) -> torch.Tensor:

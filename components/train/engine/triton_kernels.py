@@ -151,7 +151,7 @@ def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
 
 
 @triton.jit
-def _dropout(x, out, count, share, seed, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _dropout(x, out, count, share, seed, LIMIT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
     # One call of the random generator gives four words, of which each decides one value of its own quarter.
     block = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK // 4)
@@ -160,7 +160,7 @@ def _dropout(x, out, count, share, seed, ADD: tl.constexpr, BLOCK: tl.constexpr)
         at = block * BLOCK + quarter * (BLOCK // 4) + lanes
         mask = at < count
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        value = tl.where(words[quarter] >= share, value / (1 - share), 0.0)
+        value = tl.where(words[quarter] >= share, tl.clamp(value / (1 - share), -LIMIT, LIMIT), 0.0)
         if ADD:
             value += tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + at, value, mask=mask)
@@ -170,14 +170,14 @@ def dropout(x: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     """See kernels.dropout."""
     out = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), _VALUES_PER_PROGRAM),)
-    _dropout[grid](x, out, x.numel(), share, seed, ADD=False, BLOCK=_VALUES_PER_PROGRAM)
+    _dropout[grid](x, out, x.numel(), share, seed, LIMIT=_limit(x), ADD=False, BLOCK=_VALUES_PER_PROGRAM)
     return out
 
 
 def add_dropped_(total: torch.Tensor, x: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     """See kernels.add_dropped_."""
     grid = (triton.cdiv(x.numel(), _VALUES_PER_PROGRAM),)
-    _dropout[grid](x, total, x.numel(), share, seed, ADD=True, BLOCK=_VALUES_PER_PROGRAM)
+    _dropout[grid](x, total, x.numel(), share, seed, LIMIT=_limit(x), ADD=True, BLOCK=_VALUES_PER_PROGRAM)
     return total
 
 
