@@ -87,13 +87,14 @@ def finetune(
         runtime=deploy_runtime,
     )
     fixed.set_caching_options(False)  # names may point to something else today
-    model, data = fixed.outputs["model"], fixed.outputs["data"]
-    prepared = prepare(model=model, data=data, max_tokens=prepare_max_tokens, options=prepare_options)
-    quantized = quantize(model=model, teacher=fixed.outputs["teacher"], bits=quantize_bits)
+    model, data, code = fixed.outputs["model"], fixed.outputs["data"], fixed.outputs["code"]
+    prepared = prepare(model=model, data=data, code=code, max_tokens=prepare_max_tokens, options=prepare_options)
+    quantized = quantize(model=model, code=code, teacher=fixed.outputs["teacher"], bits=quantize_bits)
     trained = train(
         weights=quantized.outputs["weights"],
         teacher_weights=quantized.outputs["teacher_weights"],
         rows=prepared.outputs["rows"],
+        code=code,
         epochs=train_epochs,
         learning_rate=train_learning_rate,
         rank=train_rank,
@@ -104,6 +105,7 @@ def finetune(
         weights=quantized.outputs["weights"],
         adapter=trained.outputs["adapter"],
         rows=prepared.outputs["rows"],
+        code=code,
         options=evaluate_options,
         path=upload_path,
         champion=fixed.outputs["champion"],
@@ -111,13 +113,17 @@ def finetune(
     with dsl.If(evaluated.outputs["Output"] == PROMOTED, name="better-than-the-champion"):
         merged = merge(
             model=model,
+            code=code,
             adapter=trained.outputs["adapter"],
             rows=prepared.outputs["rows"],
             evaluation=evaluated.outputs["evaluation"],
             dtype=merge_dtype,
         )
         converted = convert(
-            merged=merged.outputs["merged"], rows=prepared.outputs["rows"], quantizations=convert_quantizations
+            merged=merged.outputs["merged"],
+            rows=prepared.outputs["rows"],
+            code=code,
+            quantizations=convert_quantizations,
         )
         uploaded = upload(
             merged=merged.outputs["merged"],

@@ -18,9 +18,9 @@ from typing import IO, Any
 
 from kfp import local
 
+from components.build import build
 from components.config import CONFIG_OF_STEP, Recipe, form_values
 from components.errors import Tune16Error
-from components.images import VERSION
 from components.lease import locked
 from components.outputs import new_folder, read_json, write_json
 from components.redaction import redacted
@@ -106,7 +106,7 @@ def find_interrupted(runs: Path, recipe: Recipe) -> Path | None:
 
 
 def _state(recipe: Recipe, finished: bool) -> dict[str, Any]:
-    return {"recipe": recipe.model_dump(mode="json"), "tune16": VERSION, "finished": finished}
+    return {"recipe": recipe.model_dump(mode="json"), "tune16": build(), "finished": finished}
 
 
 def _write_state(folder: Path, recipe: Recipe, finished: bool) -> None:

@@ -9,6 +9,7 @@ from components import images
 def convert(
     merged: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
+    code: str,  # in the key of the cache
     quantizations: str,
     gguf: dsl.Output[dsl.Model],
     report: dsl.Output[dsl.HTML],

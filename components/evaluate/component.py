@@ -12,6 +12,7 @@ def evaluate(
     weights: dsl.Input[dsl.Model],
     adapter: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
+    code: str,  # in the key of the cache
     options: dict[str, Any],
     path: str,
     champion: str,

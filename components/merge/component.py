@@ -8,6 +8,7 @@ from components import images
 @dsl.component(base_image=images.TRAINER, install_kfp_package=False)
 def merge(
     model: str,
+    code: str,  # in the key of the cache
     adapter: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
     evaluation: dsl.Input[dsl.Artifact],

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from components import s3, versions
+from components.build import build
 from components.config import Recipe
 from components.errors import Tune16Error
-from components.images import VERSION
 from components.memory import MemoryPlan, nearest, plan
 from components.references import TOKENIZER_FILES, Reference, fetch, parse, pin, read_config
 from components.shapes import ModelShape, read_shape
@@ -103,7 +103,7 @@ def _version_to_beat(path: str, inputs: dict[str, str], recipe: Recipe) -> str:
     base = manifest["lineage"]["model"]
     if base != inputs["model"] and not recipe.evaluate.replace_other_base:
         raise Tune16Error(f"upload.path: at {path}, {versions.other_base(champion.version, base)}")
-    if not versions.is_made_of(path, manifest, {**inputs, "tune16": VERSION}, _settings(recipe)):
+    if not versions.is_made_of(path, manifest, {**inputs, "tune16": build()}, _settings(recipe)):
         return champion.version
     say("preflight", f"nothing has changed since {champion.version}: the steps come from the cache and need no GPU")
     beaten: str = manifest["lineage"]["champion"]

@@ -26,11 +26,14 @@ def preflight(
     server: str,
     runtime: str,
     plan: dsl.Output[dsl.Markdown],
-) -> NamedTuple("Fixed", [("model", str), ("teacher", str), ("data", str), ("champion", str), ("gpus", str)]):  # type: ignore[valid-type]
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Fixed", [("model", str), ("teacher", str), ("data", str), ("champion", str), ("gpus", str), ("code", str)]
+):
     """Fix model, data set and champion, check storage and every setting, and plan the GPU's memory."""
     from pathlib import Path
 
     from components import config
+    from components.build import build
     from components.preflight.checks import as_markdown, check
     from components.steps import step
 
@@ -54,4 +57,4 @@ def preflight(
         # On several nodes a job of its own has the GPUs, and the step's pod, which only follows it, needs none.
         # As text: KFP's driver reads resource limits as strings, and takes a number for no limit at all.
         gpus = str(training.num_gpus if training.num_nodes == 1 else 0)
-    return fixed.model, fixed.teacher, fixed.data, fixed.champion, gpus
+    return fixed.model, fixed.teacher, fixed.data, fixed.champion, gpus, build()

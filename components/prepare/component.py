@@ -10,6 +10,7 @@ from components import images
 @dsl.component(base_image=images.TOOLS, install_kfp_package=False)
 def prepare(
     model: str,
+    code: str,  # in the key of the cache
     data: str,
     max_tokens: int,
     options: dict[str, Any],

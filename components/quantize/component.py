@@ -7,7 +7,12 @@ from components import images
 
 @dsl.component(base_image=images.TRAINER, install_kfp_package=False)
 def quantize(
-    model: str, teacher: str, bits: int, weights: dsl.Output[dsl.Model], teacher_weights: dsl.Output[dsl.Model]
+    model: str,
+    code: str,  # in the key of the cache
+    teacher: str,
+    bits: int,
+    weights: dsl.Output[dsl.Model],
+    teacher_weights: dsl.Output[dsl.Model],
 ) -> None:
     """Quantise the frozen base model once, and a teacher if there is one; later runs take them from the cache."""
     from pathlib import Path

@@ -12,6 +12,7 @@ def train(
     weights: dsl.Input[dsl.Model],
     teacher_weights: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
+    code: str,  # in the key of the cache
     epochs: float,
     learning_rate: float,
     rank: int,

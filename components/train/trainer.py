@@ -15,10 +15,10 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 from trl import DistillationConfig, SFTConfig, SFTTrainer
 
+from components.build import build
 from components.config import QuantizeConfig, TrainConfig
 from components.errors import Tune16Error
 from components.gpus import Gpu, known_gpu
-from components.images import VERSION
 from components.memory import HOST_MEMORY, MemoryPlan, Step
 from components.models import available_memory, bound_float16, card_facts, choose_dtype, load_base
 from components.outputs import new_folder, read_json, read_record, write_record
@@ -96,7 +96,7 @@ class Lesson:
             "rows": [file_digest(self.rows / f"{name}.parquet") for name in ("train", "held_out")],
             "settings": settings,
             "number format": str(self.dtype),
-            "versions": [VERSION, *map(version, ("torch", "transformers", "trl", "peft", "bitsandbytes"))],
+            "versions": [build(), *map(version, ("torch", "transformers", "trl", "peft", "bitsandbytes"))],
         }
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from components import s3, versions
+from components.build import build
 from components.config import PROMOTED, UploadConfig
 from components.errors import Tune16Error
-from components.images import VERSION
 from components.lease import Lease, TakenOverError, held
 from components.outputs import REPORT, read_json, read_record, write_json
 from components.shapes import read_shape
@@ -194,7 +194,7 @@ def _lineage(merged: Path, evaluation: Path) -> dict[str, Any]:
         "data": trained["data"],
         "held_out": trained["held_out_sha256"],
         "champion": champion.get("version", ""),
-        "tune16": VERSION,
+        "tune16": build(),
     }
 
 

@@ -52,7 +52,7 @@ def test_tasks_and_edges(version: dict[str, Any]) -> None:
         "preflight": set(),
         "prepare": {"preflight"},
         "quantize": {"preflight"},
-        "train": {"prepare", "quantize"},
+        "train": {"preflight", "prepare", "quantize"},
         "evaluate": {"preflight", "prepare", "quantize", "train"},
         "condition-1": {"evaluate", "preflight", "prepare", "train"},
     }
