@@ -10,6 +10,7 @@ import functools
 import os
 import random
 import resource
+import shutil
 import subprocess
 import tempfile
 import time
@@ -76,7 +77,9 @@ def _furnish(folder: Path) -> None:
         adapter / "adapter_model.safetensors",
     )
     write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 8, "lora_alpha": 16})
-    write_record(adapter, "train", TrainConfig(), model=str(folder / "model"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "model" / name, adapter)
+    write_record(adapter, "train", TrainConfig(), model=str(folder / "model"), stop_token="</s>")
     s3.client().create_bucket(Bucket=BUCKET)
     (folder / "object").write_bytes(random.Random(2).randbytes(1 << 20))
     s3.upload(folder / "object", BUCKET, "object")
