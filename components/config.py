@@ -26,6 +26,7 @@ CONNECTION_VARIABLES = (
     "AWS_DEFAULT_REGION",
     "AWS_S3_BUCKET",
 )
+SESSION_TOKEN = "AWS_SESSION_TOKEN"  # beside the keys of a connection that expire
 TOKEN_VARIABLES = ("HF_TOKEN", "WANDB_API_KEY")
 
 # The verdicts of the step evaluate: a new champion, the current one stays, or the rows do not tell which is better.

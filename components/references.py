@@ -30,6 +30,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from components import s3
 from components.errors import Tune16Error
+from components.timeouts import at_most
 
 Kind = Literal["model", "data"]
 
@@ -158,7 +159,9 @@ def _pin_on_hub(reference: Reference) -> tuple[list[str], str]:
             path = _cached(reference)
             return [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()], path.name
         api = HfApi()
-        info = api.repo_info(reference.address, revision=reference.pin or None, repo_type=repo_type)
+        info = api.repo_info(
+            reference.address, revision=reference.pin or None, repo_type=repo_type, timeout=at_most(30)
+        )
         try:
             api.auth_check(reference.address, repo_type=repo_type)
         except GatedRepoError:
@@ -419,7 +422,7 @@ def _https_mark(reference: Reference, name: str) -> str:
     """A strong ETag where the server gives one, else the SHA-256 of what it sends."""
     url = _url(reference, name)
     with _http_errors(url):
-        headers = _answered(httpx.head(url, follow_redirects=True, timeout=30)).headers
+        headers = _answered(httpx.head(url, follow_redirects=True, timeout=at_most(30))).headers
         etag = headers.get("etag", "")
         if etag and not etag.startswith("W/"):
             return str(etag)
@@ -431,7 +434,7 @@ def _https_mark(reference: Reference, name: str) -> str:
 
 def _https_exists(url: str) -> bool:
     with _http_errors(url):
-        response = httpx.head(url, follow_redirects=True, timeout=30)
+        response = httpx.head(url, follow_redirects=True, timeout=at_most(30))
         if response.status_code == httpx.codes.NOT_FOUND:
             return False
         _answered(response)
@@ -440,7 +443,7 @@ def _https_exists(url: str) -> bool:
 
 def _https_get(url: str) -> httpx.Response:
     with _http_errors(url):
-        return _answered(httpx.get(url, follow_redirects=True, timeout=30))
+        return _answered(httpx.get(url, follow_redirects=True, timeout=at_most(30)))
 
 
 def _fetch_https(reference: Reference, folder: Path, patterns: tuple[str, ...]) -> Path:
@@ -464,7 +467,7 @@ def _https_download(url: str, target: Path) -> None:
 def _https_blocks(url: str) -> Iterator[bytes]:
     """The file as it lies on the server: unpacked on the way, a small one could fill the disk."""
     plain = {"Accept-Encoding": "identity"}
-    with httpx.stream("GET", url, headers=plain, follow_redirects=True, timeout=60) as response:
+    with httpx.stream("GET", url, headers=plain, follow_redirects=True, timeout=at_most(60)) as response:
         yield from _answered(response).iter_raw(1 << 20)
 
 

@@ -23,14 +23,14 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ProfileNotFound
 
 from components import multipart
-from components.config import CONNECTION_VARIABLES
+from components.config import CONNECTION_VARIABLES, SESSION_TOKEN
 from components.errors import Tune16Error
 from components.s3errors import attempt, code_of, status_of
+from components.timeouts import at_most
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_SESSION_TOKEN = "AWS_SESSION_TOKEN"  # of keys that expire
 _SETTLED_SECONDS = 0.5  # a small object is written in hundredths
 _TRANSFER = TransferConfig(max_concurrency=4)
 
@@ -60,7 +60,8 @@ def client() -> "S3Client":
     _check_variables()
     if (bundle := os.environ.get("AWS_CA_BUNDLE")) and not Path(bundle).exists():
         raise Tune16Error(f"S3 connection: {bundle}, which AWS_CA_BUNDLE names, is no file. Mount your CA there.")
-    return _client(*(os.environ.get(name, "") for name in (*CONNECTION_VARIABLES[:4], _SESSION_TOKEN)))
+    variables = (*CONNECTION_VARIABLES[:4], SESSION_TOKEN)
+    return _client(*(os.environ.get(name, "") for name in variables), at_most(10), at_most(60))
 
 
 def _check_variables() -> None:
@@ -69,7 +70,7 @@ def _check_variables() -> None:
     Raises:
         Tune16Error: names the variable, and what is wrong with it.
     """
-    for name in (*CONNECTION_VARIABLES, _SESSION_TOKEN):
+    for name in (*CONNECTION_VARIABLES, SESSION_TOKEN):
         value = os.environ.get(name, "")
         if any(character.isspace() for character in value):
             raise Tune16Error(
@@ -95,7 +96,15 @@ def _check_variables() -> None:
 
 
 @lru_cache(maxsize=1)
-def _client(access_key: str, secret_key: str, endpoint: str, region: str, session_token: str) -> "S3Client":
+def _client(
+    access_key: str,
+    secret_key: str,
+    endpoint: str,
+    region: str,
+    session_token: str,
+    connect_seconds: float,
+    read_seconds: float,
+) -> "S3Client":
     # Some servers keep the checksums that boto adds by itself as a part of the file. Every file has our own SHA-256.
     checksums: Any = {
         name: os.environ.get(f"AWS_{name.upper()}", "when_required").lower()
@@ -113,8 +122,8 @@ def _client(access_key: str, secret_key: str, endpoint: str, region: str, sessio
                 **checksums,
                 s3={"addressing_style": "path"},
                 retries={"mode": "standard", "max_attempts": 4},
-                connect_timeout=10,
-                read_timeout=60,
+                connect_timeout=connect_seconds,
+                read_timeout=read_seconds,
             ),
         )
     except ProfileNotFound:

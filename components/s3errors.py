@@ -23,6 +23,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from components.errors import Tune16Error
+from components.timeouts import at_most
 
 Answer = TypeVar("Answer")
 
@@ -125,7 +126,7 @@ def attempt(address: str, call: Callable[[], Answer]) -> Answer:
                 return call()
             except Exception as error:
                 waited = time.monotonic() - started
-                has_tries = number < _NUM_TRIES - 1 and waited <= _PATIENCE_SECONDS
+                has_tries = number < _NUM_TRIES - 1 and waited <= at_most(_PATIENCE_SECONDS)
                 if not _may_pass(error) or not (has_tries or waited < _outage_seconds):
                     raise
             time.sleep(random.uniform(0, min(_FIRST_PAUSE_SECONDS * 2**number, _LONGEST_PAUSE_SECONDS)))

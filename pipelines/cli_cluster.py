@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from components.config import CONFIG_OF_STEP, CONNECTION_VARIABLES, Recipe, override
 from components.errors import USER_ERROR_EXIT_CODE, Tune16Error
+from components.timeouts import limited
 from pipelines import submission
 from pipelines.cluster import (
     Cluster,
@@ -85,7 +86,9 @@ class Where:
     namespace: Annotated[str, typer.Option(help="Namespace; by default the login's own. Or TUNE16_NAMESPACE.")] = ""
     host: Annotated[str, typer.Option(help="The pipeline server's URL, if it is elsewhere. Or TUNE16_HOST.")] = ""
     ca: Annotated[str, typer.Option(help="File with the CA of the cluster's certificates. Or TUNE16_CA.")] = ""
-    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.", min=0.1)] = 30
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that one request may take, to the cluster, S3 or the Hub.", min=0.1)
+    ] = 30
 
     def connect(self) -> Connected:
         """Find the pipeline server and see that it answers.
@@ -108,7 +111,9 @@ def _somewhere(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_options(**values: Any) -> None:
-        command(where=Where(**{entry.name: values.pop(entry.name) for entry in fields}), **values)
+        where = Where(**{entry.name: values.pop(entry.name) for entry in fields})
+        with limited(where.timeout):
+            command(where=where, **values)
 
     parameters = [entry.replace(kind=inspect.Parameter.KEYWORD_ONLY) for entry in (*own, *fields)]
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from kubernetes.utils.quantity import parse_quantity
 
 from components import images, s3
-from components.config import CONNECTION_VARIABLES, TOKEN_VARIABLES, Recipe
+from components.config import CONNECTION_VARIABLES, SESSION_TOKEN, TOKEN_VARIABLES, Recipe
 from components.deploy.objects import SERVED_BY
 from components.errors import Tune16Error
 from components.references import parse, pin
@@ -173,7 +173,7 @@ def _connection(road: Road) -> str:
 
 def _storage(road: Road) -> str:
     values = _known(road._connection, "the connection")
-    with s3.environment({name: values[name] for name in CONNECTION_VARIABLES}):
+    with s3.environment({name: values.get(name, "") for name in (*CONNECTION_VARIABLES, SESSION_TOKEN)}):
         try:
             s3.check_writable(values["AWS_S3_BUCKET"], road.recipe.upload.path)
         except Tune16Error:
@@ -342,7 +342,7 @@ def _known(value: Known | None, check: str) -> Known:
 
 def _secret(road: Road, name: str) -> dict[str, str]:
     secret = road.get(f"/api/v1/namespaces/{{namespace}}/secrets/{name}", f"read the Secret {name}")
-    wanted = {*CONNECTION_VARIABLES, *TOKEN_VARIABLES}
+    wanted = {*CONNECTION_VARIABLES, SESSION_TOKEN, *TOKEN_VARIABLES}
     data = {key: value for key, value in (secret.get("data") or {}).items() if key in wanted}
     return {key: base64.b64decode(value).decode(errors="replace") for key, value in data.items()}
 

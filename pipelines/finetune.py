@@ -6,7 +6,7 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
-from components.config import CONNECTION_VARIABLES, PROMOTED, TOKEN_VARIABLES, Recipe, form_help
+from components.config import CONNECTION_VARIABLES, PROMOTED, SESSION_TOKEN, TOKEN_VARIABLES, Recipe, form_help
 from components.convert.component import convert
 from components.deploy.component import deploy
 from components.evaluate.component import evaluate
@@ -34,6 +34,7 @@ def _place(task: dsl.PipelineTask, connection: Any, tokens: Any) -> None:
     cpu, memory = RESOURCES[task.name]
     task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
     kubernetes.use_secret_as_env(task, connection, {name: name for name in CONNECTION_VARIABLES})
+    kubernetes.use_secret_as_env(task, connection, {SESSION_TOKEN: SESSION_TOKEN}, optional=True)
     kubernetes.use_secret_as_env(task, tokens, {name: name for name in TOKEN_VARIABLES}, optional=True)
     # For Pod Security "restricted". OpenShift adds it by itself; pipeline servers before 2.17 pass it over.
     kubernetes.set_security_context(task, run_as_non_root=True)

@@ -4,6 +4,8 @@ from typing import Any
 
 import httpx2 as httpx
 
+from components.timeouts import at_most
+
 _MANIFEST_TYPES = (
     "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, "
     "application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json"
@@ -20,7 +22,7 @@ def image_status(registry: str, repository: str, tag: str) -> int:
     url = f"https://{registry}/v2/{repository}/manifests/{tag}"
     headers = {"Accept": _MANIFEST_TYPES}
     try:
-        with httpx.Client(timeout=_TIMEOUT_SECONDS, follow_redirects=True) as client:
+        with httpx.Client(timeout=at_most(_TIMEOUT_SECONDS), follow_redirects=True) as client:
             answer = client.head(url, headers=headers)
             challenge = answer.headers.get("www-authenticate", "")
             if answer.status_code == 401 and challenge.startswith("Bearer "):

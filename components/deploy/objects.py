@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components import kubeapi
-from components.config import CONNECTION_VARIABLES
+from components.config import CONNECTION_VARIABLES, SESSION_TOKEN
 from components.errors import Tune16Error
 from components.references import parse
 
@@ -170,6 +170,8 @@ def _fetch_adapter(path: str, version: str, connection: str, image: str) -> Json
         {"name": name, "valueFrom": {"secretKeyRef": {"name": connection, "key": name}}}
         for name in CONNECTION_VARIABLES
     ]
+    session = {"name": connection, "key": SESSION_TOKEN, "optional": True}
+    secrets.append({"name": SESSION_TOKEN, "valueFrom": {"secretKeyRef": session}})
     download = ["download", "--path", path, "--version", version, "--part", "adapter", "--output"]
     return {
         "name": "adapter",

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from botocore.exceptions import ClientError
 from components import multipart, s3, s3errors
 from components.errors import Tune16Error
 from components.proxies import spare_loopback
+from components.timeouts import limited
 from pipelines.s3server import S3Server
 from tests.faults.proxy import Plan, proxy
 
@@ -243,6 +245,15 @@ def test_keys_that_expire_come_with_their_token_and_no_checksum_is_sent_unasked(
         assert headers["X-Amz-Security-Token"] == "of-this-session"
         assert "aws-chunked" not in headers.get("Content-Encoding", "") and "X-Amz-Trailer" not in headers
     assert s3.list_objects("tune16", "prefix/") == []
+
+
+def test_a_server_that_never_answers_costs_what_the_command_allows(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, limited(0.05):
+        monkeypatch.setenv("AWS_S3_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(Tune16Error, match="Read timeout on endpoint"):
+            s3.list_objects(bucket, "prefix/")
 
 
 def test_a_right_that_publishing_needs_is_missed_before_the_run(

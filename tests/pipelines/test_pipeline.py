@@ -81,7 +81,7 @@ def test_resources_images_and_secrets(version: dict[str, Any]) -> None:
         assert (
             ("tolerations" in platform[name]) == ("nodeSelector" in platform[name]) == (step in ("train", "evaluate"))
         )
-        assert [secret["optional"] for secret in platform[name]["secretAsEnv"]] == [False, True]
+        assert [secret["optional"] for secret in platform[name]["secretAsEnv"]] == [False, True, True]
 
 
 def test_nothing_is_installed_mutable_or_secret(manifest: Path) -> None:
