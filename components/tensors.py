@@ -90,6 +90,11 @@ def fetch_model(reference: Reference, folder: Path) -> Path:
     return fetch_more(reference, folder, _weight_names(path))
 
 
+def num_weights(folder: Path) -> int:
+    """The weights of a model folder, counted in its files' headers."""
+    return sum(prod(stored.shape) for file in weight_files(folder) for stored in read_header(file))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order.
 

@@ -15,9 +15,11 @@ from kubernetes.utils.quantity import parse_quantity
 from components import images, s3
 from components.config import CONNECTION_VARIABLES, SESSION_TOKEN, TOKEN_VARIABLES, Recipe
 from components.deploy.objects import SERVED_BY
+from components.disk import needed
 from components.errors import Tune16Error
 from components.references import parse, pin
 from components.register.registrar import check_registry
+from components.report import size
 from pipelines.cluster import (
     Cluster,
     ForbiddenError,
@@ -29,6 +31,7 @@ from pipelines.cluster import (
     not_ready,
     server_object,
 )
+from pipelines.options import find_shapes
 from pipelines.registry import image_status
 from pipelines.resources import RESOURCES
 from pipelines.server import Json, PipelineServer
@@ -223,6 +226,30 @@ def _gpu(road: Road) -> str:
     return f"{len(free)} fitting: {', '.join(sorted(free)[:3])}"
 
 
+def _disk(road: Road) -> str:
+    """Whether there are nodes with as much ephemeral storage as the largest step holds at once."""
+    if road.recipe.setup:
+        return "the demo's model takes little"
+    with s3.environment(dict(road._connection or {})):
+        try:
+            shape, teacher = find_shapes(road.recipe)
+        except Tune16Error:
+            raise UnknownError("not looked at, because the model's sizes cannot be seen.") from None
+    amounts = needed(shape, road.recipe, teacher)
+    step = max(amounts, key=lambda name: amounts[name])
+    nodes = road.get("/api/v1/nodes", "list the nodes")["items"]
+    disks = [node["status"].get("allocatable", {}).get("ephemeral-storage") for node in nodes]
+    known = [int(parse_quantity(disk)) for disk in disks if disk]
+    if not known:
+        raise UnknownError(f"no node says how much it has; the step {step} holds {size(amounts[step])} at once.")
+    if max(known) < amounts[step]:
+        raise Tune16Error(
+            f"the step {step} holds {size(amounts[step])} at once, and the largest node lets pods have "
+            f"{size(max(known))}. Ask for a node with a larger disk, or name fewer GGUF files."
+        )
+    return f"up to {size(amounts[step])} (the step {step}); the largest node has {size(max(known))}"
+
+
 def _quota(road: Road) -> str:
     """What the quotas allow at most is a limit; what others use of it now only makes a step wait."""
     quotas = road.get("/api/v1/namespaces/{namespace}/resourcequotas", "read the quotas")["items"]
@@ -326,6 +353,7 @@ _CHECKS: dict[str, Callable[[Road], str]] = {
     "storage": _storage,
     "model and data": _model,
     "GPU": _gpu,
+    "disk": _disk,
     "quota": _quota,
     "images": _images,
     "model registry": _registry,

@@ -17,11 +17,13 @@ from components.convert import llamacpp
 from components.convert.report import write_report
 from components.convert.tokenizer import model_name, stage
 from components.convert.trial import MAX_NEW_TOKENS, Trial, row_loss, try_file
+from components.disk import check_space, gguf_bytes
 from components.errors import Tune16Error
 from components.outputs import PUBLISHED, new_folder, read_json, read_record, write_json, write_record
 from components.references import parse
 from components.report import size
 from components.steps import say
+from components.tensors import num_weights
 
 SCORES_FILE = "gguf.json"
 FULL = "F16"
@@ -61,6 +63,7 @@ def convert_model(merged: Path, data: Path, output: Path, config: ConvertConfig)
     trials: list[Trial] = []
     with new_folder(output) as folder:
         if tools and not reason:
+            check_space(output, gguf_bytes(num_weights(merged / "merged"), config.names))
             with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
                 full = _convert(tools, merged, folder, Path(scratch))
                 rows = read_rows(merged, data, full.stat().st_size)

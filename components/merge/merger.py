@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from components.config import MergeConfig
+from components.disk import check_space
 from components.errors import Tune16Error
 from components.merge.published import check_published
 from components.outputs import RECORD, new_folder, read_record, write_json, write_record
 from components.references import companions, parse, read_config
 from components.steps import say
 from components.stopping import GENERATION_CONFIG, generation_settings
-from components.tensors import INDEX_FILE, StoredTensor, fetch_model, read_header, rewrite
+from components.tensors import INDEX_FILE, StoredTensor, fetch_model, read_header, rewrite, weight_files
 
 ADAPTER_FOLDER = "adapter"
 
@@ -72,6 +73,8 @@ def merge_adapter(
         raise Tune16Error(f"The adapter in {adapter} belongs to the base model {trained['model']}, not to {model}.")
     with tempfile.TemporaryDirectory(dir=output.parent if output.parent.is_dir() else None) as scratch:
         source = fetch_model(parse(model, "model"), Path(scratch))
+        if config.dtype == "auto":
+            check_space(output, sum(file.stat().st_size for file in weight_files(source)))
         with new_folder(output) as folder:
             numbers = merge_weights(source, adapter, folder / "merged", config.dtype)
             _write_generation(source, adapter, folder / "merged", trained["stop_token"])

@@ -10,22 +10,28 @@ from typing import Any
 from components import s3, versions
 from components.build import build
 from components.config import Recipe
+from components.disk import needed
 from components.errors import Tune16Error
 from components.memory import MemoryPlan, nearest, plan
 from components.references import TOKENIZER_FILES, Reference, fetch, parse, pin, read_config
+from components.report import size
 from components.shapes import ModelShape, read_shape
 from components.steps import say
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """Fixed references of model, teacher and data set, the version to beat, and the plan; empty where there is none."""
+    """Fixed references of model, teacher and data set, the version to beat, the plan, and bytes of disk for each step.
+
+    What there is none of is empty.
+    """
 
     model: str
     teacher: str
     data: str
     champion: str
     plan: MemoryPlan
+    disk: dict[str, int]
 
 
 def check(recipe: Recipe, path: str = "") -> Preflight:
@@ -56,12 +62,15 @@ def check(recipe: Recipe, path: str = "") -> Preflight:
         say("preflight", f"teacher {teacher}")
         teacher_shape = _shape(teacher)
         _check_same_words(model, teacher)
+    disk = needed(shape, recipe, teacher_shape)
+    largest = max(disk, key=lambda name: disk[name])
+    say("preflight", f"disk: {size(disk[largest])} at most are held at once, by the step {largest}")
     memory = plan(shape, recipe, teacher=teacher_shape)
     for line in memory.lines():
         say("preflight", line)
     refuse_unfit(memory, recipe, shape, teacher_shape)
     inputs = {"model": str(model), "teacher": str(teacher or ""), "data": str(data)}
-    return Preflight(**inputs, champion=_version_to_beat(path, inputs, recipe) if path else "", plan=memory)
+    return Preflight(**inputs, champion=_version_to_beat(path, inputs, recipe) if path else "", plan=memory, disk=disk)
 
 
 def _shape(model: Reference) -> ModelShape:
@@ -135,9 +144,12 @@ def refuse_unfit(memory: MemoryPlan, recipe: Recipe, shape: ModelShape, teacher:
     raise Tune16Error(f"This run does not fit the GPU: {reason}. {remedy}")
 
 
-def as_markdown(memory: MemoryPlan) -> str:
-    """The memory plan as a Markdown table for the dashboard."""
+def as_markdown(memory: MemoryPlan, disk: dict[str, int]) -> str:
+    """The memory plan and the steps' disk space as Markdown tables for the dashboard."""
     rows = [f"| {name} | {size / 2**30:.2f} |" for name, size in memory.parts.items()]
     total = f"| **together**, of {memory.available / 2**30:.2f} | **{memory.total / 2**30:.2f}** |"
     facts = [f"\n{fact[0].upper()}{fact[1:]}." for fact in memory.facts()]
-    return "\n".join(["| GPU memory while training | GiB |", "|---|---:|", *rows, total, *facts, ""])
+    steps = [f"| {name} | {num_bytes / 2**30:.1f} |" for name, num_bytes in disk.items()]
+    tables = [["| GPU memory while training | GiB |", "|---|---:|", *rows, total, *facts, ""]]
+    tables += [["| disk of the node that a step runs on | GiB |", "|---|---:|", *steps, ""]]
+    return "\n".join(line for table in tables for line in table)

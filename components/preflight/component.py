@@ -53,7 +53,7 @@ def preflight(
             "deploy": config.DeployConfig.load(runtime=runtime),
         }
         fixed = check(config.parse(config.Recipe, sections, where="form"), path)
-        Path(plan.path).write_text(as_markdown(fixed.plan))
+        Path(plan.path).write_text(as_markdown(fixed.plan, fixed.disk))
         # On several nodes a job of its own has the GPUs, and the step's pod, which only follows it, needs none.
         # As text: KFP's driver reads resource limits as strings, and takes a number for no limit at all.
         gpus = str(training.num_gpus if training.num_nodes == 1 else 0)

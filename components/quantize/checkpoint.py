@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from components.config import QuantizeConfig
+from components.disk import check_space, quantized_bytes
 from components.errors import Tune16Error
 from components.outputs import new_folder, write_record
 from components.quantize.architecture import check_weights
@@ -54,9 +55,10 @@ def quantize_checkpoint(model: str, output: Path, config: QuantizeConfig) -> dic
     with tempfile.TemporaryDirectory(dir=output.parent if output.parent.is_dir() else None) as scratch:
         reference = parse(model, "model")
         base_config = read_config(reference, Path(scratch))
-        read_shape(base_config, where=model)
+        shape = read_shape(base_config, where=model)
         source = fetch_model(reference, Path(scratch))
         check_weights(source, where=model)
+        check_space(output, quantized_bytes(shape, config.bits))
         with new_folder(output) as folder:
             numbers = {
                 "bytes_before": sum(file.stat().st_size for file in weight_files(source)),

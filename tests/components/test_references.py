@@ -210,7 +210,7 @@ def test_preflight(hub: str, orders: Path, make_model: Callable[..., Path]) -> N
     place = PreflightConfig(model=f"{hub}/files", data=str(orders))
     fixed = check(Recipe(preflight=place))
     assert fixed.champion == "" and fixed.plan.fits
-    assert "| **together**" in as_markdown(fixed.plan)
+    assert "| **together**" in as_markdown(fixed.plan, fixed.disk)
     small = place.model_copy(update={"gpu_memory": 0.01})
     with pytest.raises(Tune16Error, match="does not fit the GPU: it needs 0.* GiB more than preflight_gpu_memory"):
         check(Recipe(preflight=small))

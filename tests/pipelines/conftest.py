@@ -17,7 +17,7 @@ GPU_NODE: dict[str, Any] = {
     "kind": "Node",
     "metadata": {"name": "gpu-1", "labels": {"nvidia.com/gpu.memory": "15360", "nvidia.com/gpu.product": "Tesla-T4"}},
     "spec": {"taints": [{"key": "nvidia.com/gpu", "value": "", "effect": "NoSchedule"}]},
-    "status": {"allocatable": {"nvidia.com/gpu": "1"}},
+    "status": {"allocatable": {"nvidia.com/gpu": "1", "ephemeral-storage": "107374182400"}},
 }
 
 Call = Callable[..., tuple[int, str, str]]

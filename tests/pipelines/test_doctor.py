@@ -45,6 +45,19 @@ def examined(
     return examine_all
 
 
+def test_a_node_whose_disk_is_too_small_is_told(
+    examined: Callable[..., Findings], kubernetes_api: KubernetesApi
+) -> None:
+    large = {"preflight": {"model": "NousResearch/Llama-2-7b-chat-hf"}}
+    assert "the step convert" in (found := examined(**large)["disk"]).text and found.outcome == "ok"
+    drop(kubernetes_api, "nodes")
+    status = {"allocatable": {**GPU_NODE["status"]["allocatable"], "ephemeral-storage": "20Gi"}}
+    kubernetes_api.add("v1", "nodes", GPU_NODE | {"status": status})
+    found = examined(**large)["disk"]
+    assert found.outcome == "problem" and "lets pods have 20.00 GiB" in found.text
+    assert examined()["disk"].outcome == "ok"
+
+
 def drop(api: KubernetesApi, plural: str) -> None:
     for key in [key for key in api.objects if key[1] == plural]:
         del api.objects[key]
