@@ -190,7 +190,7 @@ def serve(
     context: Context = 4096,
     gpu: Annotated[bool, typer.Option("--gpu", help="Keep a GGUF file's layers on the GPU.")] = False,
 ) -> None:
-    """Serve a model on this disk with the OpenAI API: GGUF by llama.cpp's server, weights by Transformers."""
+    """Serve a model on this disk with the OpenAI API: GGUF by llama.cpp, weights by Transformers."""
     from components.serve.server import serve as serve_target
     from components.serve.target import find_target
 
