@@ -186,7 +186,7 @@ def serve(
     place: Place = Path("runs"),
     alias: Annotated[str, typer.Option(help="What the model is called in requests and answers.")] = "tuned",
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     context: Context = 4096,
     gpu: Annotated[bool, typer.Option("--gpu", help="Keep a GGUF file's layers on the GPU.")] = False,
 ) -> None:
@@ -215,7 +215,7 @@ def chat(
         ),
     ] = "feedback",
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
+    port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65535)] = 7860,
     context: Context = 4096,
 ) -> None:
     """Open a page to talk to base and tuned model side by side; thumbs become a data set."""

@@ -6,6 +6,7 @@ file sets any field under its step's name; the pipeline's form shows the ones th
 """
 
 import difflib
+import hashlib
 import json
 import re
 import warnings
@@ -315,9 +316,12 @@ _PATH_PART = re.compile(r"[A-Za-z0-9._-]+")
 
 def derived_path(preflight: PreflightConfig) -> str:
     """Where a recipe's result goes that says nothing of it: a place for this model and this data alone."""
-    names = [re.split(r"[@#]", name)[0].rstrip("/").rpartition("/")[2] for name in (preflight.model, preflight.data)]
-    parts = [re.sub(r"[^a-z0-9]+", "-", _SUFFIX.sub("", name.lower()))[:24].strip("-") for name in names]
-    return f"tune16/{'-'.join(part or 'unnamed' for part in parts)}"
+    names = [re.split(r"[@#]", name)[0].rstrip("/") for name in (preflight.model, preflight.data)]
+    last = [_SUFFIX.sub("", name.rpartition("/")[2].lower()) for name in names]
+    model, data = (re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unnamed" for name in last)
+    mark = hashlib.sha256("\n".join(names).encode()).hexdigest()[:6]  # others may have the same last part
+    # With "-predictor-<namespace>" an endpoint's label, of at most 63 letters.
+    return f"tune16/{model[:22].rstrip('-')}-{data[:16].rstrip('-')}-{mark}"
 
 
 class UploadConfig(StepConfig):
@@ -325,7 +329,7 @@ class UploadConfig(StepConfig):
 
     path: str = Field(
         description="Folder in the connection's bucket for this model's versions, as prefix/model-name. Each base "
-        "model has its own; a recipe that names none gets tune16/<model>-<data>.",
+        "model has its own; a recipe that names none gets tune16/<model>-<data>-<mark>.",
     )
 
     @field_validator("path")

@@ -150,7 +150,8 @@ def passes(error: BaseException) -> bool:
     """Whether a request that failed so may work a little later."""
     if isinstance(error, ApiException):
         return error.status in _PASSING_FAULTS
-    return isinstance(error, urllib3.exceptions.HTTPError)
+    reason = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
+    return isinstance(error, urllib3.exceptions.HTTPError) and not isinstance(reason, urllib3.exceptions.SSLError)
 
 
 @contextmanager

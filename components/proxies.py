@@ -7,6 +7,7 @@ _HERE = ("localhost", "127.0.0.1", "::1")
 
 def spare_loopback() -> None:
     """Keep this machine's own addresses out of HTTP_PROXY and HTTPS_PROXY, for this process and those it starts."""
-    for name in ("NO_PROXY", "no_proxy"):
-        hosts = [host.strip() for host in os.environ.get(name, "").split(",") if host.strip()]
-        os.environ[name] = ",".join([*hosts, *(host for host in _HERE if host not in hosts)])
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")  # as every library looks: the lower case wins
+    hosts = [host.strip() for host in given.split(",") if host.strip()]
+    spared = given if "*" in hosts else ",".join([*hosts, *(host for host in _HERE if host not in hosts)])
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = spared

@@ -21,6 +21,8 @@ import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ProfileNotFound
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from components import multipart
 from components.config import CONNECTION_VARIABLES, SESSION_TOKEN
@@ -82,15 +84,20 @@ def _check_variables() -> None:
         raise Tune16Error(
             f"S3 connection: AWS_S3_BUCKET is {bucket!r}; a bucket's bare name is needed, without s3:// and folders."
         )
-    url = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-    if url.path.strip("/") or url.query or url.fragment:
+    try:
+        url = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+        host, places = url.hostname or "", [part for part in url.path.split("/") if part]
+    except ValueError as error:
+        raise Tune16Error(f"S3 connection: AWS_S3_ENDPOINT is no address ({error}). Correct it.") from None
+    is_bucket = bucket in places if bucket and len(places) > 1 else places not in ([], ["s3"])
+    if is_bucket or url.query or url.fragment:
         raise Tune16Error(
             f"S3 connection: AWS_S3_ENDPOINT has {url.path!r} behind the server's address. Leave it out; the bucket "
             "belongs into AWS_S3_BUCKET."
         )
-    if bucket and (url.hostname or "").startswith(f"{bucket}."):
+    if bucket and host.startswith((f"{bucket}.s3.", f"{bucket}.s3-")):
         raise Tune16Error(
-            f"S3 connection: AWS_S3_ENDPOINT begins with the bucket's name. Write {url.hostname!r} without "
+            f"S3 connection: AWS_S3_ENDPOINT begins with the bucket's name. Write {host!r} without "
             f"{bucket + '.'!r}; the bucket belongs into AWS_S3_BUCKET."
         )
 
@@ -377,14 +384,17 @@ def _check_rights_on_parts(bucket: str, prefix: str) -> None:
     """
     key = f"{prefix}.tune16-parts-probe-{uuid.uuid4().hex}"
     begun = _allowed("s3:PutObject", lambda: client().create_multipart_upload(Bucket=bucket, Key=key))
-    _allowed(
-        "s3:ListBucketMultipartUploads",
-        lambda: client().list_multipart_uploads(Bucket=bucket, Prefix=prefix, MaxUploads=1),
-    )
-    if begun:
-        upload: dict[str, Any] = {"Bucket": bucket, "Key": key, "UploadId": begun["UploadId"]}
-        _allowed("s3:ListMultipartUploadParts", lambda: client().list_parts(**upload))
-        _allowed("s3:AbortMultipartUpload", lambda: multipart.abort(client(), bucket, key, begun["UploadId"]))
+    upload: dict[str, Any] = {"Bucket": bucket, "Key": key, "UploadId": begun["UploadId"]} if begun else {}
+    try:
+        _allowed(
+            "s3:ListBucketMultipartUploads",
+            lambda: client().list_multipart_uploads(Bucket=bucket, Prefix=prefix, MaxUploads=1),
+        )
+        if begun:
+            _allowed("s3:ListMultipartUploadParts", lambda: client().list_parts(**upload))
+    finally:
+        if begun:
+            _allowed("s3:AbortMultipartUpload", lambda: multipart.abort(client(), bucket, key, begun["UploadId"]))
 
 
 def _allowed(right: str, call: Callable[[], Any]) -> Any:
@@ -397,6 +407,6 @@ def _allowed(right: str, call: Callable[[], Any]) -> Any:
                 f"S3 connection: the right {right} is missing, which publishing needs ({code_of(error)}). Ask for it "
                 "on this bucket."
             ) from None
-    except (BotoCoreError, KeyError):
+    except (BotoCoreError, ResponseParserError, HTTPError, KeyError):
         pass
     return None

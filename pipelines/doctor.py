@@ -6,7 +6,7 @@ check failed. None of them changes anything but for a probe in the storage, whic
 
 import base64
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -176,7 +176,7 @@ def _connection(road: Road) -> str:
 
 def _storage(road: Road) -> str:
     values = _known(road._connection, "the connection")
-    with s3.environment({name: values.get(name, "") for name in (*CONNECTION_VARIABLES, SESSION_TOKEN)}):
+    with _as_the_steps(road):
         try:
             s3.check_writable(values["AWS_S3_BUCKET"], road.recipe.upload.path)
         except Tune16Error:
@@ -190,12 +190,18 @@ def _model(road: Road) -> str:
     """Model and data set, with the tokens and the storage that the steps would have."""
     if road.recipe.setup:
         return f"made by `tune16 submit {road.recipe.setup}`"
-    values = dict(road._connection or {})
-    with suppress(NotFoundError, ForbiddenError, UnknownError):  # an open model needs none, and a gated one says so
-        values |= _secret(road, road.recipe.cluster.tokens)
-    with s3.environment(values):
+    with _as_the_steps(road):
         found = [pin(parse(road.recipe.preflight.model, "model")), pin(parse(road.recipe.preflight.data, "data"))]
     return " and ".join(str(reference) for reference in found)
+
+
+def _as_the_steps(road: Road) -> AbstractContextManager[None]:
+    """With the storage and the tokens that the steps would have, and none of this login's own beside them."""
+    values = dict.fromkeys((SESSION_TOKEN, *CONNECTION_VARIABLES), "") if road._connection else {}
+    values |= road._connection or {}
+    with suppress(NotFoundError, ForbiddenError, UnknownError):  # an open model needs none, and a gated one says so
+        values |= _secret(road, road.recipe.cluster.tokens)
+    return s3.environment(values)
 
 
 def _gpu(road: Road) -> str:
@@ -230,7 +236,7 @@ def _disk(road: Road) -> str:
     """Whether there are nodes with as much ephemeral storage as the largest step holds at once."""
     if road.recipe.setup:
         return "the demo's model takes little"
-    with s3.environment(dict(road._connection or {})):
+    with _as_the_steps(road):
         try:
             shape, teacher = find_shapes(road.recipe)
         except Tune16Error:

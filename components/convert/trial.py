@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from components.convert.llamacpp import token_text
 from components.cpus import num_threads
 from components.report import significant
 
@@ -135,12 +136,13 @@ def _answer(model: Any, prompt: list[int]) -> tuple[str, int, float]:
 
     tokens: list[int] = []
     started = 0.0
+    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
     for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
         started = started or time.perf_counter()  # the first token's time is the prompt's
-        if llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(model.model), token):
+        if llama_cpp.llama_vocab_is_eog(vocabulary, token):
             break
         tokens.append(token)
         if len(tokens) == MAX_NEW_TOKENS:
             break
-    text: str = model.detokenize(tokens, prev_tokens=prompt).decode(errors="replace")
+    text = b"".join(token_text(vocabulary, token) for token in tokens).decode(errors="replace")
     return text.strip(), max(len(tokens) - 1, 0), time.perf_counter() - started

@@ -231,11 +231,30 @@ class OwnTemplate:
         """A conversation up to its last answer, and that answer's span."""
         text, prompt = self._apply(messages), self._prompt(messages[:-1])
         start = len(prompt)
-        if not text.startswith(prompt):  # the answer begins where an answer of another text would
-            start = len(_common_start(prompt, self._apply([*messages[:-1], _assistant(_ANSWER)])))
         if not text.endswith(self._after):
             raise NotRenderedError(f"the model's template does not end this answer with {self.stop_token!r}.")
+        if not text.startswith(prompt):
+            text, start = self._as_asked(messages, text, prompt)
         return text, [(start, len(text) - len(self._after) + self._end)]
+
+    def _as_asked(self, messages: Messages, text: str, prompt: str) -> tuple[str, int]:
+        """What is asked for an answer, and the answer, where the two are written otherwise together; and its start.
+
+        A header of its own for prompts (DeepSeek's opened thought) is left out. A question that is written otherwise
+        (Mistral's last one has the system message in it) stands as the model is asked it.
+        """
+        before = self._apply([*messages[:-1], _assistant(_ANSWER)]).partition(_ANSWER)[0]
+        common, question = _common_start(prompt, before), messages[-2]["content"].strip()
+        if common.count(question) == before.count(question) > 0:
+            return text, len(common)
+        asked, shown = (part.rpartition(question)[2] for part in (prompt, before))
+        if question not in prompt or not text.startswith(before) or not shown.startswith(asked):
+            raise NotRenderedError(
+                "the model's template writes the question otherwise once it is answered, so that the answer's place "
+                "cannot be told.",
+                len(messages) - 2,
+            )
+        return prompt + shown[len(asked) :] + text[len(before) :], len(prompt)
 
     def _prompt(self, messages: Messages) -> str:
         return self._apply(messages, add_generation_prompt=True)

@@ -1,6 +1,7 @@
 """Files that are valid JSON and yet no rows: objects over several lines, a table by columns, rows inside an object."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from components.prepare.files import DAMAGED, BombError, open_data
 from components.prepare.sensitive import quoted
 
 _LARGEST = 64 << 20  # bytes that are looked at as a whole
+_BLANKS = re.compile(r"\s*")
 _LISTS_OF_A_ROW = {"messages", "conversations", "prompt", "completion", "history", "tools", "tool_calls"}
 
 
@@ -48,8 +50,7 @@ def _decoded(line: str) -> dict[str, Any] | None:
 def _objects(text: str) -> list[Any]:
     """The objects that stand in a text one after the other; none where it holds anything else."""
     decoder, found, position = json.JSONDecoder(), [], 0
-    while rest := text[position:].lstrip():
-        position = len(text) - len(rest)
+    while (position := _next(text, position)) < len(text):
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
@@ -58,6 +59,12 @@ def _objects(text: str) -> list[Any]:
             return []
         found.append(value)
     return found
+
+
+def _next(text: str, position: int) -> int:
+    """Where the next character stands that is no white space."""
+    found = _BLANKS.match(text, position)
+    return found.end() if found else position
 
 
 def _kind_of_document(value: dict[str, Any]) -> str:

@@ -52,6 +52,7 @@ KNOWN_KEYS = {form: keys | _BESIDE for form, keys in _KEYS.items()}
 _MESSAGE_KEYS = {"role", "content", "from", "value", "weight", "train"}
 
 # Keys that change what a row teaches and that no form here understands: why a row that fills them in is refused.
+_EMPTY: tuple[Any, ...] = (None, "", "[]", "{}", "null", [], {})  # values of keys that say nothing
 _TOOLS = "tool calls cannot be taught yet"
 _THOUGHTS = "thoughts beside the answer cannot be taught yet. Write them into the content, as the model's template does"
 _MEDIA = "only text can be taught"
@@ -138,7 +139,7 @@ def unknown_keys(row: Row, form: str) -> Iterator[tuple[str, str]]:
 def _refuse_unsupported(item: Row, known: set[str], where: str = "") -> None:
     """Refuse what is filled in under a key that changes what is learnt, unless the form knows the key."""
     for key in item.keys() & (_MEANING.keys() - known):
-        if item[key] not in (None, "", "[]", "{}", "null", [], {}):
+        if item[key] not in _EMPTY:
             raise _unsupported(f"{where}{key}", _MEANING[key])
 
 
@@ -176,7 +177,7 @@ def locate(place: Place, row: Row, form: str, number: int) -> tuple[Place, str]:
     if form == "alpaca":
         turns = [f"history[{turn}][{side}]" for turn in range(len(_as_list(row.get("history")))) for side in (0, 1)]
         return place, [*turns, "instruction", "output"][number]
-    if form == "prompt_completion" and isinstance(row["prompt"], str):
+    if form == "prompt_completion" and not _prompt_messages(row):
         return place, ("prompt", "completion")[number]
     key = _LISTS[form][0]
     length = len(_as_list(row[key]))
@@ -311,7 +312,7 @@ def _history(row: Row) -> Messages:
     """Earlier questions and answers, in pairs, which are learnt as well."""
     value = row.get("history")
     pairs = _as_list(value)
-    if not pairs and not _is_empty(value):
+    if not pairs and value not in _EMPTY:
         raise BadRowError("wrong-type", f"it is {kind_of(value)}, a list of pairs is needed.", "history")
     messages: Messages = []
     for number, pair in enumerate(pairs):
@@ -321,13 +322,23 @@ def _history(row: Row) -> Messages:
     return messages
 
 
+def _prompt_messages(row: Row) -> list[Any]:
+    """The prompt where it is a list of messages; a text that only begins as a list does is a question."""
+    prompt = row.get("prompt")
+    items = _as_list(prompt)
+    is_text = isinstance(prompt, str) and not all(
+        isinstance(item, dict) and {"role", "from"} & {*item} for item in items
+    )
+    return [] if is_text else items
+
+
 def _is_empty(value: Any) -> bool:
     """Whether a column is not filled in: a 0 is, and is no text."""
     return value is None or (isinstance(value, (str, list)) and not value)
 
 
 def _from_prompt_completion(row: Row) -> Messages:
-    if _as_list(row.get("prompt")):
+    if _prompt_messages(row):
         return [*_system(row), *_message_list(row, "prompt"), *_message_list(row, "completion")]
     return [
         *_system(row),

@@ -53,7 +53,7 @@ def find_files(data: str, configuration: str, split: str, scratch: Path) -> Data
         raise Tune16Error(f"{data}: has no split '{split}'. Set prepare.split to one of: {', '.join(splits)}.")
     read = {Path(file) for files in splits.values() for file in files}
     left_out = sorted(str(file.relative_to(path)) for file in found - read)
-    if left_out and "configs" not in _card(data, path):
+    if left_out and "configs" not in _card(data, path) and not _are_named(splits, path):
         kind = next(suffix for suffix in DATA_SUFFIXES if suffix in next(iter(read)).name)
         raise Tune16Error(
             f"{data}: has files of several kinds, and only {kind} would be read, not {_listed(left_out)}. Write all in "
@@ -64,6 +64,11 @@ def find_files(data: str, configuration: str, split: str, scratch: Path) -> Data
     )
     names = [*left_out, *others]
     return DataFiles([Path(file) for file in splits[split]], f"Not read: {_listed(names)}." if names else "")
+
+
+def _are_named(splits: dict[str, list[str]], path: Path) -> bool:
+    """Whether the files' names say which split they belong to; else all files of the commonest kind are its."""
+    return len(splits) > 1 or any("train" in str(Path(file).relative_to(path)) for file in splits.get("train", []))
 
 
 _OTHER_KINDS = {".tsv", ".txt", ".xlsx", ".xls", ".arrow", ".zip", ".tar", ".xml", ".yaml", ".yml", ".pkl"}

@@ -12,7 +12,8 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +48,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
+    # Of other servers:
+    "best_of": (1,),
+    "grammar": ("",),
+    "json_schema": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "stop_token_ids": ([],),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
 }
+_LOOK_SECONDS = 0.5  # from one look at whether the client is still there to the next
 _HELD_BACK = 64  # characters of a stop string at most
 
 
@@ -122,7 +140,7 @@ class Writer:
         if self.reason is None:
             self.reason = reason
             self._send(self._waiting)
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
+            self._put(None)
 
     def fail(self, error: str) -> None:
         """The answer could not be written to its end."""
@@ -131,21 +149,29 @@ class Writer:
 
     def _send(self, text: str) -> None:
         if text:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, text)
+            self._put(text)
+
+    def _put(self, piece: str | None) -> None:
+        with suppress(RuntimeError):  # the server has ended, and its loop with it
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
 
     async def pieces(self, request: Request) -> AsyncIterator[str]:
         """The text as it comes; ends at once where the client has gone."""
+        asked = time.monotonic()
         try:
             while True:
                 try:
-                    piece = await asyncio.wait_for(self._queue.get(), timeout=0.5)
+                    piece = await asyncio.wait_for(self._queue.get(), timeout=_LOOK_SECONDS)
                 except TimeoutError:
-                    if await request.is_disconnected():
-                        return
-                    continue
+                    piece = ""
                 if piece is None:
                     return
-                yield piece
+                if piece:
+                    yield piece
+                if time.monotonic() - asked > _LOOK_SECONDS:
+                    asked = time.monotonic()
+                    if await request.is_disconnected():
+                        return
         finally:
             self.cancel()
 
@@ -184,7 +210,7 @@ class ChatRequest(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0)
     repeat_penalty: float | None = Field(None, gt=0)  # llama.cpp's name of the same
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: list[str] = []
 
     @model_validator(mode="before")
@@ -202,7 +228,8 @@ class ChatRequest(BaseModel):
     @field_validator("stop", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
-        return [text for text in ([value] if isinstance(value, str) else value) if text != ""]
+        texts = [value] if isinstance(value, str) else value
+        return [text for text in texts if text != ""] if isinstance(texts, list) else texts
 
     @field_validator("stop")
     @classmethod
@@ -252,6 +279,7 @@ class _Answer:
     head: dict[str, Any]
     num_prompt: int
     writer: Writer
+    start: Callable[[], None]
 
     @property
     def usage(self) -> dict[str, int]:
@@ -306,11 +334,13 @@ def build(model: Model, names: list[str]) -> FastAPI:
             )
         sampling = asked.sampling(room)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model or names[0]}
-        answer = _Answer(head, len(prompt), Writer(asked.stop, sampling.max_tokens))
-        threading.Thread(target=write, args=(prompt, sampling, answer.writer), daemon=True).start()
+        writer = Writer(asked.stop, sampling.max_tokens)
+        thread = threading.Thread(target=write, args=(prompt, sampling, writer), daemon=True)
+        answer = _Answer(head, len(prompt), writer, thread.start)
         if asked.stream:
             with_usage = bool(asked.stream_options.get("include_usage"))
             return StreamingResponse(_events(answer, request, with_usage), media_type="text/event-stream")
+        answer.start()
         text = "".join([piece async for piece in answer.writer.pieces(request)])
         if answer.writer.error:
             raise ApiError(500, answer.writer.error)
@@ -342,6 +372,7 @@ async def _events(answer: _Answer, request: Request, with_usage: bool) -> AsyncI
         more = {"usage": None} if with_usage else {}
         return event([{"index": 0, "delta": content, "finish_reason": reason, "logprobs": None}], **more)
 
+    answer.start()  # here, as nobody would end it for a client that has gone before
     yield delta({"role": "assistant", "content": ""})
     async for piece in answer.writer.pieces(request):
         yield delta({"content": piece})
@@ -410,7 +441,9 @@ def main() -> None:
     options = parser.parse_args()
     model = load(options.model, options.context, options.gpu, options.adapter)
     names = list(dict.fromkeys([options.alias, options.alias.partition("@")[0]]))
-    uvicorn.run(build(model, names), host=options.host, port=options.port, log_level="warning")
+    uvicorn.run(
+        build(model, names), host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=2
+    )
 
 
 if __name__ == "__main__":

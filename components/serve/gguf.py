@@ -9,6 +9,7 @@ import llama_cpp
 from jinja2 import TemplateError
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from components.convert.llamacpp import token_text
 from components.cpus import num_threads
 from components.errors import Tune16Error
 from components.serve.api import Messages, Sampling, Writer
@@ -53,14 +54,12 @@ class GgufModel:
     def answer(self, prompt: list[int], sampling: Sampling, writer: Writer) -> None:
         """See Model."""
         self._model.set_seed(random.getrandbits(31) if sampling.seed is None else sampling.seed & 0xFFFFFFFF)
-        decoder, tokens = codecs.getincrementaldecoder("utf-8")("replace"), list[int]()
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in self._model.generate(prompt, **_drawing(sampling)):
             if llama_cpp.llama_vocab_is_eog(self._vocabulary, token):
                 writer.end("stop")
             else:
-                piece = self._model.detokenize([token], prev_tokens=prompt + tokens)
-                tokens.append(token)
-                writer.add(decoder.decode(piece))
+                writer.add(decoder.decode(token_text(self._vocabulary, token)))
             if writer.is_done:
                 return
 

@@ -44,7 +44,7 @@ def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig,
     scratch = Scratch.of_job(job, path)
     with kubeapi.explained("train.num_nodes"), patience():
         api = kubeapi.connect("train.num_nodes: several nodes are for a cluster, whose pods train. Set it to 1.")
-        pod, kind = kubeapi.own_pod(api), _served_kind()
+        pod, kind = kubeapi.patiently(lambda: kubeapi.own_pod(api), POLL_SECONDS), _served_kind()
         namespace = pod["metadata"]["namespace"]
         body = describe(kind, job, pod, scratch.address, config, kind is TRAIN_JOB and _has_patches())
         with scratch.holding(weights, rows, config), _running(kind, namespace, body):

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from components.models import available_memory, bound_float16, card_facts, choos
 from components.outputs import new_folder, read_json, read_record, write_record
 from components.references import file_digest, parse
 from components.report import significant
+from components.s3errors import patience
 from components.shapes import read_shape
 from components.steps import TERMINATED_EXIT_CODE, deferred_termination, say
 from components.tensors import weight_files
@@ -116,7 +117,9 @@ def train_adapter(lesson: Lesson, output: Path, place: Place) -> dict[str, float
         SystemExit: the process was asked to end; a checkpoint has been kept.
     """
     checkpoints = Checkpoints(lesson.facts(), place)
-    with checkpoints.held() if is_first() else nullcontext():
+    with ExitStack() as stack:
+        with _outlasting(lesson.config):
+            stack.enter_context(checkpoints.held() if is_first() else nullcontext())
         with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
             trainer = _train(lesson, checkpoints, Path(scratch))
             metrics = _metrics(trainer)
@@ -147,7 +150,8 @@ def _train(lesson: Lesson, checkpoints: Checkpoints, scratch: Path) -> Resumable
     for line in card_facts():
         say("train", line)
     arguments = training_arguments(lesson.config, lesson.dtype, lesson.max_tokens, scratch)
-    newest = agree_on_newest(checkpoints, lesson.config.num_nodes > 1)
+    with _outlasting(lesson.config):
+        newest = agree_on_newest(checkpoints, lesson.config.num_nodes > 1)
     build = _distillation_trainer if lesson.config.method == "distill" else _sft_trainer
     trainer = build(lesson, arguments, newest)
     _schedule(trainer, lesson)
@@ -158,8 +162,14 @@ def _train(lesson: Lesson, checkpoints: Checkpoints, scratch: Path) -> Resumable
         if is_asked or trainer.state.global_step < trainer.state.max_steps:
             if is_first():
                 checkpoints.wait()
+            agreed(False)  # the others stay until the checkpoint is kept: with the first of them gone, all are ended
             raise SystemExit(TERMINATED_EXIT_CODE)
     return trainer
+
+
+def _outlasting(config: TrainConfig) -> AbstractContextManager[None]:
+    """Wait for a storage that is away where several nodes begin, which wait for each other; not while they train."""
+    return patience() if config.num_nodes > 1 else nullcontext()
 
 
 def _sft_trainer(lesson: Lesson, arguments: SFTConfig, newest: Path | None) -> Resumable:

@@ -1,6 +1,7 @@
 """The verdict, and that what is published is what was judged: real models, a real champion, a real S3 server."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -161,16 +162,18 @@ def replace_improvement(share: float) -> EvaluateConfig:
 
 
 def test_a_recipe_without_a_place_gets_one_of_its_own() -> None:
-    assert Recipe().upload.path == "tune16/llama-2-7b-chat-hf-guanaco-llama2-1k"
+    assert re.fullmatch("tune16/llama-2-7b-chat-hf-guanaco-llama2-1-[0-9a-f]{6}", Recipe().upload.path)
     changed = override(
         Recipe(), ["preflight.model=Qwen/Qwen2.5-7B-Instruct@main", "preflight.data=rows/My Rows.csv.gz"]
     )
-    assert changed.upload.path == "tune16/qwen2-5-7b-instruct-my-rows"
+    assert changed.upload.path.startswith("tune16/qwen2-5-7b-instruct-my-rows-")
     assert override(changed, ["upload.path=a/b", "preflight.model=x/y"]).upload.path == "a/b"
-    assert (
-        derived_path(PreflightConfig(model="s3:///models/llama/", data="https://host/rows.jsonl"))
-        == "tune16/llama-rows"
-    )
+    places = {
+        derived_path(PreflightConfig(model=model, data=data))
+        for model in ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
+        for data in ("s3:///one/rows.jsonl", "https://two.example.com/rows.jsonl")
+    }
+    assert len(places) == 4 and all(place.startswith("tune16/deepseek-r1-distill-qw-rows-") for place in places)
     for wrong in ("a", "/a/b", "a/b/", "a/../b", "a//b", "s3://a/b"):
         with pytest.raises(Tune16Error, match=r"write it as prefix/model-name, such as team/llama"):
             UploadConfig.load(path=wrong)
@@ -248,7 +251,7 @@ def test_a_merged_model_that_does_not_do_as_it_was_judged_is_refused(
     flow.judge("judged", EvaluateConfig(num_prompts=10, max_new_tokens=40))
     written = merger.generation_settings
     monkeypatch.setattr(merger, "generation_settings", lambda *inputs: {**written(*inputs), "eos_token_id": [3]})
-    with pytest.raises(Tune16Error, match="does not end its answers, though .* ended when it was judged"):
+    with pytest.raises(Tune16Error, match="would not end its answers: its generation_config.json does not name"):
         flow.merge("endless", "judged")
     monkeypatch.undo()
     adapter = tmp_path / "adapter"

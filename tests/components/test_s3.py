@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
+from urllib.request import proxy_bypass
 
 import pytest
 from botocore.exceptions import ClientError
@@ -168,6 +169,7 @@ def test_a_missing_ca_file_is_told(bucket: str, between: object, monkeypatch: py
         ("AWS_S3_ENDPOINT", "http://127.0.0.1:1 ", "AWS_S3_ENDPOINT has a line break or a blank in it"),
         ("AWS_S3_ENDPOINT", "http://127.0.0.1:1/tune16", "has '/tune16' behind the server's address"),
         ("AWS_S3_ENDPOINT", "https://tune16.s3.example.com", "begins with the bucket's name"),
+        ("AWS_S3_ENDPOINT", "https://[your-endpoint]", "AWS_S3_ENDPOINT is no address"),
         ("AWS_S3_BUCKET", "s3://tune16", "AWS_S3_BUCKET is 's3://tune16'; a bucket's bare name is needed"),
         ("AWS_S3_BUCKET", "tune16/folder", "a bucket's bare name is needed"),
         ("AWS_PROFILE", "nobody's", 'AWS_PROFILE is "nobody\'s", and there is no such profile. Unset it'),
@@ -181,6 +183,23 @@ def test_a_variable_that_cannot_be_meant_is_named(
     with pytest.raises(Tune16Error, match="S3 connection: ") as error:
         s3.check_writable("tune16", "prefix")
     assert told in str(error.value) and "secret" not in str(error.value).removeprefix("S3 connection: AWS_SECRET")
+    s3._client.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "endpoint"),
+    [
+        ("minio", "http://minio.minio.svc:9000"),
+        ("storage", "https://storage.googleapis.com"),
+        ("models", "https://project.supabase.co/storage/v1/s3"),
+    ],
+)
+def test_an_address_that_only_resembles_a_bucket_is_taken(
+    name: str, endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_S3_BUCKET", name)
+    monkeypatch.setenv("AWS_S3_ENDPOINT", endpoint)
+    assert s3.client().meta.endpoint_url == endpoint
     s3._client.cache_clear()
 
 
@@ -267,10 +286,14 @@ def test_a_right_that_publishing_needs_is_missed_before_the_run(
 def test_loopback_never_goes_through_a_proxy(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setenv("NO_PROXY", "example.com")
-    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
     spare_loopback()
-    assert os.environ["NO_PROXY"] == "example.com,localhost,127.0.0.1,::1"
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "*"
+    monkeypatch.setenv("NO_PROXY", "example.com")
+    monkeypatch.delenv("no_proxy")
+    spare_loopback()
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "example.com,localhost,127.0.0.1,::1"
+    assert proxy_bypass("example.com") and proxy_bypass("127.0.0.1") and not proxy_bypass("example.org")
     spare_loopback()
     assert os.environ["NO_PROXY"].count("localhost") == 1
     s3._client.cache_clear()

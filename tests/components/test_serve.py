@@ -43,6 +43,39 @@ def folder(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+def test_a_client_that_is_gone_is_missed_while_the_answer_goes_on() -> None:
+    class Gone:
+        async def is_disconnected(self) -> bool:
+            return True
+
+    async def read() -> int:
+        writer = Writer([], 10_000)
+
+        async def write() -> None:
+            while not writer.is_done:
+                writer.add("x")
+                await asyncio.sleep(0.01)
+
+        writing = asyncio.create_task(write())
+        text = "".join([piece async for piece in writer.pieces(Gone())])  # type: ignore[arg-type]
+        await writing
+        return len(text)
+
+    assert 0 < asyncio.run(read()) < 10_000
+
+
+def test_a_token_of_any_length_has_its_text() -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    file = Path(llama_cpp.__file__).parent / "converter" / "models" / "ggml-vocab-qwen2.gguf"
+    if not file.is_file():
+        pytest.skip("the converter's vocabularies are not here")
+    model = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+    for text in ("-" * 64, "=" * 80, " " * 40 + "x = 1", "plain"):
+        tokens = model.tokenize(text.encode(), add_bos=False)
+        assert b"".join(llamacpp.token_text(vocabulary, token) for token in tokens) == text.encode()
+
+
 @pytest.fixture(scope="module", params=["weights", "gguf"])
 def server(folder: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     place = folder
@@ -122,6 +155,11 @@ def test_a_developer_is_the_system(server: str) -> None:
     [
         ({"n": 2}, 400, "n is not supported"),
         ({"temperature": -1}, 400, "temperature: "),
+        ({"stop": 5}, 400, "stop: "),
+        ({"stop": {"a": 1}}, 400, "stop: "),
+        ({"seed": 2**70}, 400, "seed: "),
+        ({"grammar": "root ::= [0-9]"}, 400, "grammar is not supported"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, 400, "chat_template_kwargs is not supported"),
         ({"max_tokens": 0}, 400, "max_tokens: "),
         ({"messages": []}, 400, "messages: "),
         ({"messages": "hello"}, 400, "messages: "),

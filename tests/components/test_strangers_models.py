@@ -110,6 +110,26 @@ def test_rows_are_rendered_as_the_model_will_see_them(template: str, stop: str, 
     assert one.text == sample.text and learnt(one) == [f"Good bye.{end}"]
 
 
+MISTRAL_V3 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_question_that_is_written_otherwise_later_stands_as_it_is_asked() -> None:
+    """Mistral-7B-Instruct-v0.3 writes the system message into the question that is last."""
+    made = tokenizer(MISTRAL_V3)
+    own = choose_template("auto", made, "mistral")
+    samples = own.samples(CHAT)
+    answers = [message["content"] for message in CHAT if message["role"] == "assistant"]
+    assert [learnt(sample) for sample in samples] == [[f" {answer}</s>"] for answer in answers]
+    for sample, place in zip(samples, (2, 4), strict=True):
+        asked = made.apply_chat_template(CHAT[:place], tokenize=False, add_generation_prompt=True)
+        assert CHAT[0]["role"] == "system" and CHAT[0]["content"] in asked
+        assert sample.text[: sample.spans[0][0]] == asked
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (files("trl") / "chat_templates").iterdir()))  # type: ignore[attr-defined]
 def test_every_template_that_trl_ships_is_rendered_or_refused_in_words(name: str) -> None:
     source = (files("trl") / "chat_templates" / name).read_text()

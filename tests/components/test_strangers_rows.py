@@ -113,6 +113,20 @@ def test_numbers_are_no_text_whatever_they_are(value: object) -> None:
         to_messages({"instruction": "Is it?", "input": value, "output": "Yes."}, "alpaca")
 
 
+def test_text_that_only_looks_like_a_list_is_text() -> None:
+    assert to_messages({"prompt": "[3, 1, 2]", "completion": "[1, 2, 3]"}, "prompt_completion") == [
+        {"role": "user", "content": "[3, 1, 2]"},
+        {"role": "assistant", "content": "[1, 2, 3]"},
+    ]
+    first = {"instruction": "Who?", "output": "I.", "history": "[]"}
+    assert len(to_messages(first, "alpaca")) == 2
+    asked = [*chat("apples"), {"role": "user", "content": ""}]
+    row = {"prompt": json.dumps(asked), "completion": json.dumps(chat("boats")[1:])}
+    with pytest.raises(BadRowError, match="is empty") as error:
+        to_messages(row, "prompt_completion")
+    assert error.value.path == "prompt[2].content"
+
+
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
 def test_an_answer_that_is_not_to_be_learnt_has_no_label(
     tmp_path: Path, make_model: Callable[..., Path], mark: Row
@@ -212,6 +226,16 @@ def test_a_configuration_is_read_and_what_lies_beside_it_is_named(tmp_path: Path
     assert findings.num_rows == len(THINGS) and findings.notes[-1] == "Not read: main/a.jsonl, more.csv, x.tsv."
     with pytest.raises(Tune16Error, match="has no configuration 'other'. Set prepare.configuration to one of: main"):
         check_data(data, PrepareConfig(configuration="other"))
+
+
+def test_files_beside_those_that_are_named_after_a_split_are_only_named(tmp_path: Path) -> None:
+    """As OpenAssistant/oasst1 has them: Parquet files by split, and the same trees as JSON lines beside them."""
+    (tmp_path / "data").mkdir()
+    for name in ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl"):
+        write(tmp_path / name, lambda thing: {"messages": chat(thing)})
+    (tmp_path / "2023-04-12_all.csv").write_text("text\nx\n")
+    checked = check_data(str(tmp_path), PrepareConfig())
+    assert checked.findings.num_rows == len(THINGS) and "2023-04-12_all.csv" in "".join(checked.findings.notes)
 
 
 def test_a_path_with_a_slip_is_no_address_on_the_hub(tmp_path: Path) -> None:

@@ -108,14 +108,20 @@ def _limit(x: torch.Tensor) -> float:
 
 
 @triton.jit
+def _bounded(value, LIMIT: tl.constexpr):
+    # What is no number stays none: the run is to end by it.
+    return tl.where(value != value, value, tl.clamp(value, -LIMIT, LIMIT))
+
+
+@triton.jit
 def _swiglu(gate_up, out, size, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
     gate = tl.load(gate_up + row * 2 * size + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + columns, mask=mask, other=0.0).to(tl.float32)
-    gate, up = tl.clamp(gate, -LIMIT, LIMIT), tl.clamp(up, -LIMIT, LIMIT)
-    tl.store(out + row * size + columns, tl.clamp(gate * tl.sigmoid(gate) * up, -LIMIT, LIMIT), mask=mask)
+    gate, up = _bounded(gate, LIMIT), _bounded(up, LIMIT)
+    tl.store(out + row * size + columns, _bounded(gate * tl.sigmoid(gate) * up, LIMIT), mask=mask)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -135,7 +141,7 @@ def _swiglu_backward(grad, gate_up, size, LIMIT: tl.constexpr, BLOCK: tl.constex
     at_gate = gate_up + row * 2 * size + columns
     gate = tl.load(at_gate, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(at_gate + size, mask=mask, other=0.0).to(tl.float32)
-    gate, up = tl.clamp(gate, -LIMIT, LIMIT), tl.clamp(up, -LIMIT, LIMIT)
+    gate, up = _bounded(gate, LIMIT), _bounded(up, LIMIT)
     g = tl.load(grad + row * size + columns, mask=mask, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     silu = gate * share
@@ -160,9 +166,11 @@ def _dropout(x, out, count, share, seed, LIMIT: tl.constexpr, ADD: tl.constexpr,
         at = block * BLOCK + quarter * (BLOCK // 4) + lanes
         mask = at < count
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        value = tl.where(words[quarter] >= share, tl.clamp(value / (1 - share), -LIMIT, LIMIT), 0.0)
-        if ADD:
+        value = tl.where(words[quarter] >= share, value / (1 - share), 0.0)
+        if ADD:  # gradients: the scaling of the loss has to see an overflow
             value += tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            value = _bounded(value, LIMIT)
         tl.store(out + at, value, mask=mask)
 
 
