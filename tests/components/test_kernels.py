@@ -1,5 +1,7 @@
 """The Triton kernels, under Triton's interpreter, against their definitions in torch."""
 
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -51,6 +53,19 @@ def test_swiglu_and_its_backward(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     fast.swiglu_backward_(grad, fused)
     kernels.swiglu_backward_(grad, plain)
     assert close(fused, plain, dtype)
+
+
+@pytest.mark.parametrize("module", [fast, kernels])
+def test_what_is_no_number_stays_none_and_an_overflown_gradient_infinite(module: Any) -> None:
+    row = torch.tensor([[1.0, torch.nan, 1, 1, 1, torch.nan]], dtype=torch.float16)
+    assert module.swiglu(row).isnan().tolist() == [[False, True, True]]
+    grad = torch.ones(1, 3, dtype=torch.float16)
+    module.swiglu_backward_(grad, row)
+    assert row[:, :3].isnan().tolist() == [[False, True, True]]
+    assert module.dropout(torch.full((8,), torch.nan, dtype=torch.float16), 0.0, 1).isnan().all()
+    total = torch.ones(8, dtype=torch.float16)
+    module.add_dropped_(total, torch.full((8,), torch.inf, dtype=torch.float16), 0.0, 1)
+    assert total.isinf().all()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, under the interpreter
