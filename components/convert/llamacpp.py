@@ -4,13 +4,11 @@ The package llama-cpp-python has the library; ``images/llama.py`` puts the conve
 folder. The converter works with torch and memory maps; in processes of their own both are gone when it is done.
 """
 
-import ctypes
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from components.cpus import num_threads
 from components.errors import Tune16Error
@@ -72,19 +70,3 @@ def quantize(source: Path, target: Path, quantization: str) -> None:
     code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), parameters)
     if code:
         raise Tune16Error(f"{target.name}: llama.cpp could not quantise {source} (code {code}). Is the disk full?")
-
-
-def token_text(vocabulary: Any, token: int) -> bytes:
-    """The bytes that a token stands for; those of special ones are none.
-
-    The package's own `detokenize` gives nothing for tokens of more than 32 bytes, such as the rule of a table.
-    """
-    import llama_cpp
-
-    size = 32
-    while True:
-        buffer = ctypes.create_string_buffer(size)
-        count = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, size, 0, False)
-        if count >= 0:
-            return buffer.raw[:count]
-        size = -count

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from components.convert.llamacpp import token_text
 from components.cpus import num_threads
+from components.pieces import token_text
 from components.report import significant
 
 MAX_NEW_TOKENS = 90

@@ -9,9 +9,9 @@ import llama_cpp
 from jinja2 import TemplateError
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from components.convert.llamacpp import token_text
 from components.cpus import num_threads
 from components.errors import Tune16Error
+from components.pieces import token_text
 from components.serve.api import Messages, Sampling, Writer
 
 _TEMPLATE = "tokenizer.chat_template"

@@ -19,6 +19,7 @@ from components.chatapi import Endpoint, Sampling
 from components.convert import llamacpp
 from components.convert.tokenizer import stage
 from components.errors import Tune16Error
+from components.pieces import token_text
 from components.serve.api import Writer, _overlap
 from components.serve.server import check_port, running
 from components.serve.target import find_target
@@ -73,7 +74,7 @@ def test_a_token_of_any_length_has_its_text() -> None:
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
     for text in ("-" * 64, "=" * 80, " " * 40 + "x = 1", "plain"):
         tokens = model.tokenize(text.encode(), add_bos=False)
-        assert b"".join(llamacpp.token_text(vocabulary, token) for token in tokens) == text.encode()
+        assert b"".join(token_text(vocabulary, token) for token in tokens) == text.encode()
 
 
 @pytest.fixture(scope="module", params=["weights", "gguf"])
