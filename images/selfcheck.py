@@ -15,6 +15,8 @@ _MODULES = {
         "components.deploy.deployer",
         "model_registry",
         "pipelines.cli",
+        "pipelines.cli_cluster",
+        "pipelines.doctor",
         "pipelines.server",
     ],
     "trainer": [
