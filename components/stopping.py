@@ -22,6 +22,11 @@ def generation_settings(model: Path, tokenizer: "PreTrainedTokenizerBase", stop_
     """
     settings = read_json(model / GENERATION_CONFIG) if (model / GENERATION_CONFIG).is_file() else {}
     own = settings.get("eos_token_id", read_json(model / "config.json").get("eos_token_id"))
-    ends = [tokenizer.convert_tokens_to_ids(stop_token), *(own if isinstance(own, list) else [own])]
+    ends = [tokenizer.convert_tokens_to_ids(stop_token), *as_list(own)]
     ends = [end for end in dict.fromkeys(ends) if end is not None]
     return {**settings, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+
+
+def as_list(eos_token_id: Any) -> list[Any]:
+    """The ends of an ``eos_token_id``, which files and models write as one id or as several."""
+    return eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]

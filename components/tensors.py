@@ -95,6 +95,11 @@ def num_weights(folder: Path) -> int:
     return sum(prod(stored.shape) for file in weight_files(folder) for stored in read_header(file))
 
 
+def weight_bytes(folder: Path) -> int:
+    """Size in bytes of a model folder's safetensors files."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order.
 

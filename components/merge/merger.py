@@ -23,7 +23,7 @@ from components.outputs import RECORD, new_folder, read_record, write_json, writ
 from components.references import companions, parse, read_config
 from components.steps import say
 from components.stopping import GENERATION_CONFIG, generation_settings
-from components.tensors import INDEX_FILE, StoredTensor, fetch_model, read_header, rewrite, weight_files
+from components.tensors import INDEX_FILE, StoredTensor, fetch_model, read_header, rewrite, weight_bytes
 
 ADAPTER_FOLDER = "adapter"
 
@@ -74,7 +74,7 @@ def merge_adapter(
     with tempfile.TemporaryDirectory(dir=output.parent if output.parent.is_dir() else None) as scratch:
         source = fetch_model(parse(model, "model"), Path(scratch))
         if config.dtype == "auto":
-            check_space(output, sum(file.stat().st_size for file in weight_files(source)))
+            check_space(output, weight_bytes(source))
         with new_folder(output) as folder:
             numbers = merge_weights(source, adapter, folder / "merged", config.dtype)
             _write_generation(source, adapter, folder / "merged", trained["stop_token"])

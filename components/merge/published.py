@@ -15,6 +15,8 @@ from components.errors import Tune16Error
 from components.models import load_model
 from components.outputs import PUBLISHED, read_json, read_record, write_json
 from components.steps import say
+from components.stopping import as_list
+from components.tensors import weight_bytes
 
 _LONGEST_ROW = 1024  # tokens; the step convert asks the same rows of llama.cpp
 _MOST_ROWS, _FEWEST_ROWS = 32, 2
@@ -43,7 +45,7 @@ def check_published(merged: Path, data: Path, evaluation: Path) -> dict[str, Any
     folder = merged / "merged"
     judged = read_json(evaluation / "evaluation.json")["samples"]
     rows = pq.read_table(data / "held_out.parquet").slice(0, len(judged)).to_pylist()
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = weight_bytes(folder)
     chosen = _choose([len(row["input_ids"]) for row in rows], int(_WORK / size))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     _check_prompts(tokenizer, data, [rows[number] for number in chosen])
@@ -109,16 +111,11 @@ def _check_prompts(tokenizer: Any, data: Path, rows: list[dict[str, Any]]) -> No
 
 def _check_ends(model: Any, tokenizer: Any, stop_token: str) -> None:
     """See that whoever generates by the folder's own files ends where the model has learnt to."""
-    if tokenizer.convert_tokens_to_ids(stop_token) not in _ends(model):
+    if tokenizer.convert_tokens_to_ids(stop_token) not in as_list(model.generation_config.eos_token_id):
         raise Tune16Error(
             f"The merged model would not end its answers: its generation_config.json does not name {stop_token!r}, the "
             "last token of the template."
         )
-
-
-def _ends(model: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [ends]
 
 
 @torch.inference_mode()
@@ -136,4 +133,4 @@ def _answer(model: Any, tokenizer: Any, prompt: list[dict[str, str]], most_new: 
     inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**inputs, max_new_tokens=most_new, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     text: str = tokenizer.decode(out, skip_special_tokens=True)
-    return text.strip(), int(out[-1]) in _ends(model)
+    return text.strip(), int(out[-1]) in as_list(model.generation_config.eos_token_id)

@@ -22,7 +22,7 @@ from components.quantize.architecture import check_weights
 from components.quantize.nf4 import quantize_nf4
 from components.references import companions, parse, read_config
 from components.shapes import read_shape
-from components.tensors import INDEX_FILE, StoredTensor, fetch_model, rewrite, weight_files
+from components.tensors import INDEX_FILE, StoredTensor, fetch_model, rewrite, weight_bytes
 
 _LLM_INT8_ROW_MAJOR = 0  # bitsandbytes' number for the plain weight layout
 
@@ -61,7 +61,7 @@ def quantize_checkpoint(model: str, output: Path, config: QuantizeConfig) -> dic
         check_space(output, quantized_bytes(shape, config.bits))
         with new_folder(output) as folder:
             numbers = {
-                "bytes_before": sum(file.stat().st_size for file in weight_files(source)),
+                "bytes_before": weight_bytes(source),
                 "bytes_after": rewrite(source, folder, partial(_parts, bits=config.bits), "quantize"),
             }
             _write_companions(source, folder, base_config, config.bits)

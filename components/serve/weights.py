@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from components.errors import Tune16Error
 from components.models import choose_dtype, device, load_model
 from components.serve.api import Messages, Sampling, Writer
+from components.stopping import as_list
 
 _UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
 
@@ -30,8 +31,7 @@ class WeightsModel:
             raise Tune16Error(f"{folder}: its tokenizer cannot be loaded: {reason}") from None
         if not self._tokenizer.chat_template:
             raise Tune16Error(f"{folder}: its tokenizer has no chat template, so nobody can talk to it.")
-        ends = self._model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self._ends = set(as_list(self._model.generation_config.eos_token_id))
         self.context = int(self._model.config.max_position_embeddings)
 
     def prompt(self, messages: Messages) -> list[int]:

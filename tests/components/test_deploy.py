@@ -227,13 +227,12 @@ def test_a_first_version_that_never_answers_is_taken_away(cluster: Cluster) -> N
     assert KEY not in cluster.api.objects
 
 
-def test_a_first_version_that_nobody_has_remembered_is_not_taken_away(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The step was killed after the version served; what comes next must not end it."""
+class KilledError(BaseException):
+    """Stands for the end of a process."""
 
-    class KilledError(BaseException):
-        pass
+
+def run_killed(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """The step is killed while it waits for the version that it has applied."""
 
     def killed(*_: object) -> str:
         raise KilledError
@@ -241,7 +240,14 @@ def test_a_first_version_that_nobody_has_remembered_is_not_taken_away(
     with monkeypatch.context() as patch:
         patch.setattr(deployer, "_wait", killed)
         with pytest.raises(KilledError):
-            run()
+            run(**options)
+
+
+def test_a_first_version_that_nobody_has_remembered_is_not_taken_away(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step was killed after the version served; what comes next must not end it."""
+    run_killed(monkeypatch)
     cluster.model.answer = ""
     with pytest.raises(Tune16Error, match="It was there before this step, so it stays applied"):
         run()
@@ -266,17 +272,7 @@ def test_going_back_is_to_what_has_served_whatever_was_killed_in_between(
 ) -> None:
     run(version=OLD)
     cluster.behave = lambda version: "CUDA out of memory" if version == NEW else ""
-
-    class KilledError(BaseException):
-        pass
-
-    def killed(*_: object) -> str:
-        raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(deployer, "_wait", killed)
-        with pytest.raises(KilledError):
-            run(version=NEW)
+    run_killed(monkeypatch, version=NEW)
     assert cluster.service["metadata"]["annotations"]["tune16.dev/version"] == NEW
     with pytest.raises(Tune16Error, match=f"CUDA out of memory. {OLD} serves on"):
         run(version=NEW)
