@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -51,13 +50,15 @@ class StepConfig(BaseModel):
         Raises:
             Tune16Error: a key is unknown or given twice, or a value is out of its limits; every fault is named.
         """
+        step = step_name(cls)
+        place = _FIELDS.get(f"{step}.{_OPTIONS}", step)
         if isinstance(options, str):
-            options = _as_object(options, f"{step_name(cls)}_options")
+            options = _as_object(options, place)
         twice = sorted(set(options or {}) & set(fields))
         if twice:
-            step = step_name(cls)
-            raise Tune16Error(f"{step}_options: '{twice[0]}' has a field of its own, {step}_{twice[0]}. Set it there.")
-        return parse(cls, {**(options or {}), **fields}, where=step_name(cls))
+            own = form_field(f"{step}.{twice[0]}")
+            raise Tune16Error(f"{place}: '{twice[0]}' has a field of its own, {own}. Set it there.")
+        return parse(cls, {**(options or {}), **fields}, where=step)
 
 
 def _as_object(text: str, where: str) -> dict[str, Any]:
@@ -212,7 +213,7 @@ class TrainConfig(StepConfig):
     )
     teacher: str = Field(
         "",
-        description="With method distill: the model to learn from, named as preflight_model is, with the same "
+        description="With method distill: the model to learn from, named as base_model is, with the same "
         "vocabulary. It is kept in 4 bits beside the student.",
     )
     num_evaluations: int = Field(
@@ -453,6 +454,33 @@ def step_name(cls: type[StepConfig]) -> str:
     return cls.__name__.removesuffix("Config").lower()
 
 
+# The pipeline's form: each field and the setting that it fills. The pages that show it sort the fields by name, and
+# some show nothing beside it: so the names say what to fill in, what matters most comes first, the cluster's last.
+FORM = {
+    "base_model": "preflight.model",
+    "dataset": "preflight.data",
+    "destination_path": "upload.path",
+    "epochs": "train.epochs",
+    "gguf_quantizations": "convert.quantizations",
+    "gpu_memory_gib": "preflight.gpu_memory",
+    "learning_rate": "train.learning_rate",
+    "load_in_bits": "quantize.bits",
+    "lora_rank": "train.rank",
+    "max_tokens_per_row": "prepare.max_tokens",
+    "merged_dtype": "merge.dtype",
+    "more_evaluate_options": "evaluate.options",
+    "more_prepare_options": "prepare.options",
+    "more_train_options": "train.options",
+    "registry_url": "register.server",
+    "serving_runtime": "deploy.runtime",
+    "with_connection_secret": "cluster.connection",
+    "with_node_selector": "cluster.node_selector",
+    "with_tokens_secret": "cluster.tokens",
+    "with_tolerations": "cluster.tolerations",
+}
+_OPTIONS = "options"  # of a step: what the form has no field of its own for, as one JSON object
+_FIELDS = {setting: name for name, setting in FORM.items()}
+
 CONFIG_OF_STEP: dict[str, type[StepConfig]] = {
     step_name(cls): cls
     for cls in (
@@ -472,23 +500,30 @@ CONFIG_OF_STEP: dict[str, type[StepConfig]] = {
 
 
 def form_help(name: str) -> str:
-    """The help of a form field such as ``train_epochs``: its config field's sentence."""
-    step, _, field = name.partition("_")
-    if field == "options":
+    """The help of a form field such as ``epochs``: its config field's sentence."""
+    step, _, field = FORM[name].partition(".")
+    if field == _OPTIONS:
         return f"More settings of the step {step} as JSON; components/KNOBS.md lists them."
     return str(CONFIG_OF_STEP[step].model_fields[field].description)
 
 
-def form_values(recipe: Recipe, names: Iterable[str]) -> dict[str, Any]:
-    """The form filled in from a recipe: its own fields flat, what is set beyond them as ``<step>_options``."""
-    fields = {name: name.partition("_")[::2] for name in names}
-    own = {pair for pair in fields.values() if pair[1] != "options"}
+def form_field(setting: str) -> str:
+    """Where the form has a setting such as ``train.epochs``: its field, or its place among a step's other options."""
+    step, _, field = setting.partition(".")
+    if setting in _FIELDS:
+        return _FIELDS[setting]
+    return f"{field} in {_FIELDS[f'{step}.{_OPTIONS}']}"
+
+
+def form_values(recipe: Recipe) -> dict[str, Any]:
+    """The form filled in from a recipe; what is set beyond its fields goes into the options of its step."""
     values: dict[str, Any] = {}
-    for name, (step, field) in fields.items():
+    for name, setting in FORM.items():
+        step, _, field = setting.partition(".")
         settings: StepConfig = getattr(recipe, step)
-        if field == "options":
+        if field == _OPTIONS:
             changed = settings.model_dump(exclude_defaults=True)
-            values[name] = {key: value for key, value in changed.items() if (step, key) not in own}
+            values[name] = {key: value for key, value in changed.items() if f"{step}.{key}" not in _FIELDS}
         else:
             values[name] = getattr(settings, field)
     return values

@@ -72,6 +72,14 @@ def refuse_certificate(error: Any) -> None:
         raise urllib3.exceptions.SSLError(str(error.reason)) from None
 
 
+def look(api: client.ApiClient, path: str, **query: Any) -> Any:
+    """GET what only adds to what is known; None where it is not there, may not be seen, or there is no answer."""
+    try:
+        return send(api, "GET", path, query=query)
+    except (ApiException, urllib3.exceptions.HTTPError):
+        return None
+
+
 def apply(api: client.ApiClient, path: str, body: dict[str, Any]) -> Any:
     """Server-side apply of one object: its fields become ours, and fields that others set stay theirs.
 
@@ -118,7 +126,7 @@ def main_container(pod: dict[str, Any]) -> dict[str, Any]:
 
 
 def service_name(path: str) -> str:
-    """A name that Kubernetes takes, from the last part of ``upload_path``."""
+    """A name that Kubernetes takes, from the last part of ``destination_path``."""
     name = re.sub(r"[^a-z0-9]+", "-", path.rpartition("/")[2].lower()).strip("-")
     name = name if name[:1].isalpha() else f"model-{name}"
     return name[:_LONGEST_NAME].rstrip("-")
@@ -134,7 +142,7 @@ def check_service_name(path: str, namespace: str) -> None:
     if len(label) > _LONGEST_LABEL:
         raise Tune16Error(
             f"deploy.runtime: the endpoint's address would begin with {label!r}, {len(label)} letters of which DNS "
-            f"takes {_LONGEST_LABEL}. Shorten the last part of upload_path by {len(label) - _LONGEST_LABEL}."
+            f"takes {_LONGEST_LABEL}. Shorten the last part of destination_path by {len(label) - _LONGEST_LABEL}."
         )
 
 
@@ -165,6 +173,11 @@ def explained(setting: str) -> Iterator[None]:
         raise Tune16Error(f"{setting}: the cluster refuses: {error.status} {said}{remedy}") from None
     except urllib3.exceptions.HTTPError as error:
         raise Tune16Error(f"{setting}: the cluster's API cannot be reached ({error}).") from None
+
+
+def sentence(text: str) -> str:
+    """What a controller says, in one line, without what ends it: our own sentence goes on behind it."""
+    return " ".join(text.split()).rstrip(" .;,:")
 
 
 def message(error: ApiException) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, log2
 
-from components.config import QuantizeConfig, Recipe, TrainConfig
+from components.config import QuantizeConfig, Recipe, TrainConfig, form_field
 from components.gpus import Gpu
 from components.shapes import ModelShape, adapted_linears
 
@@ -328,7 +328,7 @@ def nearest(shape: ModelShape, recipe: Recipe, teacher: ModelShape | None = None
     found = []
     for step, name, values in candidates:
         unfit = bisect_left(values, True, key=partial(unfits, step, name))
-        place = f"{name} in {step}_options" if name == "micro_batch" else f"{step}_{name}"  # as the form has it
+        place = form_field(f"{step}.{name}")
         found += [f"{place} {values[unfit - 1]:,}"] if unfit else []
     return found
 

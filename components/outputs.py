@@ -12,6 +12,8 @@ from components.errors import Tune16Error
 
 RECORD = "tune16.json"
 REPORT = "report.html"
+EVALUATION = "evaluation.json"  # verdict and scores, in the output of evaluate
+TEACHER = "teacher"  # folder in the output of quantize: the weights of the model to learn from, where there is one
 PUBLISHED = "published.json"  # how the merged model does when it is loaded as strangers do
 
 

@@ -505,7 +505,7 @@ def _hub_errors(reference: Reference) -> Iterator[None]:
     """Turn the Hub's errors into messages that name the page to visit and the secret to set."""
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
     page = f"{endpoint}/{'datasets/' if reference.kind == 'data' else ''}{reference.address}"
-    secret = "put a token of that account into the key HF_TOKEN of the Secret that cluster_tokens names"
+    secret = "put a token of that account into the key HF_TOKEN of the Secret that with_tokens_secret names"
     try:
         yield
     except GatedRepoError:

@@ -56,7 +56,7 @@ def client() -> "S3Client":
     missing = [name for name in CONNECTION_VARIABLES[:3] if not os.environ.get(name)]
     if missing:
         raise Tune16Error(
-            f"S3 connection: {', '.join(missing)} not set. Name a connection's Secret in cluster_connection, or "
+            f"S3 connection: {', '.join(missing)} not set. Name a connection's Secret in with_connection_secret, or "
             f"export {', '.join(CONNECTION_VARIABLES)}."
         )
     _check_variables()

@@ -8,7 +8,7 @@
     <path>/champions/000007.json       an append-only log; the highest number is the champion
 
 A version without a manifest does not exist for any reader, and every reader checks what it reads against the manifest.
-``<path>`` is ``prefix/model-name`` in the connection's bucket, the field ``upload_path``.
+``<path>`` is ``prefix/model-name`` in the connection's bucket, the field ``destination_path``.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def other_base(version: str, model: str) -> str:
     """Why a champion is not replaced, and what to do."""
     return (
         f"champion {version} is made of another base model, {model}, so the two cannot be compared. Choose another "
-        "upload_path, or set evaluate.replace_other_base to true."
+        "destination_path, or set evaluate.replace_other_base to true."
     )
 
 

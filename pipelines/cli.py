@@ -17,7 +17,7 @@ from components.config import override
 from components.errors import Tune16Error, user_errors
 from components.images import VERSION
 from components.proxies import spare_loopback
-from pipelines import cli_cluster, cli_data
+from pipelines import cli_cluster, cli_data, cli_runs, cli_schedules
 from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shapes
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ app.command()(serve)
 app.command()(chat)
 app.command()(cli_cluster.doctor)
 app.command()(cli_cluster.submit)
-app.add_typer(cli_cluster.runs, name="runs")
-app.add_typer(cli_cluster.schedules, name="schedule")
+app.add_typer(cli_runs.runs, name="runs")
+app.add_typer(cli_schedules.schedules, name="schedule")
 app.add_typer(cli_data.data, name="data")
 console = Console(highlight=False)
 

@@ -5,8 +5,9 @@ the login of ``oc`` (kubeconfig), then the account of the pod that this runs in.
 visible to everyone on the machine. The login's token goes over TLS or to this machine only.
 """
 
+import base64
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from kubernetes.config.incluster_config import InClusterConfigLoader
 
 from components import kubeapi
 from components.errors import Tune16Error
+from components.kubeapi import sentence
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
@@ -28,7 +30,7 @@ PIPELINE_SERVER = ("datasciencepipelinesapplications.opendatahub.io", "v1", "dat
 _CONSOLE_LINK = ("console.openshift.io", "v1", "consolelinks")
 _INSIDE = "the pod's own account"
 _RUN_LABEL = "pipeline/runid"
-_NODE_ANNOTATION = "workflows.argoproj.io/node-name"
+_WORKFLOWS = "/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows"
 _DASHBOARD_LINK = "rhodslink"  # what OpenShift AI calls its entry in the console's menu
 
 
@@ -59,27 +61,52 @@ class Cluster:
         return self.send("GET", path, query=query)
 
     def send(
-        self, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None, answer: str = "object"
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        query: dict[str, Any] | None = None,
+        answer: str = "object",
+        **options: Any,
     ) -> Any:
         """Send one request; see :func:`components.kubeapi.send`."""
-        return kubeapi.send(self.api, method, path, body, query, answer)
+        return kubeapi.send(self.api, method, path, body, query, answer, **options)
 
-    def list_step_pods(self, run_id: str) -> dict[str, list[str]]:
-        """The pods of a pipeline run by the node of the workflow that each one is, such as ``x.root.train.executor``.
+    def list_run_pods(self, run_id: str) -> list[dict[str, Any]]:
+        """The pods of a pipeline run, oldest first.
 
         The pipeline server's own answer names nodes of the workflow, not pods (kubeflow/pipelines#14007).
         """
         path = f"/api/v1/namespaces/{self.namespace}/pods"
-        pods: dict[str, list[str]] = {}
-        for pod in self.get(path, labelSelector=f"{_RUN_LABEL}={run_id}")["items"]:
-            node = pod["metadata"].get("annotations", {}).get(_NODE_ANNOTATION, "")
-            pods.setdefault(node, []).append(pod["metadata"]["name"])
-        return pods
+        pods: list[dict[str, Any]] = self.get(path, labelSelector=f"{_RUN_LABEL}={run_id}")["items"]
+        return sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp")))
 
-    def read_log(self, pod: str) -> str:
-        """The log of a pod's main container."""
+    def find_workflow(self, run_id: str) -> dict[str, Any] | None:
+        """The workflow of a pipeline run; None where it has been removed, or this account may not see workflows."""
+        found = self.look(_WORKFLOWS, labelSelector=f"{_RUN_LABEL}={run_id}")
+        return next(iter(found["items"]), None) if found else None
+
+    def look(self, path: str, **query: Any) -> Any:
+        """GET what only adds to what is known; None where it is not there, or may not be seen."""
+        return kubeapi.look(self.api, path.format(namespace=self.namespace), **query)
+
+    def read_log(self, pod: str, last: int = 0) -> str:
+        """The log of a pod's main container, or its `last` lines."""
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
-        return str(self.send("GET", path, query={"container": "main"}, answer="str"))
+        query = {"container": "main", **({"tailLines": last} if last else {})}
+        return str(self.send("GET", path, query=query, answer="str"))
+
+    def read_secret(self, name: str, wanted: Collection[str]) -> dict[str, str]:
+        """The `wanted` keys of a Secret, as far as it has them.
+
+        Raises:
+            NotFoundError: there is no such Secret.
+            ForbiddenError: this account may not read it.
+        """
+        with explained(self, f"read the Secret {name}"):
+            secret = self.get(f"/api/v1/namespaces/{self.namespace}/secrets/{name}")
+        data = {key: value for key, value in (secret.get("data") or {}).items() if key in wanted}
+        return {key: base64.b64decode(value).decode(errors="replace") for key, value in data.items()}
 
 
 @dataclass(frozen=True)
@@ -173,7 +200,15 @@ def not_ready(server: dict[str, Any]) -> str:
     ready = next((condition for condition in conditions if condition["type"] == "Ready"), None)
     if ready is None:
         return "its operator has not looked at it yet"
-    return "" if ready["status"] == "True" else str(ready.get("message") or ready.get("reason"))
+    if ready["status"] == "True":
+        return ""
+    said = sentence(str(ready.get("message") or ""))
+    others = [
+        f"{found['type']}: {sentence(str(found.get('message') or '')) or found.get('reason')}"
+        for found in conditions
+        if found["type"] != "Ready" and found["status"] != "True"
+    ]
+    return said or "; ".join(others) or str(ready.get("reason"))
 
 
 def find_dashboard(cluster: Cluster | None) -> str:
@@ -231,15 +266,22 @@ def explained(cluster: Cluster, action: str) -> Iterator[None]:
 
 # Whom to ask for a right, by what an action says; the role edit has neither of these.
 _RIGHTS = {
-    "nodes": "Nodes belong to the whole cluster: ask its administrator for the ClusterRole cluster-reader.",
+    "nodes": "Nodes belong to the whole cluster: ask its administrator for view on nodes (ClusterRole cluster-reader).",
     "review": "Only the role admin may ask for others: ask the namespace's owner for it.",
     "Secret": "Ask its owner for the role edit; an account of a pod needs a Role that names the Secret.",
+    "pipeline server": "Ask its owner for get on datasciencepipelinesapplications, or name the server with --host.",
+    "serving runtimes": "Ask its owner for list on servingruntimes.serving.kserve.io.",
+    "quotas": "Ask its owner for list on resourcequotas, which the role view has.",
+    "the image": "Ask the owner of the image's namespace for get on imagestreamtags (role registry-viewer).",
+    "logs": "Ask its owner for get on pods/log, which the role view has.",
+    "pods": "Ask its owner for list on pods, which the role view has.",
+    "queue": "Ask its owner for get on localqueues.kueue.x-k8s.io.",
 }
 
 
 def _right_for(action: str) -> str:
     found = next((remedy for word, remedy in _RIGHTS.items() if word in action), "")
-    return found or "Ask its owner for the role edit, or name another namespace with --namespace."
+    return found or f"Ask its owner for the right to {action}, or name another namespace with --namespace."
 
 
 def unreachable(where: str, error: Exception) -> Tune16Error:
@@ -273,10 +315,19 @@ def _server_in_namespace(cluster: Cluster) -> str:
         )
     if cluster.inside:
         return f"https://ds-pipeline-{name}.{cluster.namespace}.svc.cluster.local:8443"
-    with explained(cluster, "read the pipeline server's route"):
-        route = cluster.get(
-            f"/apis/route.openshift.io/v1/namespaces/{cluster.namespace}/routes/ds-pipeline-{name}",
-        )
+    external = server.get("status", {}).get("components", {}).get("apiServer", {}).get("externalUrl")
+    if external:
+        return str(external)
+    try:
+        with explained(cluster, "read the pipeline server's route"):
+            route = cluster.get(
+                f"/apis/route.openshift.io/v1/namespaces/{cluster.namespace}/routes/ds-pipeline-{name}",
+            )
+    except NotFoundError:
+        raise Tune16Error(
+            f"The pipeline server {name} in {cluster.namespace} has no Route, so it cannot be reached from here. Set "
+            f"spec.apiServer.enableOauth: true in it (oc edit dspa {name}), or name its address with --host."
+        ) from None
     return f"https://{route['spec']['host']}"
 
 

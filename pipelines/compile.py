@@ -1,24 +1,19 @@
 """Compiles the pipeline: the Kubernetes form for `oc apply`, or the plain form for the dashboard's upload."""
 
-import hashlib
 import tempfile
 from pathlib import Path
 
 from kfp.compiler import Compiler
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
-from components.images import VERSION
 from pipelines.finetune import finetune
+from pipelines.naming import NAME, version_name
 
 MANIFEST = Path("manifests/base/pipeline.yaml")
-NAME = "tune16"
 
 
 def compile_manifest(target: Path) -> None:
-    """Write the objects Pipeline and PipelineVersion.
-
-    A version's spec cannot be changed on the cluster, so its name carries the hash of the content.
-    """
+    """Write the objects Pipeline and PipelineVersion."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(_compiled(_options(version_name())))
 
@@ -27,12 +22,6 @@ def compile_ir(target: Path) -> None:
     """Write the plain intermediate representation, one YAML file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(_compiled(None))
-
-
-def version_name() -> str:
-    """The name of this version: Tune16's own version and the hash of the pipeline's content."""
-    digest = hashlib.sha256(_compiled(_options(f"{NAME}-{VERSION}"))).hexdigest()
-    return f"{NAME}-{VERSION}-{digest[:8]}"
 
 
 def _options(version_name: str) -> KubernetesManifestOptions:

@@ -4,7 +4,6 @@ Every check gives one finding: ok, a problem with what to do, or unknown where t
 check failed. None of them changes anything but for a probe in the storage, which is removed at once.
 """
 
-import base64
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from kubernetes.utils.quantity import parse_quantity
 
 from components import images, s3
-from components.config import CONNECTION_VARIABLES, SESSION_TOKEN, TOKEN_VARIABLES, Recipe
+from components.config import TOKEN_VARIABLES, Recipe
 from components.deploy.objects import SERVED_BY
 from components.disk import needed
 from components.errors import Tune16Error
@@ -32,6 +31,7 @@ from pipelines.cluster import (
     server_object,
 )
 from pipelines.options import find_shapes
+from pipelines.outcome import connection_values, is_inside_only
 from pipelines.registry import image_status
 from pipelines.resources import RESOURCES
 from pipelines.server import Json, PipelineServer
@@ -161,16 +161,12 @@ def _api(road: Road) -> str:
 def _connection(road: Road) -> str:
     name = road.recipe.cluster.connection
     try:
-        values = _secret(road, name)
+        road._connection = connection_values(road.cluster, name)
     except NotFoundError:
         raise Tune16Error(
             f"there is no Secret {name}. Make the S3 connection in the dashboard and name its Secret in "
             "cluster.connection, or see manifests/components/connection."
         ) from None
-    missing = [key for key in CONNECTION_VARIABLES if not values.get(key)]
-    if missing:
-        raise Tune16Error(f"the Secret {name} has no {', '.join(missing)}. Add it: oc set data secret/{name} KEY=value")
-    road._connection = values
     return f"the Secret {name} has all keys"
 
 
@@ -180,7 +176,7 @@ def _storage(road: Road) -> str:
         try:
             s3.check_writable(values["AWS_S3_BUCKET"], road.recipe.upload.path)
         except Tune16Error:
-            if ".svc" in values["AWS_S3_ENDPOINT"] and not road.cluster.inside:
+            if is_inside_only(values["AWS_S3_ENDPOINT"]) and not road.cluster.inside:
                 raise UnknownError(f"{values['AWS_S3_ENDPOINT']} answers inside the cluster only.") from None
             raise
     return f"s3://{values['AWS_S3_BUCKET']}/{road.recipe.upload.path} can be written"
@@ -197,10 +193,9 @@ def _model(road: Road) -> str:
 
 def _as_the_steps(road: Road) -> AbstractContextManager[None]:
     """With the storage and the tokens that the steps would have, and none of this login's own beside them."""
-    values = dict.fromkeys((SESSION_TOKEN, *CONNECTION_VARIABLES), "") if road._connection else {}
-    values |= road._connection or {}
+    values = dict(road._connection or {})
     with suppress(NotFoundError, ForbiddenError, UnknownError):  # an open model needs none, and a gated one says so
-        values |= _secret(road, road.recipe.cluster.tokens)
+        values |= road.cluster.read_secret(road.recipe.cluster.tokens, TOKEN_VARIABLES)
     return s3.environment(values)
 
 
@@ -304,7 +299,7 @@ def _registry(road: Road) -> str:
     try:
         check_registry(server, road.cluster.token)
     except Tune16Error as error:
-        if ".svc" in server and not road.cluster.inside:
+        if is_inside_only(server) and not road.cluster.inside:
             raise UnknownError(f"{server} answers inside the cluster only.") from None
         raise error from None
     return f"{server} answers"
@@ -320,7 +315,7 @@ def _serving(road: Road) -> str:
         found = road.get(path, "see the serving runtimes")["items"]
     except NotFoundError:
         raise Tune16Error(
-            "this cluster has no KServe. Ask its administrator for single-model serving, or leave deploy_runtime empty."
+            "this cluster has no KServe. Ask its administrator for single-model serving, or name no serving_runtime."
         ) from None
     names = {entry["metadata"]["name"] for entry in found}
     formats = {name["name"] for entry in found for name in entry["spec"].get("supportedModelFormats", [])}
@@ -372,13 +367,6 @@ def _known(value: Known | None, check: str) -> Known:
     if value is None:
         raise UnknownError(f"not looked at, because {check} failed.")
     return value
-
-
-def _secret(road: Road, name: str) -> dict[str, str]:
-    secret = road.get(f"/api/v1/namespaces/{{namespace}}/secrets/{name}", f"read the Secret {name}")
-    wanted = {*CONNECTION_VARIABLES, SESSION_TOKEN, *TOKEN_VARIABLES}
-    data = {key: value for key, value in (secret.get("data") or {}).items() if key in wanted}
-    return {key: base64.b64decode(value).decode(errors="replace") for key, value in data.items()}
 
 
 def _gpu_memory(node: Json, default: float) -> float:

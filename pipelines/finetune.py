@@ -47,117 +47,119 @@ def _place(task: dsl.PipelineTask, connection: Any, tokens: Any) -> None:
 )
 @_with_help
 def finetune(
-    upload_path: str,
-    preflight_model: str = _DEFAULT.preflight.model,
-    preflight_data: str = _DEFAULT.preflight.data,
-    preflight_gpu_memory: float = _DEFAULT.preflight.gpu_memory,
-    prepare_max_tokens: int = _DEFAULT.prepare.max_tokens,
-    prepare_options: dict[str, Any] = {},  # noqa: B006  (kfp needs the default itself)
-    quantize_bits: int = _DEFAULT.quantize.bits,
-    train_epochs: float = _DEFAULT.train.epochs,
-    train_learning_rate: float = _DEFAULT.train.learning_rate,
-    train_rank: int = _DEFAULT.train.rank,
-    train_options: dict[str, Any] = {},  # noqa: B006
-    evaluate_options: dict[str, Any] = {},  # noqa: B006
-    merge_dtype: str = _DEFAULT.merge.dtype,
-    convert_quantizations: str = _DEFAULT.convert.quantizations,
-    register_server: str = _DEFAULT.register.server,
-    deploy_runtime: str = _DEFAULT.deploy.runtime,
-    cluster_connection: str = _DEFAULT.cluster.connection,
-    cluster_tokens: str = _DEFAULT.cluster.tokens,
-    cluster_node_selector: dict[str, str] = _DEFAULT.cluster.node_selector,
-    cluster_tolerations: list[dict[str, Any]] = _DEFAULT.cluster.tolerations,
+    destination_path: str,
+    base_model: str = _DEFAULT.preflight.model,
+    dataset: str = _DEFAULT.preflight.data,
+    epochs: float = _DEFAULT.train.epochs,
+    gguf_quantizations: str = _DEFAULT.convert.quantizations,
+    gpu_memory_gib: float = _DEFAULT.preflight.gpu_memory,
+    learning_rate: float = _DEFAULT.train.learning_rate,
+    load_in_bits: int = _DEFAULT.quantize.bits,
+    lora_rank: int = _DEFAULT.train.rank,
+    max_tokens_per_row: int = _DEFAULT.prepare.max_tokens,
+    merged_dtype: str = _DEFAULT.merge.dtype,
+    more_evaluate_options: dict[str, Any] = {},  # noqa: B006
+    more_prepare_options: dict[str, Any] = {},  # noqa: B006  (kfp needs the default itself)
+    more_train_options: dict[str, Any] = {},  # noqa: B006
+    registry_url: str = _DEFAULT.register.server,
+    serving_runtime: str = _DEFAULT.deploy.runtime,
+    with_connection_secret: str = _DEFAULT.cluster.connection,
+    with_node_selector: dict[str, str] = _DEFAULT.cluster.node_selector,
+    with_tokens_secret: str = _DEFAULT.cluster.tokens,
+    with_tolerations: list[dict[str, Any]] = _DEFAULT.cluster.tolerations,
 ) -> None:
     """Prepare data, train an adapter, compare it with the base model, and publish it if it is better."""
     fixed = preflight(
-        model=preflight_model,
-        data=preflight_data,
-        gpu_memory=preflight_gpu_memory,
-        max_tokens=prepare_max_tokens,
-        prepare_options=prepare_options,
-        bits=quantize_bits,
-        epochs=train_epochs,
-        learning_rate=train_learning_rate,
-        rank=train_rank,
-        train_options=train_options,
-        evaluate_options=evaluate_options,
-        merge_dtype=merge_dtype,
-        quantizations=convert_quantizations,
-        path=upload_path,
-        server=register_server,
-        runtime=deploy_runtime,
+        model=base_model,
+        data=dataset,
+        gpu_memory=gpu_memory_gib,
+        max_tokens=max_tokens_per_row,
+        prepare_options=more_prepare_options,
+        bits=load_in_bits,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        rank=lora_rank,
+        train_options=more_train_options,
+        evaluate_options=more_evaluate_options,
+        merge_dtype=merged_dtype,
+        quantizations=gguf_quantizations,
+        path=destination_path,
+        server=registry_url,
+        runtime=serving_runtime,
+        run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     )
     fixed.set_caching_options(False)  # names may point to something else today
     model, data, code = fixed.outputs["model"], fixed.outputs["data"], fixed.outputs["code"]
-    prepared = prepare(model=model, data=data, code=code, max_tokens=prepare_max_tokens, options=prepare_options)
-    quantized = quantize(model=model, code=code, teacher=fixed.outputs["teacher"], bits=quantize_bits)
+    prepared = prepare(model=model, data=data, code=code, max_tokens=max_tokens_per_row, options=more_prepare_options)
+    quantized = quantize(model=model, code=code, teacher=fixed.outputs["teacher"], bits=load_in_bits)
     trained = train(
         weights=quantized.outputs["weights"],
-        teacher_weights=quantized.outputs["teacher_weights"],
         rows=prepared.outputs["rows"],
         code=code,
-        epochs=train_epochs,
-        learning_rate=train_learning_rate,
-        rank=train_rank,
-        options=train_options,
-        path=upload_path,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        rank=lora_rank,
+        options=more_train_options,
+        path=destination_path,
     )
     evaluated = evaluate(
         weights=quantized.outputs["weights"],
         adapter=trained.outputs["adapter"],
         rows=prepared.outputs["rows"],
         code=code,
-        options=evaluate_options,
-        path=upload_path,
+        options=more_evaluate_options,
+        path=destination_path,
         champion=fixed.outputs["champion"],
+        key=fixed.outputs["evaluation"],
     )
-    with dsl.If(evaluated.outputs["Output"] == PROMOTED, name="better-than-the-champion"):
+    with dsl.If(evaluated.outputs["Output"] == PROMOTED, name="if better"):
         merged = merge(
             model=model,
             code=code,
             adapter=trained.outputs["adapter"],
             rows=prepared.outputs["rows"],
             evaluation=evaluated.outputs["evaluation"],
-            dtype=merge_dtype,
+            dtype=merged_dtype,
         )
         converted = convert(
             merged=merged.outputs["merged"],
             rows=prepared.outputs["rows"],
             code=code,
-            quantizations=convert_quantizations,
+            quantizations=gguf_quantizations,
         )
         uploaded = upload(
             merged=merged.outputs["merged"],
             gguf=converted.outputs["gguf"],
             evaluation=evaluated.outputs["evaluation"],
-            path=upload_path,
+            path=destination_path,
+            run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         )
         registered = register(
             manifest=uploaded.outputs["manifest"],
-            path=upload_path,
-            server=register_server,
-            connection=cluster_connection,
+            path=destination_path,
+            server=registry_url,
+            connection=with_connection_secret,
             run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
             run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
         )
         deployed = deploy(
             manifest=uploaded.outputs["manifest"],
-            path=upload_path,
-            runtime=deploy_runtime,
-            connection=cluster_connection,
+            path=destination_path,
+            runtime=serving_runtime,
+            connection=with_connection_secret,
             model_id=registered.outputs["model_id"],
             version_id=registered.outputs["version_id"],
-            node_selector=cluster_node_selector,
-            tolerations=cluster_tolerations,
+            node_selector=with_node_selector,
+            tolerations=with_tolerations,
         )
         for task in (uploaded, registered, deployed):
             task.set_caching_options(False)  # what was published, registered or served may have been removed since
 
     for task in (fixed, prepared, quantized, trained, evaluated, merged, converted, uploaded, registered, deployed):
-        _place(task, cluster_connection, cluster_tokens)
+        _place(task, with_connection_secret, with_tokens_secret)
     # GPUs of one pod exchange gradients through shared memory, of which a container has 64 MiB by itself.
     kubernetes.empty_dir_mount(trained, "shm", "/dev/shm", medium="Memory", size_limit="2Gi")
     for task, num_gpus in ((trained, fixed.outputs["gpus"]), (evaluated, 1)):
         task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(num_gpus)
-        kubernetes.add_node_selector_json(task, node_selector_json=cluster_node_selector)
-        kubernetes.add_toleration_json(task, toleration_json=cluster_tolerations)
+        kubernetes.add_node_selector_json(task, node_selector_json=with_node_selector)
+        kubernetes.add_toleration_json(task, toleration_json=with_tolerations)

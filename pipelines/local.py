@@ -22,7 +22,7 @@ from components.build import build
 from components.config import CONFIG_OF_STEP, Recipe, form_values
 from components.errors import Tune16Error
 from components.lease import locked
-from components.outputs import new_folder, read_json, write_json
+from components.outputs import EVALUATION, new_folder, read_json, write_json
 from components.redaction import redacted
 from components.steps import PARENT_VARIABLE
 from pipelines.finetune import finetune
@@ -156,7 +156,7 @@ def put_demo(folder: Path) -> None:
 def _run_pipeline(recipe: Recipe, folder: Path, listener: "_Listener") -> None:
     root = str(folder / "steps")
     local.init(local.SubprocessRunner(use_venv=False), root, raise_on_error=True, enable_caching=True)
-    arguments = form_values(recipe, finetune.component_spec.inputs)
+    arguments = form_values(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # kfp warns of images, limits and secrets, which mean nothing here
         try:
@@ -213,8 +213,8 @@ class _Listener:
 
 def _collect(run: LocalRun) -> None:
     """Bring the report to the top of the run's folder and read the scores and the published address."""
-    shutil.copyfile(_output(run, "evaluate/report"), run.report)
-    run.evaluation = read_json(_output(run, "evaluate/evaluation") / "evaluation.json")
+    shutil.copyfile(_output(run, "evaluate/evaluation_report"), run.report)
+    run.evaluation = read_json(_output(run, "evaluate/evaluation") / EVALUATION)
     if "upload" in run.steps:
         run.address = read_json(_output(run, "upload/manifest"))["address"]
 

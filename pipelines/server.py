@@ -4,6 +4,7 @@ Every request has a time limit. What only reads is simply repeated after a fault
 only after a look whether the first try got through, by a name that is unique.
 """
 
+import functools
 import json
 import logging
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import urllib3
 from kfp_server_api import (
@@ -39,6 +41,7 @@ _LOOKS = 5  # for what may have got through although its answer was lost
 PAUSE_SECONDS = 0.5  # before the second try; it doubles with each further one
 _PASSING_FAULTS = {429, 500, 502, 503, 504}
 _PAGE_SIZE = 100
+_MAX_PAGES = 20  # of artifacts: nobody waits for more
 
 
 class UnavailableError(Tune16Error):
@@ -179,8 +182,35 @@ class PipelineServer:
         )
 
     def delete_schedule(self, schedule_id: str) -> None:
-        """Delete a recurring run."""
-        self._act(self._schedules.recurring_run_service_delete_recurring_run, schedule_id)
+        """Delete a recurring run and leave its runs alone: by itself the server destroys those that go on."""
+        method = self._schedules.recurring_run_service_delete_recurring_run
+        self._act(functools.partial(method, propagation_policy="ORPHAN"), schedule_id)
+
+    def read_archived_log(self, run_id: str, node: str) -> str | None:
+        """What a node of a run's workflow has printed, from where the server keeps logs; None where it has none."""
+        try:
+            return self._get_text(f"/apis/v1alpha1/runs/{run_id}/nodes/{node}/log")
+        except Tune16Error:
+            return None
+
+    def list_artifacts(self, namespace: str) -> list[Json]:
+        """The artifacts of all runs with addresses from where they can be fetched; none where the server lists none.
+
+        Only Open Data Hub's pipeline server has such a list.
+        """
+        entries: list[Json] = []
+        token = ""
+        for _ in range(_MAX_PAGES):
+            query = {"namespace": namespace, "view": "DOWNLOAD", "page_size": _PAGE_SIZE, "page_token": token}
+            try:
+                page = json.loads(self._get_text(f"/apis/v2beta1/artifacts?{urlencode(query)}"))
+            except Tune16Error:
+                return entries
+            entries += page.get("artifacts") or []
+            token = page.get("next_page_token") or ""
+            if not token:
+                break
+        return entries
 
     def set_schedule_enabled(self, schedule_id: str, enabled: bool) -> None:
         """Pause a recurring run, or let it go on."""
@@ -191,6 +221,27 @@ class PipelineServer:
             else schedules.recurring_run_service_disable_recurring_run,
             schedule_id,
         )
+
+    def _get_text(self, path: str) -> str:
+        """GET a path that the client has no method for.
+
+        Raises:
+            Tune16Error: the server refuses, or gives no answer.
+        """
+
+        def ask() -> str:
+            answer = self._client.call_api(
+                path,
+                "GET",
+                header_params={"Accept": "*/*"},
+                auth_settings=["Bearer"],
+                _preload_content=False,
+                _return_http_data_only=True,
+                _request_timeout=(self._timeout, self._timeout),
+            )
+            return str(answer.data.decode(errors="replace"))
+
+        return self._repeat(ask)
 
     def _list(
         self, method: Callable[..., Any], key: str, *arguments: Any, limit: int = 10_000, **query: Any

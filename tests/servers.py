@@ -257,6 +257,7 @@ def now() -> str:
 # --- The pipeline server -------------------------------------------------------------------------------------
 
 EPOCH = "1970-01-01T00:00:00Z"  # what the real server says of a run that has not finished
+NEVER = "0001-01-01T00:00:00Z"  # and of a task
 FINISHED = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED"}
 RPC_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 6}  # all else is 13, an internal error
 OPERATIONS: dict[Any, Callable[[str, str], bool]]
@@ -278,6 +279,8 @@ Step = tuple[str, Json] | Json | Callable[[Json], None]
 class PipelineApi(Server):
     """The API v2beta1 of Kubeflow Pipelines for one user, behind a proxy that checks the token.
 
+    It answers as Open Data Hub's server 2.16 does, or as upstream's 2.17 where ``is_2_17`` is set: there every node is
+    wrapped by a retry, and artifacts are not listed. ``kept_logs`` are by (run, node), ``artifacts`` as they are told.
     Each GET of a run takes the next step of ``script``: (state, tasks), fields to set, or a function of the run.
     """
 
@@ -300,22 +303,28 @@ class PipelineApi(Server):
             ("POST", r"runs/(?P<key>[^/:]+):(?P<action>archive|unarchive)", "_archive_run"),
             ("POST", r"runs/(?P<key>[^/:]+):terminate", "_terminate_run"),
             ("POST", r"runs/(?P<key>[^/:]+):retry", "_retry_run"),
+            ("GET", r"artifacts", "_list_artifacts"),
             ("POST", r"recurringruns/(?P<key>[^/:]+):(?P<action>enable|disable)", "_switch_recurring_run"),
             ("GET", r"(?P<kind>pipelines|experiments|runs|recurringruns)", "_list"),
             ("GET", r"(?P<kind>pipelines|experiments|recurringruns)/(?P<key>[^/:]+)", "_get"),
             ("DELETE", r"(?P<kind>experiments|runs|recurringruns)/(?P<key>[^/:]+)", "_delete"),
         ]
     ]
+    routes.append(("GET", r"/apis/v1alpha1/runs/(?P<run>[^/]+)/nodes/(?P<node>[^/]+)/log", "_kept_log"))
 
     def __init__(self, token: str = "good", tls: tuple[str | Path, str | Path] | None = None) -> None:
         super().__init__(token, tls)
         self.forbidden = False
+        self.pipeline_store = "kubernetes"
         self.pipelines: dict[str, Json] = {}
         self.versions: dict[str, Json] = {}
         self.experiments: dict[str, Json] = {}
         self.runs: dict[str, Json] = {}
         self.recurring_runs: dict[str, Json] = {}
         self.script: list[Step] = []
+        self.is_2_17 = False
+        self.kept_logs: dict[tuple[str, str], str] = {}
+        self.artifacts: list[Json] = []
         self._add_experiment("Default")  # the real server makes it at its start
 
     def set_tasks(self, run_id: str, tasks: dict[str, str | Json], state: str = "", error: str = "") -> None:
@@ -338,11 +347,13 @@ class PipelineApi(Server):
 
     def _render(self, problem: ApiError) -> Reply:
         code = 10 if problem.reason == "Aborted" else RPC_CODES.get(problem.status, 13)
-        body = {"error": problem.message, "code": code, "message": problem.message, "details": []}
-        return Reply.json(body, problem.status)
+        said = "Internal Server Error" if code == 13 else problem.message.rpartition("rror: ")[2]
+        detail = {"@type": "type.googleapis.com/google.rpc.Status", "code": code, "message": said}
+        return Reply.json({"code": code, "message": problem.message, "details": [detail]}, problem.status)
 
     def _healthz(self, request: Request) -> Json:
-        return {"multi_user": False, "pipeline_store": "database"}
+        tags = {"commit_sha": "unknown", "tag_name": "unknown"}
+        return {**tags, "multi_user": False, "pipeline_store": self.pipeline_store}
 
     def _list(self, request: Request, kind: str) -> Json:
         attribute, field, _ = STORES[kind]
@@ -350,7 +361,8 @@ class PipelineApi(Server):
             raise _invalid(f"In single-user mode, List{kind} cannot filter by namespace.")
         experiment = request.query.get("experiment_id")
         rows = getattr(self, attribute).values()
-        return _page(request, field, [row for row in rows if not experiment or row.get("experiment_id") == experiment])
+        rows = [row for row in rows if not experiment or row.get("experiment_id") == experiment]
+        return _page(request, field, [self._told(row) for row in rows] if kind == "runs" else rows)
 
     def _get(self, request: Request, kind: str, key: str) -> Json:
         attribute, _, title = STORES[kind]
@@ -359,6 +371,9 @@ class PipelineApi(Server):
     def _delete(self, request: Request, kind: str, key: str) -> Json:
         self._get(request, kind, key)
         del getattr(self, STORES[kind][0])[key]
+        if kind == "recurringruns" and request.query.get("propagation_policy") != "ORPHAN":
+            for run in self.runs.values():  # its workflow goes, and the run reads running for ever
+                run["is_destroyed"] = run.get("recurring_run_id") == key and run["state"] not in FINISHED
         return {}
 
     # Pipelines and their versions
@@ -469,7 +484,9 @@ class PipelineApi(Server):
         """Return the version that a reference names, or its pipeline's newest."""
         if not reference.get("pipeline_id"):
             raise _invalid("Failed to fetch a template: neither a pipeline nor a pipeline spec")
-        _find(self.pipelines, "Pipeline", reference["pipeline_id"])
+        if reference["pipeline_id"] not in self.pipelines:
+            why = f"pipeline was not found: ResourceNotFoundError: Pipeline {reference['pipeline_id']} not found"
+            raise ApiError(500, f"Failed to create a new run: InternalServerError: {why}")
         mine = {found["pipeline_version_id"]: found for found in self._versions_of(reference["pipeline_id"])}
         return _find(mine, "PipelineVersion", reference.get("pipeline_version_id") or next(reversed(mine), ""))
 
@@ -484,12 +501,31 @@ class PipelineApi(Server):
 
     def _get_run(self, request: Request, key: str) -> Json:
         run = _find(self.runs, "Run", key)
+        if run.get("is_destroyed"):
+            return self._told(run)
         if run["state"] == "CANCELING":
             open_tasks = [task for task in run["run_details"]["task_details"] if task["state"] not in FINISHED]
-            self.set_tasks(key, {task["display_name"]: "CANCELED" for task in open_tasks}, state="CANCELED")
+            self.set_tasks(key, {task["display_name"]: "FAILED" for task in open_tasks}, state="FAILED")
+            if not self.is_2_17:
+                run["state_history"] = [entry for entry in run["state_history"] if entry["state"] != "CANCELING"]
         elif self.script:
             self._advance(run, self.script.pop(0))
-        return run
+        return self._told(run)
+
+    def _told(self, run: Json) -> Json:
+        """A run as it is told: its steps with their drivers and executors, under a retry strategy with attempts."""
+        told = [entry for task in run["run_details"]["task_details"] for entry in _nodes_of(task, self.is_2_17)]
+        return {**run, "run_details": {"task_details": told}}
+
+    def _kept_log(self, request: Request, run: str, node: str) -> Reply:
+        if (run, node) not in self.kept_logs:
+            raise ApiError(500, f"failed to read the log of {node}")
+        return Reply(200, self.kept_logs[run, node].encode(), TEXT)
+
+    def _list_artifacts(self, request: Request) -> Json:
+        if self.is_2_17:
+            raise ApiError(404, "Not Found", body=Reply.json({"code": 5, "message": "Not Found"}, 404))
+        return {"artifacts": self.artifacts}
 
     def _advance(self, run: Json, step: Step) -> None:
         if callable(step):
@@ -511,7 +547,7 @@ class PipelineApi(Server):
         if run["state"] not in ("FAILED", "CANCELED"):
             raise ApiError(409, "BadRequestError: Workflow must be Failed/Error to retry", "Aborted")
         run.pop("error", None)
-        failed = [task for task in run["run_details"]["task_details"] if task["state"] in ("FAILED", "CANCELED")]
+        failed = [task for task in run["run_details"]["task_details"] if task["state"] == "FAILED"]
         self.set_tasks(key, {task["display_name"]: "PENDING" for task in failed}, state="RUNNING")
         return {}
 
@@ -670,21 +706,44 @@ def _set_state(run: Json, state: str) -> None:
 
 
 def _set_task(run: Json, name: str, fields: Json) -> None:
-    """Change a task of a run, or add it with a pod named after both."""
+    """Change a task of a run, or add it; of a step that came from the cache the state is CACHED."""
     tasks = run["run_details"]["task_details"]
     task = next((task for task in tasks if task["display_name"] == name), None)
     if task is None:
-        pod = f"{name}-{run['run_id'][:5]}"
         task = {"run_id": run["run_id"], "task_id": str(uuid.uuid4()), "display_name": name, "create_time": now()}
-        task |= {"pod_name": pod, "child_tasks": [{"pod_name": pod}], "state": "PENDING"}
+        task |= {"start_time": now(), "end_time": NEVER, "state": "PENDING", "state_history": []}
         tasks.append(task)
-    task.update(fields)
-    if task["state"] != "PENDING":
-        task.setdefault("start_time", now())
-    if task["state"] in FINISHED:
-        task.setdefault("end_time", now())
-    else:
-        task.pop("end_time", None)
+    is_cached = fields.get("state") == "CACHED"
+    task.update(fields, **({"state": "SUCCEEDED"} if is_cached else {}))
+    if task["state"] in FINISHED and not task["state_history"] and not is_cached:
+        task["state_history"].append({"update_time": now(), "state": "RUNNING"})
+    task["state_history"].append({"update_time": now(), "state": task["state"]})
+    if "end_time" not in fields:
+        task["end_time"] = now() if task["state"] in FINISHED else NEVER
+
+
+def _nodes_of(task: Json, is_2_17: bool) -> list[Json]:
+    """What the server tells of a step beside its own task: its driver, its executor, and their attempts."""
+    name, suffix = task["display_name"], "(0)" if is_2_17 else ""
+    executor, pod = f"wf-{name}-executor", f"wf-{name}-executor-0" if is_2_17 else f"wf-{name}-executor"
+    is_cached = [entry["state"] for entry in task["state_history"]] == ["SUCCEEDED"]
+    driver = {
+        **task,
+        "display_name": f"{name}-driver",
+        "state": "SUCCEEDED",
+        "child_tasks": [{"pod_name": f"wf-{name}"}],
+    }
+    run = {**task, "display_name": "executor", "state": "SKIPPED" if is_cached else task["state"], "child_tasks": []}
+    if not is_2_17:
+        return [{**task, "child_tasks": [{"pod_name": executor}]}, driver, run]
+    return [
+        {**task, "display_name": f"{name}{suffix}", "child_tasks": [{"pod_name": executor}, {"pod_name": "wf-other"}]},
+        {**task, "child_tasks": [{"pod_name": f"wf-{name}-0"}]},
+        driver,
+        {**driver, "display_name": f"{name}-driver{suffix}"},
+        {**run, "child_tasks": [{"pod_name": pod}]},
+        {**run, "display_name": f"executor{suffix}"},
+    ]
 
 
 # --- Kubernetes ----------------------------------------------------------------------------------------------
@@ -1025,9 +1084,10 @@ def _selected(request: Request, obj: Json) -> bool:
     labels, fields = request.query.get("labelSelector"), request.query.get("fieldSelector")
     wanted = [("label", *term) for term in _terms(labels)] + [("field", *term) for term in _terms(fields)]
     for kind, name, value in wanted:
-        if kind == "field" and name != "metadata.name":
+        if kind == "field" and name not in ("metadata.name", "involvedObject.name"):
             raise ApiError(400, f"field label not supported: {name}")
-        if (metadata["name"] if kind == "field" else metadata.get("labels", {}).get(name)) != value:
+        found = _at(obj, tuple(name.split("."))) if kind == "field" else metadata.get("labels", {}).get(name)
+        if found != value:
             return False
     return True
 

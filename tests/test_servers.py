@@ -26,6 +26,7 @@ root:
       model: {parameterType: STRING}
 """
 PLATFORM = "---\nplatforms: {kubernetes: {}}\n"
+STEPS = ("prepare", "train")
 TRAINER = "trainer.kubeflow.org/v1alpha1"
 JOB = {"apiVersion": TRAINER, "kind": "TrainJob", "metadata": {"name": "job"}, "spec": {"nodes": 2}}
 
@@ -55,6 +56,11 @@ def run_body(pipeline: str, version: str | None = None, **parameters: Any) -> kf
         pipeline_version_reference=Reference(pipeline_id=pipeline, pipeline_version_id=version),
         runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=parameters),
     )
+
+
+def states(run: Any) -> dict[str, str]:
+    """The states of the steps, without their drivers and executors."""
+    return {task.display_name: task.state for task in run.run_details.task_details if task.display_name in STEPS}
 
 
 def refused(status: int) -> Any:
@@ -134,20 +140,16 @@ def test_a_run_from_start_to_end(api: PipelineApi, pipeline: str) -> None:
     assert run.state == "PENDING" and run.pipeline_version_reference.pipeline_version_id in api.versions
     api.script = [("RUNNING", {"prepare": "SUCCEEDED", "train": "RUNNING"}), ("FAILED", {"train": "FAILED"})]
     first = runs.run_service_get_run(run.run_id)
-    assert first.state == "RUNNING" and [task.state for task in first.run_details.task_details] == [
-        "SUCCEEDED",
-        "RUNNING",
-    ]
+    assert first.state == "RUNNING" and states(first) == {"prepare": "SUCCEEDED", "train": "RUNNING"}
     last = runs.run_service_get_run(run.run_id)
-    train = last.run_details.task_details[1]
-    assert last.state == "FAILED" and train.display_name == "train" and train.child_tasks[0].pod_name == train.pod_name
+    assert last.state == "FAILED" and states(last)["train"] == "FAILED"
     assert last.finished_at.year > 1970 and first.finished_at.year == 1970
     runs.run_service_retry_run(run.run_id)
     assert runs.run_service_get_run(run.run_id).state == "RUNNING"
     runs.run_service_terminate_run(run.run_id)
     assert api.runs[run.run_id]["state"] == "CANCELING"
     ended = runs.run_service_get_run(run.run_id)
-    assert ended.state == "CANCELED" and ended.run_details.task_details[1].state == "CANCELED"
+    assert ended.state == "FAILED" and states(ended)["train"] == "FAILED"  # as the real server says of a stopped run
     with refused(400):
         runs.run_service_terminate_run(run.run_id)
     runs.run_service_archive_run(run.run_id)
@@ -172,9 +174,10 @@ def test_a_run_with_wrong_parameters(api: PipelineApi, pipeline: str, parameters
 
 
 def test_a_run_of_what_does_not_exist(api: PipelineApi, pipeline: str) -> None:
-    for body in (run_body("none"), run_body(pipeline, "none", model="tiny")):
-        with refused(404):
-            connect(api).runs.run_service_create_run(body)
+    with refused(500):  # as the real server says it
+        connect(api).runs.run_service_create_run(run_body("none"))
+    with refused(404):
+        connect(api).runs.run_service_create_run(run_body(pipeline, "none", model="tiny"))
 
 
 def test_recurring_runs(api: PipelineApi, pipeline: str) -> None:
@@ -209,7 +212,7 @@ def test_the_sdks_client(api: PipelineApi, package: str) -> None:
     assert client.get_experiment(experiment_name="Tuning") == experiment
     version = next(iter(api.versions))
     run = client.run_pipeline(experiment.experiment_id, "run", None, {"model": "m"}, made.pipeline_id, version)
-    api.set_tasks(run.run_id, {"train": {"state": "SUCCEEDED", "pod_name": "p"}}, state="SUCCEEDED")
+    api.set_tasks(run.run_id, {"train": "SUCCEEDED"}, state="SUCCEEDED")
     assert client.wait_for_run_completion(run.run_id, 1).state == "SUCCEEDED"
 
 

@@ -58,7 +58,7 @@ def convert_model(merged: Path, data: Path, output: Path, config: ConvertConfig)
     tools = llamacpp.converter()
     reason = ""
     if not config.names:
-        reason = "no quantisation is named in convert_quantizations"
+        reason = "no quantisation is named in gguf_quantizations"
     elif tools is None:
         reason = "llama.cpp is not installed here; `make llama` builds it, with a C++ compiler"
     rows: list[dict[str, Any]] = []
@@ -140,7 +140,7 @@ def _check_against_weights(full: Path, merged: Path, data: Path) -> None:
         raise Tune16Error(
             f"convert: the loss of the 16-bit GGUF file is {loss:.3f}, that of the weights it was made of "
             f"{published['loss']:.3f}. llama.cpp does not compute this model as Transformers does (a sliding window, a "
-            "scaling of positions?). Leave convert_quantizations empty to publish the weights alone."
+            "scaling of positions?). Leave gguf_quantizations empty to publish the weights alone."
         )
 
 

@@ -55,7 +55,7 @@ def _run(script: Path, source: Path, *arguments: str | Path) -> None:
         reason = next((line for line in lines if "is not supported" in line), "\n  ".join(lines[-_SHOWN_LINES:]))
         raise Tune16Error(
             f"llama.cpp cannot convert this model: {reason.removeprefix('ERROR:hf-to-gguf:')}\n  Leave "
-            "convert_quantizations empty to publish the model without GGUF files."
+            "gguf_quantizations empty to publish the model without GGUF files."
         )
 
 

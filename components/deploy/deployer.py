@@ -122,7 +122,7 @@ def deploy(manifest: Json, path: str, placing: Placing, config: DeployConfig) ->
         Tune16Error: it did not become ready or did not answer; what was served before serves.
     """
     if not config.runtime:
-        say("deploy", "no server is named in deploy_runtime: nothing deployed")
+        say("deploy", "no server is named in serving_runtime: nothing deployed")
         return ""
     setting = f"deploy.runtime {config.runtime}"
     with kubeapi.explained(setting):
@@ -159,7 +159,7 @@ def _check_owner(before: Json | None, manifest: Json) -> None:
     if found != owner(manifest):
         raise Tune16Error(
             f"InferenceService {before['metadata']['name']}: belongs to {found or 'somebody else'}. Choose "
-            "another last part for upload_path, or remove it."
+            "another last part for destination_path, or remove it."
         )
 
 

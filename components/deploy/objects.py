@@ -90,7 +90,7 @@ def _llama_cpp(manifest: Json, path: str, runtime: str) -> Json:
     models = [name for name in manifest.get("gguf", []) if name in sizes]
     if not models:
         raise Tune16Error(
-            f"deploy.runtime {runtime}: {manifest['address']} has no GGUF file. Name one in convert_quantizations."
+            f"deploy.runtime {runtime}: {manifest['address']} has no GGUF file. Name one in gguf_quantizations."
         )
     cache = context(manifest) * manifest["cache_bytes_per_token"]
     memory = f"{(sizes[models[0]] * 5 // 4 + cache) // 2**30 + 2}Gi"  # the file, keys and values, Python

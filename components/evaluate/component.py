@@ -16,9 +16,10 @@ def evaluate(
     options: dict[str, Any],
     path: str,
     champion: str,
+    key: str,
     evaluation: dsl.Output[dsl.Artifact],
-    report: dsl.Output[dsl.HTML],
-    metrics: dsl.Output[dsl.Metrics],
+    evaluation_report: dsl.Output[dsl.HTML],
+    scores: dsl.Output[dsl.Metrics],
 ) -> str:
     """Compare tuned and base model on held-out rows; the verdict is promoted, kept or inconclusive."""
     from pathlib import Path
@@ -26,12 +27,14 @@ def evaluate(
     from components.config import EvaluateConfig
     from components.evaluate.evaluation import evaluate_adapter
     from components.outputs import copy_report, log_metrics
+    from components.records import keep_evaluation
     from components.steps import step
 
     with step("evaluate"):
         config = EvaluateConfig.load(options)
         inputs = (Path(weights.path), Path(adapter.path), Path(rows.path))
         result = evaluate_adapter(*inputs, Path(evaluation.path), config, path, champion)
-        copy_report(evaluation.path, report.path)
-        log_metrics(metrics, result.metrics())
+        keep_evaluation(path, key, Path(evaluation.path))
+        copy_report(evaluation.path, evaluation_report.path)
+        log_metrics(scores, result.metrics())
     return result.verdict

@@ -32,12 +32,11 @@ from components.evaluate.scores import (
     score_losses,
 )
 from components.models import bound_float16, card_facts, load_base, usable_dtype
-from components.outputs import new_folder, read_record, write_json, write_record
+from components.outputs import EVALUATION, new_folder, read_record, write_json, write_record
 from components.report import significant
 from components.steps import say
 from components.stopping import generation_settings
 
-SCORES_FILE = "evaluation.json"
 _TUNED = "default"  # PEFT's name for the first adapter
 _CHAMPION = "champion"
 
@@ -70,13 +69,12 @@ class Evaluation:
         return self.verdict == PROMOTED
 
     def metrics(self) -> dict[str, float]:
-        """The scores as flat, rounded numbers for the dashboard."""
+        """The scores as flat, rounded numbers for the dashboard, which sorts them by name."""
         numbers = {}
         for name, scores in (("base", self.base), ("tuned", self.tuned)):
-            numbers[f"{name}_loss"] = scores.loss.value
-            numbers[f"{name}_perplexity"] = scores.perplexity
-            numbers[f"{name}_exact_match"] = scores.exact_match.value
-            numbers[f"{name}_chrf"] = scores.chrf.value
+            numbers[f"loss_{name}"] = scores.loss.value
+            numbers[f"exact_match_{name}"] = scores.exact_match.value
+            numbers[f"chrf_{name}"] = scores.chrf.value
         return {name: significant(value) for name, value in numbers.items()}
 
 
@@ -208,7 +206,7 @@ def _write(evaluation: Evaluation, trained: dict[str, Any], output: Path, config
             "champion": _as_dict(evaluation.champion),
             "samples": [vars(sample) for sample in evaluation.samples],
         }
-        write_json(folder / SCORES_FILE, content)
+        write_json(folder / EVALUATION, content)
         write_report(evaluation, trained, folder)
         write_card(evaluation, trained, folder)
         write_record(folder, "evaluate", config, model=trained["model"], verdict=evaluation.verdict)

@@ -175,7 +175,7 @@ def _merged(name: str, weight: torch.Tensor, delta: Delta | None, dtype: torch.d
         weight = add_delta(weight, delta, dtype or weight.dtype)
         if not all(extreme.isfinite() for extreme in weight.aminmax()):
             raise Tune16Error(
-                f"{name}: the merged weight leaves the range of {weight.dtype}. Set merge_dtype to bfloat16."
+                f"{name}: the merged weight leaves the range of {weight.dtype}. Set merged_dtype to bfloat16."
             )
     return weight if dtype is None or not weight.is_floating_point() else weight.to(dtype)
 

@@ -13,7 +13,7 @@ import torch
 
 from components.errors import Tune16Error
 from components.models import load_model
-from components.outputs import PUBLISHED, read_json, read_record, write_json
+from components.outputs import EVALUATION, PUBLISHED, read_json, read_record, write_json
 from components.steps import say
 from components.stopping import as_list
 from components.tensors import weight_bytes
@@ -43,7 +43,7 @@ def check_published(merged: Path, data: Path, evaluation: Path) -> dict[str, Any
     from transformers import AutoTokenizer
 
     folder = merged / "merged"
-    judged = read_json(evaluation / "evaluation.json")["samples"]
+    judged = read_json(evaluation / EVALUATION)["samples"]
     rows = pq.read_table(data / "held_out.parquet").slice(0, len(judged)).to_pylist()
     size = weight_bytes(folder)
     chosen = _choose([len(row["input_ids"]) for row in rows], int(_WORK / size))

@@ -13,23 +13,28 @@ from components.config import Recipe
 from components.disk import needed
 from components.errors import Tune16Error
 from components.memory import MemoryPlan, nearest, plan
+from components.records import evaluation_key
 from components.references import TOKENIZER_FILES, Reference, fetch, parse, pin, read_config
 from components.report import size
 from components.shapes import ModelShape, read_shape
 from components.steps import say
 
+_OF_A_VERSION = ("prepare", "quantize", "train", "evaluate", "merge", "convert")  # the steps that decide its content
+
 
 @dataclass(frozen=True)
 class Preflight:
-    """Fixed references of model, teacher and data set, the version to beat, the plan, and bytes of disk for each step.
+    """What names and settings mean today; what there is none of is empty.
 
-    What there is none of is empty.
+    Fixed references of model, teacher and data set, the version to beat, the name of the evaluation that all of it
+    leads to, the memory plan, and bytes of disk for each step.
     """
 
     model: str
     teacher: str
     data: str
     champion: str
+    evaluation: str
     plan: MemoryPlan
     disk: dict[str, int]
 
@@ -70,7 +75,10 @@ def check(recipe: Recipe, path: str = "") -> Preflight:
         say("preflight", line)
     refuse_unfit(memory, recipe, shape, teacher_shape)
     inputs = {"model": str(model), "teacher": str(teacher or ""), "data": str(data)}
-    return Preflight(**inputs, champion=_version_to_beat(path, inputs, recipe) if path else "", plan=memory, disk=disk)
+    champion = _version_to_beat(path, inputs, recipe) if path else ""
+    settings = _settings(recipe, "prepare", "quantize", "train", "evaluate")
+    evaluation = evaluation_key(**inputs, path=path, champion=champion, code=build(), settings=settings)
+    return Preflight(**inputs, champion=champion, evaluation=evaluation, plan=memory, disk=disk)
 
 
 def _shape(model: Reference) -> ModelShape:
@@ -112,16 +120,15 @@ def _version_to_beat(path: str, inputs: dict[str, str], recipe: Recipe) -> str:
     base = manifest["lineage"]["model"]
     if base != inputs["model"] and not recipe.evaluate.replace_other_base:
         raise Tune16Error(f"upload.path: at {path}, {versions.other_base(champion.version, base)}")
-    if not versions.is_made_of(path, manifest, {**inputs, "tune16": build()}, _settings(recipe)):
+    if not versions.is_made_of(path, manifest, {**inputs, "tune16": build()}, _settings(recipe, *_OF_A_VERSION)):
         return champion.version
     say("preflight", f"nothing has changed since {champion.version}: the steps come from the cache and need no GPU")
     beaten: str = manifest["lineage"]["champion"]
     return beaten
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide a version's content, as its config.json has them."""
-    steps = ("prepare", "quantize", "train", "evaluate", "merge", "convert")
+def _settings(recipe: Recipe, *steps: str) -> dict[str, Any]:
+    """The settings of these steps, as a version's config.json has them."""
     content: dict[str, Any] = json.loads(recipe.model_dump_json(include=set(steps)))
     return content
 
@@ -136,7 +143,7 @@ def refuse_unfit(memory: MemoryPlan, recipe: Recipe, shape: ModelShape, teacher:
         return
     over = (memory.total - memory.available) / 2**30
     largest = max(memory.parts, key=lambda name: memory.parts[name])
-    reason = f"it needs {over:.1f} GiB more than preflight_gpu_memory; the largest part is '{largest}'"
+    reason = f"it needs {over:.1f} GiB more than gpu_memory_gib; the largest part is '{largest}'"
     if over <= 0:
         reason = f"its rows are so long that {memory.host / 2**30:.0f} GiB would have to wait in the host's memory"
     changes = nearest(shape, recipe, teacher)

@@ -25,9 +25,10 @@ def preflight(
     path: str,
     server: str,
     runtime: str,
-    plan: dsl.Output[dsl.Markdown],
+    run_id: str,
+    memory_plan: dsl.Output[dsl.Markdown],
 ) -> NamedTuple(  # type: ignore[valid-type]
-    "Fixed", [("model", str), ("teacher", str), ("data", str), ("champion", str), ("gpus", str), ("code", str)]
+    "Fixed", [(name, str) for name in ("model", "teacher", "data", "champion", "evaluation", "gpus", "code")]
 ):
     """Fix model, data set and champion, check storage and every setting, and plan the GPU's memory."""
     from pathlib import Path
@@ -35,6 +36,7 @@ def preflight(
     from components import config
     from components.build import build
     from components.preflight.checks import as_markdown, check
+    from components.records import begin
     from components.steps import step
 
     with step("preflight"):
@@ -53,8 +55,9 @@ def preflight(
             "deploy": config.DeployConfig.load(runtime=runtime),
         }
         fixed = check(config.parse(config.Recipe, sections, where="form"), path)
-        Path(plan.path).write_text(as_markdown(fixed.plan, fixed.disk))
+        begin(path, run_id, fixed.evaluation)
+        Path(memory_plan.path).write_text(as_markdown(fixed.plan, fixed.disk))
         # On several nodes a job of its own has the GPUs, and the step's pod, which only follows it, needs none.
         # As text: KFP's driver reads resource limits as strings, and takes a number for no limit at all.
         gpus = str(training.num_gpus if training.num_nodes == 1 else 0)
-    return fixed.model, fixed.teacher, fixed.data, fixed.champion, gpus, build()
+    return fixed.model, fixed.teacher, fixed.data, fixed.champion, fixed.evaluation, gpus, build()

@@ -15,19 +15,17 @@ def prepare(
     max_tokens: int,
     options: dict[str, Any],
     rows: dsl.Output[dsl.Dataset],
-    report: dsl.Output[dsl.HTML],
-    metrics: dsl.Output[dsl.Metrics],
+    data_report: dsl.Output[dsl.HTML],
 ) -> None:
     """Turn the data set into tokenised rows to train on and rows held out."""
     from pathlib import Path
 
     from components.config import PrepareConfig
-    from components.outputs import copy_report, log_metrics
+    from components.outputs import copy_report
     from components.prepare.dataset import prepare_dataset
     from components.steps import step
 
     with step("prepare"):
         config = PrepareConfig.load(options, max_tokens=max_tokens)
-        counts = prepare_dataset(data, model, Path(rows.path), config)
-        copy_report(rows.path, report.path)
-        log_metrics(metrics, vars(counts))
+        prepare_dataset(data, model, Path(rows.path), config)
+        copy_report(rows.path, data_report.path)

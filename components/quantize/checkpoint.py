@@ -70,17 +70,13 @@ def quantize_checkpoint(model: str, output: Path, config: QuantizeConfig) -> dic
 
 
 def quantize_teacher(teacher: str, output: Path) -> None:
-    """Quantise the model to learn from to 4 bits; without one, `output` becomes a folder that says so.
+    """Quantise the model to learn from to 4 bits; nothing is done where `teacher` is empty.
 
     Raises:
         Tune16Error: as :func:`quantize_checkpoint`.
     """
-    config = QuantizeConfig(bits=4)
     if teacher:
-        quantize_checkpoint(teacher, output, config)
-    else:
-        with new_folder(output) as folder:
-            write_record(folder, "quantize", config, model="")
+        quantize_checkpoint(teacher, output, QuantizeConfig(bits=4))
 
 
 def _is_quantized(stored: StoredTensor) -> bool:

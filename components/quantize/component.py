@@ -12,16 +12,16 @@ def quantize(
     teacher: str,
     bits: int,
     weights: dsl.Output[dsl.Model],
-    teacher_weights: dsl.Output[dsl.Model],
 ) -> None:
     """Quantise the frozen base model once, and a teacher if there is one; later runs take them from the cache."""
     from pathlib import Path
 
     from components.config import QuantizeConfig
+    from components.outputs import TEACHER
     from components.quantize.checkpoint import quantize_checkpoint, quantize_teacher
     from components.steps import step
 
     with step("quantize"):
         numbers = quantize_checkpoint(model, Path(weights.path), QuantizeConfig.load(bits=bits))
         weights.metadata.update(numbers)
-        quantize_teacher(teacher, Path(teacher_weights.path))
+        quantize_teacher(teacher, Path(weights.path) / TEACHER)

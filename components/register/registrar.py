@@ -1,6 +1,6 @@
 """The step register: the published version in OpenShift AI's model registry, through the registry's own client.
 
-One registered model for each ``upload_path``, one model version for each version in S3, and an artifact with its
+One registered model for each ``destination_path``, one model version for each version in S3, and an artifact with its
 address. The registered model says which version is champion. All figures are text, which the dashboard shows as it is.
 """
 
@@ -70,7 +70,7 @@ def register(manifest: dict[str, Any], path: str, source: Source, config: Regist
         Tune16Error: the registry cannot be reached or refuses, or has something else under these names.
     """
     if not config.server:
-        say("register", "no registry is named in register_server: nothing registered")
+        say("register", "no registry is named in registry_url: nothing registered")
         return Registered()
     with _explained(config.server):
         registry = _connect(config.server, _token())
@@ -121,7 +121,7 @@ def _connect(server: str, token: str) -> "ModelRegistry":
 
     scheme = urlsplit(server).scheme
     if scheme not in ("http", "https"):
-        raise Tune16Error(f"register_server {server!r}: write the whole address, as https://host or http://host:8080.")
+        raise Tune16Error(f"registry_url {server!r}: write the whole address, as https://host or http://host:8080.")
     if scheme == "https" and not token:
         raise Tune16Error(
             f"{server}: needs a token. In a pod it is the account's own; elsewhere export TUNE16_TOKEN=$(oc whoami "
@@ -158,7 +158,7 @@ def _own_model(registry: "ModelRegistry", path: str, server: str) -> str | None:
     if found.owner != _owner(path):
         raise Tune16Error(
             f"{server}: has a model named {found.name} already, which belongs to {found.owner or 'nobody'}. Choose "
-            "another last part for upload_path, or rename that model."
+            "another last part for destination_path, or rename that model."
         )
     return str(found.name)
 
@@ -275,7 +275,7 @@ def _explained(server: str) -> Iterator[None]:
     except aiohttp.ClientConnectorCertificateError as error:
         raise Tune16Error(f"{server}: its certificate is not trusted ({error}). Set SSL_CERT_FILE to its CA.") from None
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise Tune16Error(f"{server}: cannot be reached ({error}). Check register_server and the network.") from None
+        raise Tune16Error(f"{server}: cannot be reached ({error}). Check registry_url and the network.") from None
     except (StoreError, ValueError) as error:
         raise Tune16Error(f"{server}: {' '.join(str(error).split())[:300]}") from None
 
@@ -287,5 +287,5 @@ def _refusal(status: int | None, body: str) -> str:
             "model-registry."
         )
     if status == 404:
-        return "no model registry of the API v1alpha3 answers there (404). Check register_server."
+        return "no model registry of the API v1alpha3 answers there (404). Check registry_url."
     return f"the registry answers {status}: {' '.join(body.split())[:300]}"

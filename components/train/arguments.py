@@ -86,7 +86,7 @@ def _trackers(config: TrainConfig) -> list[str]:
         if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
             raise Tune16Error(
                 "train.wandb_project: is set, but there is no WANDB_API_KEY in the environment. Put it into the "
-                "Secret that cluster_tokens names, or set WANDB_MODE=offline."
+                "Secret that with_tokens_secret names, or set WANDB_MODE=offline."
             )
         os.environ["WANDB_PROJECT"] = config.wandb_project
         trackers.append("wandb")

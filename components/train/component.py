@@ -10,7 +10,6 @@ from components import images
 @dsl.component(base_image=images.TRAINER, install_kfp_package=False)
 def train(
     weights: dsl.Input[dsl.Model],
-    teacher_weights: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
     code: str,  # in the key of the cache
     epochs: float,
@@ -19,20 +18,21 @@ def train(
     options: dict[str, Any],
     path: str,
     adapter: dsl.Output[dsl.Model],
-    report: dsl.Output[dsl.HTML],
-    metrics: dsl.Output[dsl.Metrics],
+    training_report: dsl.Output[dsl.HTML],
+    training_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Train a LoRA adapter on the frozen base model."""
     from pathlib import Path
 
     from components.config import TrainConfig
-    from components.outputs import copy_report, log_metrics
+    from components.outputs import TEACHER, copy_report, log_metrics
     from components.steps import step
+    from components.train.launch import compared
     from components.train.launch import train as train_adapter
 
     with step("train"):
         config = TrainConfig.load(options, epochs=epochs, learning_rate=learning_rate, rank=rank)
         folders = (Path(weights.path), Path(rows.path), Path(adapter.path))
-        numbers = train_adapter(*folders, config, Path(teacher_weights.path), path)
-        copy_report(adapter.path, report.path)
-        log_metrics(metrics, numbers)
+        numbers = train_adapter(*folders, config, Path(weights.path) / TEACHER, path)
+        copy_report(adapter.path, training_report.path)
+        log_metrics(training_metrics, compared(numbers))

@@ -25,6 +25,13 @@ from components.redaction import protect_output
 from components.steps import TERMINATED_EXIT_CODE, deferred_termination, say
 from components.train.checkpoints import Place
 
+# By which people compare runs: the metric's name on the pages, which sort by it, and here.
+_COMPARED = {
+    "loss_training": "train_loss_last",
+    "peak_memory_gib": "peak_memory_gib",
+    "tokens_per_second": "tokens_per_second",
+    "training_seconds": "seconds",
+}
 _GRACE_SECONDS = 10  # that the others have to end by themselves once one process has
 
 
@@ -72,6 +79,11 @@ def train(
         return train_adapter(Lesson(weights, rows, config, teacher), output, Place.of(output, path))
     metrics: dict[str, float] = read_record(output, "train")["metrics"]
     return metrics
+
+
+def compared(metrics: dict[str, float]) -> dict[str, float]:
+    """The few metrics by which people compare runs; the report has all of them."""
+    return {name: metrics[own] for name, own in _COMPARED.items()}
 
 
 def train_in_processes(

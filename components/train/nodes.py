@@ -39,7 +39,9 @@ def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig,
             or its pods said nothing for half an hour although they were not waiting in a queue.
     """
     if not path:
-        raise Tune16Error("train.num_nodes: the nodes meet below the model's place in the bucket. Set upload_path.")
+        raise Tune16Error(
+            "train.num_nodes: the nodes meet below the model's place in the bucket. Set destination_path."
+        )
     job = new_job()
     scratch = Scratch.of_job(job, path)
     with kubeapi.explained("train.num_nodes"), patience():
@@ -65,7 +67,7 @@ def _served_kind() -> Kind:
             return kind
     raise Tune16Error(
         "train.num_nodes: this cluster has neither TrainJob nor PyTorchJob. Ask its administrator for the component "
-        "trainer of OpenShift AI, or set num_nodes in train_options to 1."
+        "trainer of OpenShift AI, or set num_nodes in more_train_options to 1."
     )
 
 

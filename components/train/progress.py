@@ -1,4 +1,4 @@
-"""Progress of a training run, as lines."""
+"""Says the progress of a training run, as lines."""
 
 import resource
 import time
@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from components.progress import Progress
 from components.steps import say
 
 _HEARTBEAT_SECONDS = 300
 
 
-class Progress(TrainerCallback):
+class ProgressLines(TrainerCallback):
     """Says at each log entry: step, loss, speed, time left, memory; and every five minutes at least where it is."""
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Say where it is if nothing has been said for a while."""
         if time.monotonic() - self._said > _HEARTBEAT_SECONDS:
-            self._say(f"step {state.global_step:,}/{state.max_steps:,}")
+            self._say(Progress(state.global_step, state.max_steps))
 
     def on_log(
         self,
@@ -43,19 +44,17 @@ class Progress(TrainerCallback):
         """Say one line per training loss and per held-out loss."""
         logs = logs or {}
         if "eval_loss" in logs:
-            self._say(f"step {state.global_step:,}/{state.max_steps:,}  held-out loss {logs['eval_loss']:.4f}")
+            self._say(Progress(state.global_step, state.max_steps, held_out=logs["eval_loss"]))
         elif "loss" in logs:
             elapsed = time.monotonic() - self._started
             left = elapsed / (state.global_step - self._first_step) * (state.max_steps - state.global_step)
-            self._say(
-                f"step {state.global_step:,}/{state.max_steps:,}  loss {float(logs['loss']):.4f}  "
-                f"{(logs.get('num_tokens', 0) - self._first_token) / elapsed:,.0f} tokens/s  {left / 60:.1f} min left  "
-                f"{self.peak_memory():.1f} GiB",
-            )
+            speed = (logs.get("num_tokens", 0) - self._first_token) / elapsed
+            loss = float(logs["loss"])
+            self._say(Progress(state.global_step, state.max_steps, loss, speed, left / 60, self.peak_memory()))
 
-    def _say(self, text: str) -> None:
+    def _say(self, progress: Progress) -> None:
         self._said = time.monotonic()
-        say("train", text)
+        say("train", str(progress))
 
     @staticmethod
     def peak_memory() -> float:

@@ -33,7 +33,7 @@ from components.train.checkpoints import Checkpoints, Place
 from components.train.engine.engine import unsupported
 from components.train.engine.packing import packed_dataset
 from components.train.engine.trainer import EngineTrainer, fewest
-from components.train.progress import Progress
+from components.train.progress import ProgressLines
 from components.train.report import write_report
 from components.train.state import Resumable, agree_on_newest, agreed, is_first, read_passes
 
@@ -78,7 +78,8 @@ class Lesson:
     @cached_property
     def teachers_name(self) -> str:
         """The model that is learnt from; empty where there is none."""
-        return str(read_record(self.teacher, "quantize")["model"]) if self.config.teacher and self.teacher else ""
+        is_there = self.config.teacher and self.teacher and self.teacher.is_dir()
+        return str(read_record(self.teacher, "quantize")["model"]) if is_there and self.teacher else ""
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -181,7 +182,7 @@ def _sft_trainer(lesson: Lesson, arguments: SFTConfig, newest: Path | None) -> R
     shared: dict[str, Any] = {
         "processing_class": AutoTokenizer.from_pretrained(lesson.rows / "tokenizer", trust_remote_code=False),
         "peft_config": _lora(lesson.config, base),
-        "callbacks": [Progress()],
+        "callbacks": [ProgressLines()],
     }
     step = _step(lesson)
     reason = unsupported(base, step.shape, lesson.max_tokens) if lesson.config.engine == "tune16" else "engine is trl"
@@ -200,7 +201,7 @@ class PlainTrainer(Resumable, SFTTrainer):
 
 def _schedule(trainer: Trainer, lesson: Lesson) -> None:
     """Set when the trainer logs and looks at the rows held out."""
-    trainer.remove_callback(PrinterCallback)  # Progress says it in a line
+    trainer.remove_callback(PrinterCallback)  # ProgressLines says it in a line
     steps = math.ceil(len(trainer.train_dataset) / sequences_per_step(trainer.args))
     steps = max(1, math.ceil(steps * lesson.config.epochs))
     trainer.args.eval_steps = max(1, steps // lesson.config.num_evaluations)
@@ -246,7 +247,7 @@ def _distillation_trainer(lesson: Lesson, arguments: DistillationConfig, newest:
         eval_dataset=held_out,
         processing_class=AutoTokenizer.from_pretrained(lesson.rows / "tokenizer", trust_remote_code=False),
         peft_config=_lora(lesson.config, student),
-        callbacks=[Progress()],
+        callbacks=[ProgressLines()],
     )
     _keep_adapter_in_float32(trainer)
     return trainer
@@ -370,7 +371,7 @@ def _metrics(trainer: Resumable) -> dict[str, float]:
         "tokens": num_tokens,
         "tokens_per_second": num_tokens / trainer.seconds,
         "seconds": trainer.seconds,
-        "peak_memory_gib": Progress.peak_memory(),
+        "peak_memory_gib": ProgressLines.peak_memory(),
     }
     return {name: significant(value) for name, value in metrics.items()}
 

@@ -11,6 +11,7 @@ def upload(
     gguf: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
     path: str,
+    run_id: str,
     manifest: dsl.Output[dsl.Artifact],
 ) -> str:
     """Publish the model as a new version in S3 and make it the champion; returns its address."""
@@ -18,12 +19,14 @@ def upload(
 
     from components.config import UploadConfig
     from components.outputs import write_json
+    from components.records import keep_publication
     from components.steps import step
     from components.upload.publisher import publish
 
     with step("upload"):
         folders = (Path(merged.path), Path(gguf.path), Path(evaluation.path))
         published = publish(*folders, UploadConfig.load(path=path))
+        keep_publication(path, run_id, published)
         write_json(Path(manifest.path), published)
         manifest.metadata.update(version=published["version"], address=published["address"])
     address: str = published["address"]

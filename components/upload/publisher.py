@@ -21,7 +21,7 @@ from components.build import build
 from components.config import PROMOTED, UploadConfig
 from components.errors import Tune16Error
 from components.lease import Lease, TakenOverError, held
-from components.outputs import REPORT, read_json, read_record, write_json
+from components.outputs import EVALUATION, REPORT, read_json, read_record, write_json
 from components.shapes import read_shape
 from components.steps import say
 from components.upload.retention import remove_old
@@ -159,7 +159,7 @@ def _lay_out(merged: Path, gguf: Path, evaluation: Path, settings: dict[str, Any
         ("report/evaluation.html", evaluation / REPORT),
         ("report/training.html", merged / "adapter" / REPORT),
         ("report/gguf.html", gguf / REPORT),
-        ("evaluation.json", evaluation / "evaluation.json"),
+        (EVALUATION, evaluation / EVALUATION),
         ("README.md", evaluation / "README.md"),
     ):
         _link(source, folder / name)
@@ -187,7 +187,7 @@ def _settings(merged: Path, gguf: Path, evaluation: Path) -> dict[str, Any]:
 def _lineage(merged: Path, evaluation: Path) -> dict[str, Any]:
     """What this version was made of, and the champion that it had to beat (empty: none)."""
     trained = read_record(merged / "adapter", "train")
-    champion = read_json(evaluation / "evaluation.json")["champion"] or {}
+    champion = read_json(evaluation / EVALUATION)["champion"] or {}
     return {
         "model": trained["model"],
         "teacher": trained["teacher"],
@@ -199,7 +199,7 @@ def _lineage(merged: Path, evaluation: Path) -> dict[str, Any]:
 
 
 def _scores(evaluation: Path, gguf: Path) -> dict[str, Any]:
-    scores = read_json(evaluation / "evaluation.json")
+    scores = read_json(evaluation / EVALUATION)
     files = read_json(gguf / "gguf.json")["files"]
     return {**{name: scores[name] for name in ("base", "tuned", "loss_difference")}, "gguf": files}
 

@@ -23,7 +23,7 @@ from components.references import file_digest
 from components.steps import TERMINATED_EXIT_CODE
 from components.train.checkpoints import FOLDER_VARIABLE, Checkpoints, Place
 from components.train.launch import train
-from components.train.progress import Progress
+from components.train.progress import ProgressLines
 from components.train.seal import SEAL
 
 training = [
@@ -60,14 +60,14 @@ def _train(lesson: dict[str, Path], output: Path, path: str = "", **settings: An
 
 def _ask_to_end_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM once this step has been logged."""
-    on_log = Progress.on_log
+    on_log = ProgressLines.on_log
 
-    def logged(self: Progress, args: Any, state: Any, control: Any, logs: Any = None, **options: Any) -> None:
+    def logged(self: ProgressLines, args: Any, state: Any, control: Any, logs: Any = None, **options: Any) -> None:
         on_log(self, args, state, control, logs, **options)
         if state.global_step == step and "loss" in logs:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Progress, "on_log", logged)
+    monkeypatch.setattr(ProgressLines, "on_log", logged)
 
 
 class TestTraining:
@@ -109,15 +109,15 @@ class TestTraining:
     def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
         self, lesson: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
     ) -> None:
-        on_step_end = Progress.on_step_end
+        on_step_end = ProgressLines.on_step_end
 
-        def spoil(self: Progress, args: Any, state: Any, control: Any, **options: Any) -> None:
+        def spoil(self: ProgressLines, args: Any, state: Any, control: Any, **options: Any) -> None:
             on_step_end(self, args, state, control, **options)
             if state.global_step == 3:
                 for parameter in options["model"].parameters():
                     parameter.data.fill_(float("nan")) if parameter.requires_grad else None
 
-        monkeypatch.setattr(Progress, "on_step_end", spoil)
+        monkeypatch.setattr(ProgressLines, "on_step_end", spoil)
         with pytest.raises(Tune16Error, match=r"the loss of step 4 is no finite number. Lower train.learning_rate"):
             _train(lesson, tmp_path / "adapter", engine=engine)
         assert not (tmp_path / "adapter").exists()

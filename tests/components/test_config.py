@@ -31,7 +31,7 @@ def test_wrong_settings_are_named(options: dict[str, object], message: str) -> N
 
 
 def test_a_key_with_a_form_field_of_its_own_is_refused_in_options() -> None:
-    with pytest.raises(Tune16Error, match="train_options: 'rank' has a field of its own, train_rank"):
+    with pytest.raises(Tune16Error, match="more_train_options: 'rank' has a field of its own, lora_rank"):
         config.TrainConfig.load({"rank": 8}, rank=16)
 
 
@@ -93,8 +93,9 @@ def test_overrides() -> None:
 
 def test_form_values_put_the_rest_into_options() -> None:
     recipe = config.override(config.Recipe(), ["train.rank=8", "train.alpha=32"])
-    values = config.form_values(recipe, ["train_rank", "train_options", "upload_path"])
-    assert values == {"train_rank": 8, "train_options": {"alpha": 32.0}, "upload_path": recipe.upload.path}
+    values = config.form_values(recipe)
+    assert values["lora_rank"] == 8 and values["more_train_options"] == {"alpha": 32.0}
+    assert values["destination_path"] == recipe.upload.path and list(values) == list(config.FORM)
 
 
 def test_every_field_has_a_sentence() -> None:

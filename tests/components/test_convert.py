@@ -241,7 +241,7 @@ def test_no_name_or_no_llama_cpp_makes_no_file_and_says_so(
     merged.mkdir()
     write_record(merged, "merge", MergeConfig(), model="org/model")
     assert convert_model(merged, tmp_path, tmp_path / "none", ConvertConfig(quantizations="")) == []
-    assert "no quantisation is named in convert_quantizations" in capsys.readouterr().out
+    assert "no quantisation is named in gguf_quantizations" in capsys.readouterr().out
     monkeypatch.setattr(llamacpp, "converter", lambda: None)
     assert convert_model(merged, tmp_path, tmp_path / "missing", ConvertConfig()) == []
     assert "`make llama` builds it, with a C++ compiler" in capsys.readouterr().out
@@ -256,7 +256,7 @@ def test_an_architecture_that_llama_cpp_does_not_know_is_one_clear_message(tmp_p
     assert tools
     with pytest.raises(Tune16Error, match="NobodyKnowsForCausalLM is not supported") as error:
         llamacpp.convert_weights(tools, tmp_path, tmp_path / "x.gguf", "x")
-    assert "Traceback" not in str(error.value) and "convert_quantizations empty" in str(error.value)
+    assert "Traceback" not in str(error.value) and "gguf_quantizations empty" in str(error.value)
 
 
 def test_a_quantisation_that_does_not_exist_lists_those_that_do() -> None:

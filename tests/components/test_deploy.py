@@ -347,7 +347,7 @@ def test_without_a_name_or_a_cluster_there_is_no_endpoint(
     ("runtime", "model", "message"),
     [
         ("vllm-adapter", "file:///models/base", "KServe cannot fetch the base model file:///models/base"),
-        ("llama.cpp", "", "has no GGUF file. Name one in convert_quantizations"),
+        ("llama.cpp", "", "has no GGUF file. Name one in gguf_quantizations"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_changes(
@@ -395,6 +395,6 @@ def test_names_and_runtimes_that_do_not_fit_are_told_at_once() -> None:
 def test_an_address_that_dns_does_not_take_is_refused_before_the_run() -> None:
     check_service_name("team/llm", "tune16")
     with pytest.raises(
-        Tune16Error, match=r"66 letters of which DNS takes 63. Shorten the last part of upload_path by 3"
+        Tune16Error, match=r"66 letters of which DNS takes 63. Shorten the last part of destination_path by 3"
     ):
         check_service_name(f"team/{'x' * 35}", "my-data-science-team")

@@ -233,7 +233,7 @@ def test_a_pass_that_runs_out_of_memory_is_done_again(
 def test_a_row_that_never_fits_is_told(quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(adapted(quantized("llama")))
     Faults(monkeypatch, set(range(1, 10000)))
-    with pytest.raises(Tune16Error, match="a row of 5 tokens does not fit this GPU's memory. Lower prepare_max_tokens"):
+    with pytest.raises(Tune16Error, match="a row of 5 tokens does not fit this GPU's memory. Lower max_tokens_per_row"):
         engine.accumulate(packed(), 1.0, torch.Tensor.backward)
     assert engine.offload
 

@@ -96,12 +96,12 @@ def test_what_never_fits_gets_the_nearest_that_does() -> None:
     too_long = recipe(max_tokens=131072, rank=64)
     assert not plan(LLAMA, too_long).fits
     changes = nearest(LLAMA, too_long)
-    assert changes and changes[0].startswith("prepare_max_tokens ")
+    assert changes and changes[0].startswith("max_tokens_per_row ")
     tokens = int(changes[0].split()[1].replace(",", ""))
     assert plan(LLAMA, recipe(max_tokens=tokens)).fits and not plan(LLAMA, recipe(max_tokens=tokens + 64)).fits
-    assert "quantize_bits 8" in nearest(LLAMA, recipe(bits=16))
+    assert "load_in_bits 8" in nearest(LLAMA, recipe(bits=16))
     assert nearest(LLAMA, recipe(memory=1.0)) == []
-    assert any(change.startswith("train_rank ") for change in nearest(LLAMA, recipe(rank=1024, memory=10)))
+    assert any(change.startswith("lora_rank ") for change in nearest(LLAMA, recipe(rank=1024, memory=10)))
 
 
 def test_the_plain_road_has_a_plan_of_its_own() -> None:

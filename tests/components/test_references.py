@@ -212,7 +212,7 @@ def test_preflight(hub: str, orders: Path, make_model: Callable[..., Path]) -> N
     assert fixed.champion == "" and fixed.plan.fits
     assert "| **together**" in as_markdown(fixed.plan, fixed.disk)
     small = place.model_copy(update={"gpu_memory": 0.01})
-    with pytest.raises(Tune16Error, match="does not fit the GPU: it needs 0.* GiB more than preflight_gpu_memory"):
+    with pytest.raises(Tune16Error, match="does not fit the GPU: it needs 0.* GiB more than gpu_memory_gib"):
         check(Recipe(preflight=small))
     with pytest.raises(Tune16Error, match="LlamaForCausalLM has no linear layer 'qkv'"):
         check(Recipe(preflight=place, train=TrainConfig(target_modules="qkv")))

@@ -110,7 +110,7 @@ def test_names_that_are_taken_by_others_are_left_alone(registry: ModelRegistryAp
     ):
         register(manifest("20260301T000000Z-cccccccc"), "elsewhere/Demo", SOURCE, config)
     registry.named("registered_models", "Demo")["owner"] = "somebody"
-    with pytest.raises(Tune16Error, match="which belongs to somebody. Choose another last part for upload_path"):
+    with pytest.raises(Tune16Error, match="which belongs to somebody. Choose another last part for destination_path"):
         register(manifest(), PATH, SOURCE, config)
     assert len(registry.stored["model_versions"]) == 1
 

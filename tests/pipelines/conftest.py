@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from components.config import CONNECTION_VARIABLES
-from pipelines import cli, cli_cluster, server
+from pipelines import applied, cli, cli_runs, cli_where, server
 from tests.servers import KubernetesApi, PipelineApi
 
 NAMESPACE = "tune16"
@@ -53,6 +53,31 @@ def furnish(api: KubernetesApi) -> None:
     api.add("console.openshift.io/v1", "consolelinks", link)
 
 
+def add_step_pod(
+    api: KubernetesApi,
+    run: dict[str, Any],
+    step: str,
+    log: str = "",
+    status: dict[str, Any] | None = None,
+    node: str = "",
+    **fields: Any,
+) -> dict[str, Any]:
+    """A step's pod as the workflow controller makes it; without a log it has not started."""
+    node = node or f"wf.root.{step}.executor"
+    name = f"{node.replace('(', '-').replace(')', '').replace('.', '-')}"
+    metadata = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "labels": {"pipeline/runid": run["run_id"], **fields.pop("labels", {})},
+        "annotations": {"workflows.argoproj.io/node-name": node},
+    }
+    spec = {"containers": [{"name": "main"}], **fields}
+    body = {"kind": "Pod", "metadata": metadata, "spec": spec, "status": status or {"phase": "Running"}}
+    if log:
+        api.logs[NAMESPACE, name] = log
+    return api.add("v1", "pods", body)
+
+
 @pytest.fixture
 def pipelines_api() -> Iterator[PipelineApi]:
     with PipelineApi() as api:
@@ -78,8 +103,9 @@ def call(
     monkeypatch.setenv("TUNE16_HOST", pipelines_api.url)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(server, "PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(cli_cluster, "POLL_SECONDS", 0.01)
-    for console in (cli.console, cli_cluster.console, cli_cluster.notes):
+    monkeypatch.setattr(cli_runs, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(applied, "PAUSE_SECONDS", 0.01)
+    for console in (cli.console, cli_where.console, cli_where.notes):
         monkeypatch.setattr(console, "_width", 200, raising=False)
 
     def run(*arguments: str) -> tuple[int, str, str]:

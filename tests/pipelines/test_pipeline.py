@@ -1,7 +1,6 @@
 """The compiled pipeline, the form, the recipes and the import rules."""
 
 import ast
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from pipelines.compile import MANIFEST, compile_ir, compile_manifest
 from pipelines.finetune import finetune
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = {"prepare_options", "train_options", "evaluate_options"}
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +91,12 @@ def test_nothing_is_installed_mutable_or_secret(manifest: Path) -> None:
 
 def test_the_form_is_the_config() -> None:
     parameters = finetune.component_spec.inputs
-    assert len(parameters) <= 20
+    assert list(config.FORM) == sorted(parameters) and len(parameters) <= 20  # as the pages show them
     types = {"String": str, "Float": float, "Integer": int, "Dict": dict, "List": list}
     for name, parameter in parameters.items():
-        step, _, field = name.partition("_")
+        step, _, field = config.FORM[name].partition(".")
         assert parameter.description == config.form_help(name)
-        if name in OPTIONS:
+        if field == "options":
             assert parameter.default == {}
             continue
         knob = config.CONFIG_OF_STEP[step].model_fields[field]
@@ -178,7 +176,7 @@ def test_every_recipe_loads_fills_the_form_and_fits(path: Path) -> None:
     from components.shapes import known_shape
 
     recipe = config.load_recipe(path)
-    values = config.form_values(recipe, inspect.signature(finetune.pipeline_func).parameters)
+    values = config.form_values(recipe)
     assert set(values) == set(finetune.component_spec.inputs)
     assert recipe.description.endswith(".")
     shape = known_shape(recipe.preflight.model)

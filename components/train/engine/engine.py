@@ -156,7 +156,7 @@ class Engine:
             say("train", "out of memory: activations wait in the host's memory from now on")
         else:
             raise Tune16Error(
-                f"train: a row of {tokens:,} tokens does not fit this GPU's memory. Lower prepare_max_tokens to "
+                f"train: a row of {tokens:,} tokens does not fit this GPU's memory. Lower max_tokens_per_row to "
                 f"{tokens * 3 // 4:,} or less."
             )
 

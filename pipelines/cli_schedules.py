@@ -1,0 +1,103 @@
+"""`tune16 schedule`: recipes that run again and again, listed, paused and deleted."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from components.errors import Tune16Error
+from pipelines.cli_cluster import Unchecked, Uploaded, prepare
+from pipelines.cli_runs import VerdictOf
+from pipelines.cli_where import Connected, Where, WithDefault, console, show_result, somewhere
+from pipelines.options import AsJson, RecipeName, Settings
+from pipelines.runs import local_time, state_of
+from pipelines.schedules import describe, find_schedule, last_run, next_run, read_cron, read_interval, schedule
+from pipelines.server import Json, PipelineServer
+
+ScheduleName = Annotated[str, typer.Argument(metavar="NAME", help="The schedule's name.")]
+
+schedules = typer.Typer(cls=WithDefault, help="Repeat a run: schedule RECIPE --cron … or --every …, and the rest.")
+
+
+@schedules.command(name="set")
+@somewhere
+def set_schedule(
+    where: Where,
+    recipe: RecipeName,
+    cron: Annotated[str, typer.Option(help="When, as a cron expression, such as '0 3 * * 1'.")] = "",
+    every: Annotated[str, typer.Option(help="How often, such as 12h or 7d.")] = "",
+    name: Annotated[str, typer.Option(help="The schedule's name; the default is the recipe's.")] = "",
+    set_: Settings = [],  # noqa: B006
+    uploaded: Uploaded = False,
+    unchecked: Unchecked = False,
+    as_json: AsJson = False,
+) -> None:
+    """Create the schedule of a recipe, or bring it up to date; one run at a time, and none is made up for."""
+    if bool(cron) == bool(every):
+        raise Tune16Error("Say when: --cron '0 3 * * 1' or --every 7d, one of the two.")
+    trigger = read_cron(cron) if cron else read_interval(every)
+    settings, connected = prepare(where, recipe, set_, unchecked)
+    name = name or Path(recipe).stem
+    made, change = schedule(connected.server, connected.cluster, settings, name, trigger, uploaded)
+    show_result(made | {"change": change}, as_json, f"schedule {name}: {change}, {describe(made)}")
+
+
+@schedules.command(name="list")
+@somewhere
+def list_schedules(where: Where, as_json: AsJson = False) -> None:
+    """List the schedules, with the last run and the next one of each."""
+    connected = where.connect()
+    found, runs, now = connected.server.list_schedules(), connected.server.list_runs(), datetime.now(UTC)
+    table = Table("schedule", "state", "when", "next run", "last run", "outcome", "id")
+    for entry in found:
+        last, due = last_run(entry, runs), next_run(entry, runs, now)
+        entry["next_run_at"] = due.isoformat() if due else ""
+        entry["last_run"] = {"name": last["display_name"], "state": state_of(last)} if last else None
+        times = (local_time(entry["next_run_at"]), local_time(last["created_at"]) if last else "")
+        table.add_row(
+            entry["display_name"],
+            "paused" if entry.get("status") == "DISABLED" else "on",
+            describe(entry),
+            *times,
+            _outcome(connected, last),
+            entry["recurring_run_id"],
+        )
+    show_result(found, as_json, table)
+
+
+def _outcome(connected: Connected, run: Json | None) -> str:
+    """How a run ended, in a word: its verdict where it has one."""
+    if run is None:
+        return ""
+    return VerdictOf(connected)(run) or state_of(run)
+
+
+@schedules.command()
+@somewhere
+def pause(where: Where, name: ScheduleName) -> None:
+    """Pause a schedule."""
+    _with_schedule(name, where.connect(), lambda server, id_: server.set_schedule_enabled(id_, False))
+    console.print(f"schedule {name}: paused")
+
+
+@schedules.command()
+@somewhere
+def resume(where: Where, name: ScheduleName) -> None:
+    """Let a paused schedule go on."""
+    _with_schedule(name, where.connect(), lambda server, id_: server.set_schedule_enabled(id_, True))
+    console.print(f"schedule {name}: goes on")
+
+
+@schedules.command()
+@somewhere
+def delete(where: Where, name: ScheduleName) -> None:
+    """Delete a schedule; its runs stay."""
+    _with_schedule(name, where.connect(), lambda server, id_: server.delete_schedule(id_))
+    console.print(f"schedule {name}: deleted; its runs stay")
+
+
+def _with_schedule(name: str, connected: Connected, action: Callable[[PipelineServer, str], None]) -> None:
+    action(connected.server, find_schedule(connected.server, name)["recurring_run_id"])

@@ -1,0 +1,182 @@
+"""How a run ended: its verdict with the figures, what it published, and what to do next.
+
+The connection's bucket has it (:mod:`components.records`); where it cannot be read from here, the steps' logs do.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from components import s3
+from components.config import CONNECTION_VARIABLES, PROMOTED, SESSION_TOKEN
+from components.errors import Tune16Error
+from components.records import Outcome, read_outcome, read_report
+from pipelines.cluster import Cluster, ForbiddenError, NotFoundError
+from pipelines.server import Json, PipelineServer
+from pipelines.steplogs import StepLog
+
+_VERDICT = re.compile(r"evaluate: (?P<verdict>promoted|kept|inconclusive): (?P<reason>.+)")
+_PUBLISHED = re.compile(r"upload: (?P<address>s3://\S+) is champion")
+_SCORES = ("loss", "exact_match", "chrf")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is known of how a run ended; what is not is empty. `remark` says why something is not known."""
+
+    verdict: str = ""
+    reason: str = ""
+    address: str = ""
+    scores: dict[str, tuple[float, float]] | None = None  # by name: the base model's and the tuned one's
+    remark: str = ""
+
+    def lines(self, run: str) -> list[str]:
+        """It as lines for people; `run` is the run's name."""
+        lines = [f"{self.verdict}: {self.reason}"] if self.verdict else []
+        if self.address:
+            lines += [f"published {self.address}"]
+        elif self.verdict and self.verdict != PROMOTED:
+            lines += ["nothing was published: the champion stays where there is one"]
+        lines += [self.remark] if self.remark else []
+        return [*lines, f"next: {self._next(run)}"] if self.verdict else lines
+
+    def _next(self, run: str) -> str:
+        report = f"tune16 runs report {run}"
+        if not self.address:
+            return report
+        path = self.address.split("/", 3)[3].rpartition("/")[0]
+        return f"{report}, or fetch the model: python -m components download --path {path} --output model"
+
+    def as_dict(self) -> Json:
+        """It as JSON for machines."""
+        scores = {name: {"base": base, "tuned": tuned} for name, (base, tuned) in (self.scores or {}).items()}
+        fields = {"verdict": self.verdict, "reason": self.reason, "address": self.address, "scores": scores}
+        return {**fields, "remark": self.remark}
+
+
+def connection_values(cluster: Cluster, name: str) -> dict[str, str]:
+    """The variables of the connection's Secret.
+
+    Raises:
+        NotFoundError: there is no such Secret.
+        ForbiddenError: this account may not read it.
+        Tune16Error: it lacks a key, or the API does not answer.
+    """
+    values = cluster.read_secret(name, {*CONNECTION_VARIABLES, SESSION_TOKEN})
+    missing = [key for key in CONNECTION_VARIABLES if not values.get(key)]
+    if missing:
+        raise Tune16Error(f"the Secret {name} has no {', '.join(missing)}. Add it: oc set data secret/{name} KEY=value")
+    return {SESSION_TOKEN: "", **values}
+
+
+def is_inside_only(address: str) -> bool:
+    """Whether an address is one of a cluster's own, which mean nothing outside."""
+    return (urlsplit(address).hostname or "").endswith((".svc", ".svc.cluster.local"))
+
+
+class Bucket:
+    """The bucket in which runs leave what they did, as it can be read from here.
+
+    Args:
+        server: which knows the settings of runs.
+        cluster: which has the connection's Secret; None where nobody is logged in.
+    """
+
+    def __init__(self, server: PipelineServer, cluster: Cluster | None) -> None:
+        self._server = server
+        self._cluster = cluster
+        self._values: dict[str, dict[str, str]] = {}
+
+    def outcome(self, run: Json) -> Outcome | None:
+        """What a run has left; None where that is nothing.
+
+        Raises:
+            Tune16Error: the bucket cannot be read from here, and why.
+        """
+        path = _parameter(run, "destination_path")
+        if not path:
+            return None  # of a release that left nothing
+        with self._reached(run):
+            return read_outcome(path, run["run_id"], run.get("finished_at", "") if _has_end(run) else "")
+
+    def report(self, run: Json) -> bytes:
+        """The report of a run's evaluation.
+
+        Raises:
+            Tune16Error: there is none, or the bucket cannot be read from here, and why.
+        """
+        found = self.outcome(run)
+        if found is None:
+            raise Tune16Error(f"{run['display_name']} has left no report: it has not come past its first step.")
+        with self._reached(run):
+            return read_report(found)
+
+    @contextmanager
+    def _reached(self, run: Json) -> Iterator[None]:
+        values = self._read_values(self._connection(run))
+        endpoint = values.get("AWS_S3_ENDPOINT", "")
+        if is_inside_only(endpoint) and not (self._cluster and self._cluster.inside):
+            raise Tune16Error(f"the bucket's endpoint {endpoint} answers inside the cluster only.")
+        with s3.environment(values):
+            yield
+
+    def _connection(self, run: Json) -> str:
+        """The name of the connection's Secret: the run's own setting, else the default in its version's form."""
+        named = _parameter(run, "with_connection_secret")
+        reference = run.get("pipeline_version_reference") or {}
+        if named or not reference.get("pipeline_version_id"):
+            return named
+        from pipelines.submission import pipeline_spec
+
+        version = self._server.read_version(reference["pipeline_id"], reference["pipeline_version_id"])
+        fields = pipeline_spec(version)["root"]["inputDefinitions"]["parameters"]
+        return str(fields.get("with_connection_secret", {}).get("defaultValue", ""))
+
+    def _read_values(self, name: str) -> dict[str, str]:
+        if self._cluster is None:
+            raise Tune16Error("the bucket's connection is in the cluster: log in with `oc login`.")
+        if name not in self._values:
+            self._values[name] = connection_values(self._cluster, name)
+        return self._values[name]
+
+
+def find_ending(bucket: Bucket, run: Json, read_log: Any) -> Ending:
+    """How a run ended, from the bucket, else from the logs of its steps.
+
+    Args:
+        bucket: where runs leave it.
+        run: the run as the API describes it.
+        read_log: gives the :class:`StepLog` of a step.
+    """
+    try:
+        outcome = bucket.outcome(run)
+    except (ForbiddenError, NotFoundError, Tune16Error) as error:
+        return _from_logs(read_log("evaluate"), read_log("upload"), str(error))
+    if outcome is None or outcome.evaluation is None:
+        return _from_logs(read_log("evaluate"), read_log("upload"), "")
+    evaluation = outcome.evaluation
+    scores = {name: (evaluation["base"][name]["value"], evaluation["tuned"][name]["value"]) for name in _SCORES}
+    address = outcome.published["address"] if outcome.published else ""
+    return Ending(evaluation["verdict"], evaluation["reason"], address, scores)
+
+
+def _from_logs(evaluate: StepLog, upload: StepLog, why: str) -> Ending:
+    verdict = next((found for line in reversed(evaluate.lines) if (found := _VERDICT.fullmatch(line))), None)
+    published = next((found for line in reversed(upload.lines) if (found := _PUBLISHED.match(line))), None)
+    address = published["address"] if published else ""
+    unknown = "the scores are" if verdict else "the verdict is"
+    remark = f"{unknown} not known here: {why or 'the run has left none in its bucket, and no log of it is left.'}"
+    if verdict is None:
+        return Ending(address=address, remark=remark)
+    return Ending(verdict["verdict"], verdict["reason"], address, None, remark)
+
+
+def _parameter(run: Json, name: str) -> str:
+    return str(((run.get("runtime_config") or {}).get("parameters") or {}).get(name) or "")
+
+
+def _has_end(run: Json) -> bool:
+    return run.get("state") in ("SUCCEEDED", "FAILED", "CANCELED")
