@@ -52,9 +52,9 @@ check-images: $(BIN)/ready  ## Run the demo's steps in the images, as any user, 
 	@rm -rf build/containers && TUNE16_REGISTRY=$(REGISTRY) PYTHONPATH=. unshare --net \
 	  $(BIN)/python tests/images/containers.py build/containers
 
-sbom: $(BIN)/ready  ## Write each image's bill of materials (CycloneDX) from its lock to build/
+sbom: .venv/sbom/ready  ## Write each image's bill of materials (CycloneDX) from its lock to build/
 	@mkdir -p build && for lock in images/locks/*.txt; do \
-	  $(BIN)/cyclonedx-py requirements --output-reproducible $$lock -o build/$$(basename $$lock .txt).cdx.json || exit 1; done
+	  .venv/sbom/bin/cyclonedx-py requirements --output-reproducible $$lock -o build/$$(basename $$lock .txt).cdx.json || exit 1; done
 
 locks: $(BIN)/ready  ## Resolve the images' packages anew, within constraints.txt: images/locks/
 	@$(BIN)/python images/locks.py
@@ -89,6 +89,12 @@ $(BIN)/llama: images/llama.py images/locks/gguf.txt $(BIN)/ready
 .venv/checkov/ready: tests/manifests/checkov.txt
 	$(PYTHON) -m venv .venv/checkov
 	.venv/checkov/bin/pip install --quiet -r $<
+	@touch $@
+
+# What it brings makes `import kubernetes` a second slower.
+.venv/sbom/ready: constraints.txt
+	$(PYTHON) -m venv .venv/sbom
+	.venv/sbom/bin/pip install --quiet --constraint constraints.txt cyclonedx-bom
 	@touch $@
 
 .PHONY: help run test llama lint quick faults compile manifests images check-images sbom locks bench bench-gpu clean

@@ -13,6 +13,7 @@ from math import ceil, log2
 
 from components.config import QuantizeConfig, Recipe, TrainConfig, form_field
 from components.gpus import Gpu
+from components.report import size
 from components.shapes import ModelShape, adapted_linears
 
 GIBIBYTE = 2**30
@@ -75,11 +76,13 @@ class MemoryPlan:
         return self.pass_tokens * self.num_passes / self.step_seconds if self.step_seconds else None
 
     def lines(self) -> list[str]:
-        """The plan for people: one line per part, the sum, and how a step is run."""
-        parts = [f"{name:<22} {size / GIBIBYTE:6.2f} GiB" for name, size in self.parts.items()]
+        """The plan for people: whether it fits, one line per part, and how a step is run."""
+        return [self.result(), *(f"{name:<22} {size(part):>11}" for name, part in self.parts.items()), *self.facts()]
+
+    def result(self) -> str:
+        """The plan in one sentence."""
         word = "fits" if self.fits else "does not fit"
-        total = f"{'together':<22} {self.total / GIBIBYTE:6.2f} GiB: {word} {self.available / GIBIBYTE:.2f} GiB"
-        return [*parts, total, *self.facts()]
+        return f"training {word}: it needs {size(self.total)} of the GPU's {size(self.available)}"
 
     def facts(self) -> list[str]:
         """How a step is run, in sentences."""

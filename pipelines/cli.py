@@ -17,6 +17,7 @@ from components.config import override
 from components.errors import Tune16Error, user_errors
 from components.images import VERSION
 from components.proxies import spare_loopback
+from components.report import size
 from pipelines import cli_cluster, cli_data, cli_runs, cli_schedules
 from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shapes
 
@@ -122,12 +123,13 @@ def plan_(
 
 
 def _print_plan(planned: "MemoryPlan", model: str, tokens: float, hours: float | None, cost: float | None) -> None:
-    table = Table("GPU memory while training", "GiB", "", title=model)
-    for name, size in planned.parts.items():
-        bar = round(_BAR * size / max(planned.available, planned.total))
-        table.add_row(name, f"{size / 2**30:.2f}", "█" * bar or "▏")
+    console.print(planned.result())
+    table = Table("GPU memory while training", "", "", title=model)
+    for name, part in planned.parts.items():
+        bar = round(_BAR * part / max(planned.available, planned.total))
+        table.add_row(name, size(part), "█" * bar or "▏")
     table.add_section()
-    table.add_row(f"together, of {planned.available / 2**30:.2f}", f"{planned.total / 2**30:.2f}", "")
+    table.add_row(f"together, of {size(planned.available)}", size(planned.total), "")
     console.print(table)
     for fact in planned.facts():
         console.print(fact)

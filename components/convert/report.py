@@ -21,12 +21,12 @@ def write_report(
     """Write ``report.html`` into `folder`; with `reason`, why there are no files."""
     title = "How small may it be?"
     if reason:
-        html = report.page(title, "GGUF files for llama.cpp.", report.verdict("bad", f"No GGUF files: {reason}."))
+        html = report.page(title, report.verdict("bad", f"No GGUF files: {reason}."), "GGUF files for llama.cpp.")
     else:
         html = report.page(
             title,
+            _token_notice(trials, len(rows)),
             f"GGUF files for llama.cpp, asked {len(rows)} prompts that were never trained on.",
-            *_token_notice(trials, len(rows)),
             report.picture(_plot(trials), "Loss against size of each file"),
             report.section("Every file", report.table(_HEAD, [_row(trial, trials[0]) for trial in trials])),
             report.paragraph(
@@ -39,17 +39,14 @@ def write_report(
     (folder / REPORT).write_text(html, encoding="utf-8")
 
 
-def _token_notice(trials: list["Trial"], count: int) -> list[str]:
+def _token_notice(trials: list["Trial"], count: int) -> str:
     """Say so where the files' template or tokenizer does not give the tokens that the model was trained with."""
     same = min(trial.same_tokens for trial in trials)
     text = (
         f"{same} of {count} prompts become the very tokens of the training, with the files' own template and tokenizer"
     )
-    return [
-        report.verdict(
-            "good" if same == count else "bad", f"{text}." if same == count else f"Only {text}. Check its answers."
-        )
-    ]
+    is_good = same == count
+    return report.verdict("good" if is_good else "bad", f"{text}." if is_good else f"Only {text}. Check its answers.")
 
 
 def _row(trial: "Trial", full: "Trial") -> tuple[Any, ...]:

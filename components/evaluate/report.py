@@ -23,8 +23,8 @@ def write_report(evaluation: "Evaluation", trained: dict[str, Any], folder: Path
     """Write ``report.html`` into `folder`."""
     html = report.page(
         "Is the tuned model better?",
-        f"{trained['model']}, tuned on {trained['data']}.",
         report.verdict(_COLOURS[evaluation.verdict], f"{_WORDS[evaluation.verdict]}: {evaluation.reason}"),
+        f"{trained['model']}, tuned on {trained['data']}.",
         report.picture(_bars(evaluation), "Loss, exact match and chrF of base and tuned model"),
         report.section(
             "Scores on rows that were never trained on",

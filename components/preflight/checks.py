@@ -153,10 +153,10 @@ def refuse_unfit(memory: MemoryPlan, recipe: Recipe, shape: ModelShape, teacher:
 
 def as_markdown(memory: MemoryPlan, disk: dict[str, int]) -> str:
     """The memory plan and the steps' disk space as Markdown tables for the dashboard."""
-    rows = [f"| {name} | {size / 2**30:.2f} |" for name, size in memory.parts.items()]
-    total = f"| **together**, of {memory.available / 2**30:.2f} | **{memory.total / 2**30:.2f}** |"
-    facts = [f"\n{fact[0].upper()}{fact[1:]}." for fact in memory.facts()]
-    steps = [f"| {name} | {num_bytes / 2**30:.1f} |" for name, num_bytes in disk.items()]
-    tables = [["| GPU memory while training | GiB |", "|---|---:|", *rows, total, *facts, ""]]
-    tables += [["| disk of the node that a step runs on | GiB |", "|---|---:|", *steps, ""]]
-    return "\n".join(line for table in tables for line in table)
+    result, *facts = (f"{fact[0].upper()}{fact[1:]}." for fact in (memory.result(), *memory.facts()))
+    rows = [f"| {name} | {size(part)} |" for name, part in memory.parts.items()]
+    steps = [f"| {name} | {size(num_bytes)} |" for name, num_bytes in disk.items()]
+    lines = [f"**{result}**", *facts]
+    tables = [["| GPU memory while training | |", "|---|---:|", *rows]]
+    tables += [["| disk of the node that a step runs on | |", "|---|---:|", *steps]]
+    return "\n\n".join([*lines, *("\n".join(table) for table in tables)]) + "\n"

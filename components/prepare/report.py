@@ -34,6 +34,7 @@ def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
     facts = f"Form {prepared.checked.form}; chat template: {prepared.template.note}. All rows checked."
     html = report.page(
         "Data set",
+        report.verdict("plain", f"{counts.train_rows:,} rows to train on, {counts.held_out_rows:,} held out."),
         f"{data}. {facts}",
         report.table(("What", "Number"), rows),
         findings_section(prepared.checked.findings),
@@ -51,8 +52,13 @@ def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
 
 def write_check_report(findings: Findings, data: str, target: Path) -> None:
     """Write the page of `tune16 data check` to `target`."""
+    broken = sum(findings.counts[rule] for rule in findings.rules("error"))
+    result = report.verdict(
+        "bad" if broken else "good",
+        f"{broken:,} faults keep these rows from being used." if broken else "These rows can be used.",
+    )
     lead = f"{data}. {findings.num_rows:,} rows checked."
-    target.write_text(report.page("Data check", lead, findings_section(findings)), encoding="utf-8")
+    target.write_text(report.page("Data check", result, lead, findings_section(findings)), encoding="utf-8")
 
 
 def findings_section(findings: Findings) -> str:

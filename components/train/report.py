@@ -15,7 +15,8 @@ def write_report(history: list[dict[str, Any]], metrics: dict[str, float], confi
     changed = config.model_dump(exclude_defaults=True)
     html = report.page(
         "Training",
-        f"{metrics['steps']:,.0f} steps in {metrics['seconds']:,.0f} s, held-out loss {metrics['held_out_loss']}.",
+        report.verdict("plain", f"The loss on held-out rows is {metrics['held_out_loss']} at the end."),
+        f"{metrics['steps']:,.0f} steps in {metrics['seconds']:,.0f} s.",
         report.picture(_loss_chart(history), "Training and held-out loss over the steps"),
         report.section(
             "Numbers", report.table(("What", "Value"), [(k.replace("_", " "), v) for k, v in metrics.items()])

@@ -82,7 +82,7 @@ EVICTED = {"phase": "Failed", "reason": "Evicted", "message": "The node was low 
         (unscheduled(TAINTED), "waiting: 0/3 nodes: 1 Insufficient memory, 2 node(s) had untolerated taint {a: b}"),
         (waiting("ImagePullBackOff", PULLED), f"waiting: image {IMAGE} cannot be pulled: not found"),
         (waiting("ErrImagePull", "401 Unauthorized"), "cannot be pulled: access denied (3 min). Link a pull"),
-        (waiting("ErrImagePull", "dial tcp: lookup r: no such host"), "its registry cannot be reached (3 min). See whether"),
+        (waiting("ErrImagePull", "dial tcp: no such host"), "its registry cannot be reached (3 min). See whether"),
         (waiting("CreateContainerConfigError", 'secret "x" not found'), 'ConfigError: secret "x" not found'),
         (
             waiting(
