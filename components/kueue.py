@@ -6,6 +6,8 @@ Both its versions v1beta2 and v1beta1 are asked, newest first.
 from collections.abc import Callable
 from typing import Any
 
+from kubernetes.utils.quantity import parse_quantity
+
 from components.kubeapi import sentence
 
 Json = dict[str, Any]
@@ -60,3 +62,59 @@ def _place(look: Look, namespace: str, queue: str, workload: str) -> int:
             if entry["metadata"]["name"] == workload:
                 return int(entry.get("positionInLocalQueue", 0)) + 1
     return 0
+
+
+def why_never_admitted(look: Look, namespace: str, queue: str, needs: dict[str, float]) -> str:
+    """Why a queue can never admit what asks for this much; empty where it can, or where that cannot be seen.
+
+    Args:
+        look: asks the Kubernetes API.
+        namespace: of the LocalQueue.
+        queue: its name.
+        needs: amounts by resource, such as ``{"nvidia.com/gpu": 1}``; memory in bytes.
+    """
+    queues, version = _local_queues(look, namespace)
+    if queues is None:
+        return ""
+    if queue not in queues:
+        names = ", ".join(sorted(queues)) or "none"
+        return f"there is no LocalQueue {queue} in {namespace}. There are: {names}"
+    name = queues[queue]["spec"]["clusterQueue"]
+    cluster_queue = look(f"/apis/kueue.x-k8s.io/{version}/clusterqueues/{name}")
+    if cluster_queue is None:
+        return _inactive(queues[queue])
+    return _inactive(cluster_queue) or _too_small(cluster_queue, needs)
+
+
+def _local_queues(look: Look, namespace: str) -> tuple[dict[str, Json] | None, str]:
+    for version in _VERSIONS:
+        found = look(f"/apis/kueue.x-k8s.io/{version}/namespaces/{namespace}/localqueues")
+        if found is not None:
+            return {entry["metadata"]["name"]: entry for entry in found["items"]}, version
+    return None, ""
+
+
+def _inactive(queue: Json) -> str:
+    for condition in queue.get("status", {}).get("conditions", []):
+        if condition["type"] == "Active" and condition["status"] == "False":
+            why = sentence(str(condition.get("message") or condition.get("reason")))
+            return f"the queue {queue['metadata']['name']} is not active: {why}"
+    return ""
+
+
+def _too_small(cluster_queue: Json, needs: dict[str, float]) -> str:
+    """What a ClusterQueue does not cover, or has too little of; with a cohort it may borrow."""
+    name, spec = cluster_queue["metadata"]["name"], cluster_queue["spec"]
+    quotas: dict[str, float] = {}
+    for group in spec.get("resourceGroups", []):
+        for flavor in group["flavors"]:
+            for resource in flavor["resources"]:
+                nominal = float(parse_quantity(resource["nominalQuota"]))
+                quotas[resource["name"]] = max(quotas.get(resource["name"], 0), nominal)
+    may_borrow = spec.get("cohort") or spec.get("cohortName")
+    for resource, amount in needs.items():
+        if resource not in quotas:
+            return f"the ClusterQueue {name} does not cover {resource}"
+        if quotas[resource] < amount and not may_borrow:
+            return f"the ClusterQueue {name} has {quotas[resource]:g} {resource} in all, and {amount:g} are asked for"
+    return ""

@@ -40,7 +40,7 @@ def heal(cluster: Cluster, is_wanted: Callable[[Json], bool]) -> bool:
     Raises:
         Tune16Error: there are some, and this account may not write them, or the webhook does not label them.
     """
-    names = [entry["metadata"]["name"] for entry in unlisted(cluster) if is_wanted(entry["metadata"])]
+    names = [entry["metadata"]["name"] for entry in unlisted(cluster) if is_wanted(_as_told(entry))]
     if not names:
         return False
     path = _PATH.format(namespace=cluster.namespace)
@@ -72,6 +72,11 @@ def _explain(cluster: Cluster, names: list[str]) -> str:
         f"{', '.join(names)}: was applied before the pipeline server's webhook ran, so the server does not list it. "
         f"Run: {remedy(cluster, names)}."
     )
+
+
+def _as_told(entry: Json) -> Json:
+    """An object's names as the pipeline server calls them."""
+    return {"name": entry["metadata"]["name"], "display_name": entry.get("spec", {}).get("displayName")}
 
 
 def _is_listed(entry: Json) -> bool:

@@ -4,6 +4,8 @@ Every check gives one finding: ok, a problem with what to do, or unknown where t
 check failed. None of them changes anything but for a probe in the storage, which is removed at once.
 """
 
+import base64
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -16,9 +18,11 @@ from components.config import TOKEN_VARIABLES, Recipe
 from components.deploy.objects import SERVED_BY
 from components.disk import needed
 from components.errors import Tune16Error
+from components.kueue import QUEUE_LABEL, why_never_admitted
 from components.references import parse, pin
 from components.register.registrar import check_registry
 from components.report import size
+from pipelines import applied
 from pipelines.cluster import (
     Cluster,
     ForbiddenError,
@@ -32,7 +36,7 @@ from pipelines.cluster import (
 )
 from pipelines.options import find_shapes
 from pipelines.outcome import connection_values, is_inside_only
-from pipelines.registry import image_status
+from pipelines.registry import Credentials, image_status
 from pipelines.resources import RESOURCES
 from pipelines.server import Json, PipelineServer
 from pipelines.submission import newest_version, pipeline_spec
@@ -40,6 +44,7 @@ from pipelines.submission import newest_version, pipeline_spec
 Known = TypeVar("Known")
 
 GPU = "nvidia.com/gpu"
+_PULL_CONFIG = ".dockerconfigjson"  # of a pull secret
 _UPSTREAM_RUNNER = "pipeline-runner"
 _GPU_MEMORY_LABEL = "nvidia.com/gpu.memory"  # MiB, set by NVIDIA's GPU feature discovery
 _INTERNAL_REGISTRY = "image-registry.openshift-image-registry.svc:5000"
@@ -101,7 +106,7 @@ def refuse_unready(road: Road) -> None:
     Raises:
         Tune16Error: the connection's Secret, GPU nodes, quota or images do not suit the recipe; one line for each.
     """
-    findings = examine(road, ("connection", "GPU", "quota", "images"))
+    findings = examine(road, ("connection", "GPU", "quota", "queue", "images"))
     problems = [f"{found.check}: {found.text}" for found in findings if found.outcome == "problem"]
     if problems:
         raise Tune16Error("\n".join([*problems, "Nothing was started. --unchecked starts it all the same."]))
@@ -145,9 +150,40 @@ def _pipeline_server(road: Road) -> str:
     why = not_ready(server)
     if why:
         raise Tune16Error(f"{name} is not ready: {why}. See `oc describe dspa {name}`.")
+    _check_same_storage(road, server)
+    names = [entry["metadata"]["name"] for entry in applied.unlisted(road.cluster)]
+    if names:
+        raise Tune16Error(
+            f"{', '.join(names)}: applied before the server's webhook ran, so the server does not list it. Run: "
+            f"{applied.remedy(road.cluster, names)}. `tune16 submit` does it by itself."
+        )
     if server["spec"].get("apiServer", {}).get("pipelineStore") != "kubernetes":
         return f"{name} is ready; it keeps pipelines in its database: submit uploads them, oc apply does not"
     return f"{name} is ready"
+
+
+def _check_same_storage(road: Road, server: Json) -> None:
+    """See that the server keeps its files where the connection is: a wrong bucket it makes by itself, without a word.
+
+    Raises:
+        Tune16Error: it is another host or bucket.
+    """
+    storage = server["spec"].get("objectStorage", {}).get("externalStorage", {})
+    try:
+        values = connection_values(road.cluster, road.recipe.cluster.connection)
+    except Tune16Error:
+        return  # told by its own check
+    secret = storage.get("s3CredentialsSecret", {}).get("secretName")
+    if secret != road.recipe.cluster.connection:
+        return  # another storage, and meant to be one
+    endpoint = values["AWS_S3_ENDPOINT"].partition("://")[2].rstrip("/") or values["AWS_S3_ENDPOINT"]
+    host = f"{storage.get('host')}:{storage['port']}" if storage.get("port") else str(storage.get("host"))
+    for what, own, theirs in (("host", host, endpoint), ("bucket", storage.get("bucket"), values["AWS_S3_BUCKET"])):
+        if own != theirs:
+            raise Tune16Error(
+                f"the pipeline server {server['metadata']['name']} keeps its files in the {what} {own}, but the "
+                f"connection {secret} has {theirs}. Correct {what} in the overlay's storage.yaml."
+            )
 
 
 def _api(road: Road) -> str:
@@ -287,8 +323,34 @@ def _images(road: Road) -> str:
         if registry == _INTERNAL_REGISTRY:
             _check_internal_image(road, repository, tag)
         else:
-            _check_external_image(registry, repository, tag)
+            _check_external_image(registry, repository, tag, _pull_credentials(road, registry))
     return ", ".join(names)
+
+
+def _queue(road: Road) -> str:
+    """Whether Kueue's queue, where the GPU steps are put into one, is there and can ever admit them."""
+    queue = _queue_of_train(road)
+    if not queue:
+        return "the GPU steps stand in none"
+    cpu, memory = RESOURCES["train"]
+    num_pods = road.recipe.train.num_nodes
+    needs = {
+        "cpu": num_pods * float(parse_quantity(cpu)),
+        "memory": num_pods * float(parse_quantity(memory)),
+        GPU: float(num_pods * road.recipe.train.num_gpus),
+    }
+    why = why_never_admitted(road.cluster.look, road.cluster.namespace, queue, needs)
+    if why:
+        raise Tune16Error(f"{why}: the step train would wait for ever. Ask the queue's administrator.")
+    return f"{queue} can admit the step train"
+
+
+def _queue_of_train(road: Road) -> str:
+    """The queue in which the pipeline's newest version puts the step train; empty for none."""
+    version = newest_version(road.found_server) if road.found_server else None
+    platform = (version or {}).get("pipeline_spec", {}).get("platform_spec", {}).get("platforms", {})
+    executors = platform.get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
+    return str(executors.get("exec-train", {}).get("podMetadata", {}).get("labels", {}).get(QUEUE_LABEL, ""))
 
 
 def _registry(road: Road) -> str:
@@ -330,7 +392,12 @@ def _serving(road: Road) -> str:
 def _runner(road: Road) -> str:
     """The rights of the steps' own account."""
     account = road.runner
-    resources = [("", "secrets", "get"), ("", "pods", "get")]
+    if not _may(road, account, {"group": "", "resource": "secrets", "subresource": "", "verb": "get"}):
+        raise Tune16Error(
+            f"the account {account} may not get secrets: the operator has not made its Role yet, which it does as the "
+            "pipeline server becomes ready. Look again then; upstream's account has it from its installation."
+        )
+    resources = [("", "pods", "get")]
     if road.recipe.train.num_nodes > 1:
         resources += [("trainer.kubeflow.org", "trainjobs", "create"), ("", "pods/log", "get")]
     if road.recipe.deploy.runtime:
@@ -356,6 +423,7 @@ _CHECKS: dict[str, Callable[[Road], str]] = {
     "GPU": _gpu,
     "disk": _disk,
     "quota": _quota,
+    "queue": _queue,
     "images": _images,
     "model registry": _registry,
     "serving": _serving,
@@ -420,15 +488,31 @@ def _check_internal_image(road: Road, repository: str, tag: str) -> None:
         ) from None
 
 
-def _check_external_image(registry: str, repository: str, tag: str) -> None:
+def _check_external_image(registry: str, repository: str, tag: str, credentials: Credentials | None) -> None:
     try:
-        status = image_status(registry, repository, tag)
+        status = image_status(registry, repository, tag, credentials)
     except OSError as error:
         raise UnknownError(f"{registry} cannot be reached from here ({error}).") from None
+    if status in (401, 403) and credentials:
+        raise Tune16Error(f"{registry}/{repository}: the pull secret is refused ({status}). Renew it.")
     if status in (401, 403):
         raise UnknownError(f"{registry}/{repository} is private; the cluster needs a pull secret for it.")
     if status != 200:
         raise Tune16Error(f"{registry} has no {repository}:{tag} (status {status}). Build and push it.")
+
+
+def _pull_credentials(road: Road, registry: str) -> Credentials | None:
+    """User and password for a registry, from the pull secrets of the steps' account; None where none can be seen."""
+    account = road.cluster.look(f"/api/v1/namespaces/{{namespace}}/serviceaccounts/{road.runner}") or {}
+    for entry in account.get("imagePullSecrets") or []:
+        with suppress(NotFoundError, ForbiddenError):
+            found = road.cluster.read_secret(entry["name"], {_PULL_CONFIG})
+            auths = json.loads(found.get(_PULL_CONFIG, "{}")).get("auths", {})
+            auth = auths.get(registry) or auths.get(f"https://{registry}")
+            if auth:
+                user, _, password = base64.b64decode(auth.get("auth", "")).decode().partition(":")
+                return auth.get("username") or user, auth.get("password") or password
+    return None
 
 
 def _may(road: Road, account: str, attributes: dict[str, str]) -> bool:

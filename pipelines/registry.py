@@ -1,4 +1,4 @@
-"""Whether an image registry has an image, asked as a stranger: without a password."""
+"""Whether an image registry has an image, asked with a pull secret's user where there is one."""
 
 from typing import Any
 
@@ -12,8 +12,10 @@ _MANIFEST_TYPES = (
 )
 _TIMEOUT_SECONDS = 20
 
+Credentials = tuple[str, str]  # user and password
 
-def image_status(registry: str, repository: str, tag: str) -> int:
+
+def image_status(registry: str, repository: str, tag: str, credentials: Credentials | None = None) -> int:
     """The HTTP status that a registry answers when it is asked for an image: 200 has it, 401 and 403 hide it.
 
     Raises:
@@ -25,8 +27,11 @@ def image_status(registry: str, repository: str, tag: str) -> int:
         with httpx.Client(timeout=at_most(_TIMEOUT_SECONDS), follow_redirects=True) as client:
             answer = client.head(url, headers=headers)
             challenge = answer.headers.get("www-authenticate", "")
+            if answer.status_code == 401 and challenge.startswith("Basic ") and credentials:
+                answer = client.head(url, headers=headers, auth=credentials)
             if answer.status_code == 401 and challenge.startswith("Bearer "):
-                token = client.get(**_token_request(challenge)).json().get("token", "")
+                content = client.get(**_token_request(challenge), auth=credentials).json()
+                token = content.get("token") or content.get("access_token", "")
                 answer = client.head(url, headers={**headers, "Authorization": f"Bearer {token}"})
     except (httpx.HTTPError, ValueError) as error:
         raise OSError(str(error)) from None
@@ -34,7 +39,7 @@ def image_status(registry: str, repository: str, tag: str) -> int:
 
 
 def _token_request(challenge: str) -> dict[str, Any]:
-    """The request for an anonymous token, from a registry's WWW-Authenticate header."""
+    """The request for a token, from a registry's WWW-Authenticate header."""
     fields = dict(part.strip().split("=", 1) for part in challenge.removeprefix("Bearer ").split(","))
     plain = {name: value.strip('"') for name, value in fields.items()}
     return {"url": plain.pop("realm"), "params": plain}

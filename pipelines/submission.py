@@ -68,7 +68,7 @@ def pipeline_spec(version: Json) -> Json:
 def ensure_version(server: PipelineServer, cluster: Cluster | None, undo: ExitStack, uploaded: bool) -> Json:
     """The version to run, with its spec; uploaded where the server does not have this content yet.
 
-    A version that an overlay was applied of has this content's name with the overlay's own addition behind it.
+    A version that an overlay was applied of is named after all that was patched into it, and displayed as this content.
 
     Raises:
         Tune16Error: `uploaded` asks for what is there, and nothing is; or the server refuses.
@@ -76,8 +76,7 @@ def ensure_version(server: PipelineServer, cluster: Cluster | None, undo: ExitSt
     name = version_name()
 
     def is_wanted(version: Json) -> bool:
-        found = str(version.get("name") or version.get("display_name"))
-        return uploaded or found == name or found.startswith(f"{name}-")
+        return uploaded or name in (version.get("name"), version.get("display_name"))
 
     pipeline = server.find_pipeline(PIPELINE)
     found = _newest(server, pipeline, is_wanted)

@@ -142,15 +142,19 @@ def test_the_steps_that_ask_for_a_gpu_stand_in_the_queue() -> None:
     assert queues == {name: {"kueue.x-k8s.io/queue-name": queue} for name in on_gpu} != {}
 
 
-def test_a_disconnected_cluster_reads_from_s3_and_trusts_its_own_ca() -> None:
-    objects = output("openshift-ai-disconnected")
+def test_a_disconnected_cluster_reads_from_s3() -> None:
+    form = one(output("openshift-ai-disconnected"), "PipelineVersion")["spec"]["pipelineSpec"]["root"]
+    parameters = form["inputDefinitions"]["parameters"]
+    assert all(parameters[name]["defaultValue"].startswith("s3:///") for name in ("base_model", "dataset"))
+
+
+def test_the_clusters_own_ca_reaches_the_steps_where_it_is_asked_for(tmp_path: Path) -> None:
+    objects = build_with(["pipeline-server", "ca"], tmp_path)
     bundle = one(objects, "DataSciencePipelinesApplication")["spec"]["apiServer"]["cABundle"]
     config_map = one(objects, "ConfigMap", bundle["configMapName"])
     assert bundle["configMapKey"] == "ca-bundle.crt"  # the key that OpenShift fills in
     assert config_map["metadata"]["labels"]["config.openshift.io/inject-trusted-cabundle"] == "true"
     assert "data" not in config_map  # else every `oc apply` would empty it
-    form = one(objects, "PipelineVersion")["spec"]["pipelineSpec"]["root"]["inputDefinitions"]["parameters"]
-    assert all(form[f"preflight_{field}"]["defaultValue"].startswith("s3:///") for field in ("model", "data"))
 
 
 def test_the_alerts_know_the_pods_of_steps() -> None:

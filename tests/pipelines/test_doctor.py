@@ -1,5 +1,6 @@
 """doctor against stand-ins for the pipeline server and the Kubernetes API, with a real S3 server."""
 
+import base64
 import json
 import sys
 from collections.abc import Callable
@@ -224,6 +225,68 @@ def test_a_wrong_login_and_a_dead_server(
     assert "may not use the pipeline server" in examined()["API"].text
 
 
+def test_the_servers_own_storage_is_the_connections(
+    call: Call, kubernetes_api: KubernetesApi, monkeypatch: Any
+) -> None:
+    monkeypatch.delenv("TUNE16_HOST")
+    (server,) = (found for key, found in kubernetes_api.objects.items() if key[1].startswith("datascience"))
+
+    def look(**storage: Any) -> str:
+        credentials = {"secretName": "tune16-connection"}
+        server["spec"]["objectStorage"] = {"externalStorage": {"s3CredentialsSecret": credentials, **storage}}
+        found = json.loads(call("doctor", "demo", "--json")[1])
+        return next(str(finding["text"]) for finding in found if finding["check"] == "pipeline server")
+
+    assert look(host="s3.svc", bucket="x") == "dspa is ready"
+    assert "keeps its files in the bucket other, but the connection tune16-connection has x" in look(
+        host="s3.svc", bucket="other"
+    )
+    assert "in the host s3.svc:9000" in look(host="s3.svc", port="9000", bucket="x")
+    version = {"kind": "PipelineVersion", "metadata": {"name": "tune16-5ff", "namespace": NAMESPACE}}
+    kubernetes_api.add("pipelines.kubeflow.org/v2beta1", "pipelineversions", version)
+    assert "Run: oc label pipelineversion tune16-5ff tune16.dev/touched" in look(host="s3.svc", bucket="x")
+
+
+def queued(quota: int, *resources: str, **spec: Any) -> Callable[[KubernetesApi], None]:
+    """A queue as Kueue 0.20 shows it, whose ClusterQueue has this much of each resource."""
+
+    def change(api: KubernetesApi) -> None:
+        amounts = [{"name": name, "nominalQuota": quota} for name in resources]
+        group = {"coveredResources": list(resources), "flavors": [{"name": "t4", "resources": amounts}]}
+        body: dict[str, Any] = {"kind": "ClusterQueue", "metadata": {"name": "all"}}
+        api.add("kueue.x-k8s.io/v1beta2", "clusterqueues", body | {"spec": {"resourceGroups": [group], **spec}})
+        queue = {"kind": "LocalQueue", "metadata": {"name": "gpus", "namespace": NAMESPACE}}
+        api.add("kueue.x-k8s.io/v1beta2", "localqueues", queue | {"spec": {"clusterQueue": "all"}})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("queue", "change", "outcome", "message"),
+    [
+        ("", queued(1), "ok", "stand in none"),
+        ("gpus", queued(100 * 2**30, "cpu", "memory", doctor.GPU), "ok", "gpus can admit the step train"),
+        ("gpus", queued(100 * 2**30, "cpu", "memory"), "problem", "ClusterQueue all does not cover nvidia.com/gpu"),
+        ("gpus", queued(0, "cpu", "memory", doctor.GPU), "problem", "has 0 cpu in all, and 4 are asked for"),
+        ("gpus", queued(0, "cpu", "memory", doctor.GPU, cohort="x"), "ok", "can admit"),
+        ("none", queued(1), "problem", "there is no LocalQueue none in tune16. There are: gpus"),
+    ],
+)
+def test_the_queue_of_the_gpu_steps(
+    examined: Callable[..., Findings],
+    kubernetes_api: KubernetesApi,
+    monkeypatch: pytest.MonkeyPatch,
+    queue: str,
+    change: Callable[[KubernetesApi], None],
+    outcome: str,
+    message: str,
+) -> None:
+    change(kubernetes_api)
+    monkeypatch.setattr(doctor, "_queue_of_train", lambda road: queue)
+    finding = examined()["queue"]
+    assert (finding.outcome, message in finding.text) == (outcome, True), finding
+
+
 @pytest.mark.slow
 def test_the_pipeline_server_of_the_namespace(call: Call, kubernetes_api: KubernetesApi, monkeypatch: Any) -> None:
     monkeypatch.delenv("TUNE16_HOST")
@@ -251,18 +314,24 @@ class Registry(Server):
         pass
 
     def _token(self, request: Request) -> dict[str, str]:
-        return {"token": f"for {request.query['scope']}"}
+        user = request.headers.get("Authorization", "")
+        is_known = user == f"Basic {base64.b64encode(b'puller:secret').decode()}"
+        return {"token": f"for {request.query['scope']}{' by puller' if is_known else ''}"}
 
     def _manifest(self, request: Request, repository: str, tag: str) -> Reply:
         scope = f"repository:{repository}:pull"
-        if request.headers.get("Authorization") != f"Bearer for {scope}" or repository == "tune16/private":
+        token = request.headers.get("Authorization", "").removeprefix("Bearer for ")
+        if token != (f"{scope} by puller" if repository == "tune16/private" else scope):
             challenge = f'Bearer realm="{self.url}/token",service="registry",scope="{scope}"'
             return Reply(401, b"", headers={"WWW-Authenticate": challenge})
         return Reply(200 if (repository, tag) == ("tune16/tools", "0.1.0") else 404, b"")
 
 
 def test_images_of_a_public_registry(
-    examined: Callable[..., Findings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examined: Callable[..., Findings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kubernetes_api: KubernetesApi,
 ) -> None:
     ca, *tls = make_certificate(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(ca))
@@ -276,6 +345,17 @@ def test_images_of_a_public_registry(
         assert look("tools:0.1.0").outcome == "ok"
         assert look("tools:9").outcome == "problem" and "has no tune16/tools:9 (status 404)" in look("tools:9").text
         assert look("private:0.1.0").outcome == "unknown" and "pull secret" in look("private:0.1.0").text
+        metadata = {"name": "pipeline-runner", "namespace": NAMESPACE}
+        account = {"kind": "ServiceAccount", "metadata": metadata, "imagePullSecrets": [{"name": "pull"}]}
+        kubernetes_api.add("v1", "serviceaccounts", account)
+        for password, outcome in (("secret", "problem"), ("wrong", "problem")):
+            auth = base64.b64encode(f"puller:{password}".encode()).decode()
+            config = json.dumps({"auths": {host: {"auth": auth}}})
+            kubernetes_api.add("v1", "secrets", secret("pull", {".dockerconfigjson": config}))
+            found = look("private:0.1.0")
+            assert found.outcome == outcome and password not in found.text.replace("pull secret", "")
+            assert ("has no tune16/private" in found.text) == (password == "secret")  # it answers: not there
+            assert ("the pull secret is refused" in found.text) == (password == "wrong")
 
 
 def test_images_of_another_registry(examined: Callable[..., Findings], monkeypatch: pytest.MonkeyPatch) -> None:

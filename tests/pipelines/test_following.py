@@ -460,9 +460,9 @@ def test_the_next_time_of_a_cron_expression(cron: str, after: str, due: str) -> 
 VERSIONS = "pipelines.kubeflow.org/v2beta1"
 
 
-def apply_version(kubernetes_api: KubernetesApi, name: str) -> dict[str, Any]:
-    metadata = {"name": name, "namespace": "tune16"}
-    return kubernetes_api.add(VERSIONS, "pipelineversions", {"kind": "PipelineVersion", "metadata": metadata})
+def apply_version(kubernetes_api: KubernetesApi, name: str, shown: str = "") -> dict[str, Any]:
+    body = {"kind": "PipelineVersion", "metadata": {"name": name, "namespace": "tune16"}}
+    return kubernetes_api.add(VERSIONS, "pipelineversions", {**body, "spec": {"displayName": shown or name}})
 
 
 def test_a_version_that_was_applied_before_the_webhook_ran_is_healed(
@@ -472,15 +472,15 @@ def test_a_version_that_was_applied_before_the_webhook_ran_is_healed(
     (version,) = pipelines_api.versions.values()
     (pipeline,) = pipelines_api.pipelines.values()
     del pipelines_api.versions[version["pipeline_version_id"]]
-    name = f"{version['name']}-0123456789"  # as the overlay calls it
-    apply_version(kubernetes_api, name)
+    name = "tune16-0123456789"  # as the overlay calls it
+    apply_version(kubernetes_api, name, version["name"])
     apply_version(kubernetes_api, "tune16-0.0.1-old")
     patch = kubernetes_api._patch
 
     def webhook(request: Request, key: Any) -> Any:
         answer = patch(request, key)
         kubernetes_api.objects[key]["metadata"]["labels"]["pipelines.kubeflow.org/pipeline-id"] = "p"
-        pipelines_api.versions["v"] = {**version, "pipeline_version_id": "v", "name": name, "display_name": name}
+        pipelines_api.versions["v"] = {**version, "pipeline_version_id": "v", "name": name}
         return answer
 
     monkeypatch.setattr(kubernetes_api, "_patch", webhook)
@@ -490,7 +490,7 @@ def test_a_version_that_was_applied_before_the_webhook_ran_is_healed(
     assert "labels" not in old["metadata"] and pipeline
     del pipelines_api.versions["v"]
     del kubernetes_api.objects[VERSIONS, "pipelineversions", "tune16", name]
-    apply_version(kubernetes_api, name)
+    apply_version(kubernetes_api, name, version["name"])
     kubernetes_api.forbid("PATCH", "pipelineversions")
     code, _, err = call("submit", RECIPE)
     assert code == 2 and f"oc label pipelineversion {name} tune16.dev/touched=again --overwrite -n tune16" in err
