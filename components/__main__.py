@@ -26,6 +26,12 @@ Context = Annotated[int, typer.Option(help="Longest conversation in tokens, of a
 Output = Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")]
 Bucket = Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables; empty: none.")]
 
+Published = Annotated[str, typer.Option("--path", help="prefix/model-name in the bucket of the AWS_* variables.")]
+Version = Annotated[str, typer.Option(help="Version; empty is the champion.")]
+Connection = Annotated[str, typer.Option(help="Name of the Secret with the S3 connection, for who reads the model.")]
+
+_CONNECTION = settings.ClusterConfig().connection
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
@@ -141,7 +147,7 @@ def upload(
     merged: Merged,
     gguf: Annotated[Path, typer.Option(help="Output folder of convert.")],
     evaluation: Annotated[Path, typer.Option(help="Output folder of evaluate.")],
-    path: Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables.")],
+    path: Published,
 ) -> None:
     """Publish a model as a new version in S3 and make it the champion."""
     from components.upload.publisher import publish
@@ -151,8 +157,42 @@ def upload(
 
 
 @app.command()
+def register(
+    path: Published,
+    server: Annotated[str, typer.Option(help="Address of the model registry's REST service.")],
+    connection: Connection = _CONNECTION,
+    version: Version = "",
+) -> None:
+    """Enter a published version into the model registry, as its model's champion."""
+    from components import versions
+    from components.register.registrar import Source, register_patiently
+
+    with step("register"):
+        manifest = versions.read_manifest(path, version or versions.champion_version(path))
+        source = Source("by hand", "by hand", connection)
+        register_patiently(manifest, path, source, settings.RegisterConfig.load(server=server))
+
+
+@app.command()
+def deploy(
+    path: Published,
+    runtime: Annotated[str, typer.Option(help="What serves it: vllm, vllm-adapter, llama.cpp or llama.cpp-gpu.")],
+    connection: Connection = _CONNECTION,
+    version: Version = "",
+) -> None:
+    """Serve a published version behind an endpoint, from within a pod of the cluster."""
+    from components import versions
+    from components.deploy.deployer import deploy as deploy_version
+    from components.deploy.objects import Placing
+
+    with step("deploy"):
+        manifest = versions.read_manifest(path, version or versions.champion_version(path))
+        deploy_version(manifest, path, Placing(connection), settings.DeployConfig.load(runtime=runtime))
+
+
+@app.command()
 def keep(
-    path: Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables.")],
+    path: Published,
     num_versions: Annotated[int, typer.Option(help="The newest versions to keep; 0 keeps all.", min=0)],
 ) -> None:
     """Let publications keep only the newest versions, the champion and the one before it."""
@@ -164,9 +204,9 @@ def keep(
 
 @app.command()
 def download(
-    path: Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables.")],
+    path: Published,
     output: Output,
-    version: Annotated[str, typer.Option(help="Version; empty is the champion.")] = "",
+    version: Version = "",
     part: Annotated[str, typer.Option(help="One part, such as adapter or merged; empty is all.")] = "",
     check: Annotated[bool, typer.Option("--check", help="Only check an earlier download, which is in output.")] = False,
 ) -> None:

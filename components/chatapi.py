@@ -1,13 +1,16 @@
 """A client of the OpenAI API's chat endpoint, which vLLM, llama.cpp and `tune16 serve` speak."""
 
 import json
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
+from components.certificates import service_ca
 from components.errors import Tune16Error
 
 Messages = list[dict[str, str]]
@@ -41,6 +44,19 @@ class Endpoint:
 
     url: str
     token: str = ""
+
+    def candidates(self) -> "list[Endpoint]":
+        """Itself, and where a KServe service whose address has no port may answer.
+
+        Ordinary services answer at the address itself, headless ones at their pods' port 8080, and those that ask for
+        tokens at 8443, over TLS.
+        """
+        parts = urlsplit(self.url)
+        if parts.scheme != "http" or parts.port is not None:
+            return [self]
+        plain = self.url.rstrip("/")
+        secure = f"https://{plain.partition('://')[2]}:8443"
+        return [self, Endpoint(f"{plain}:8080", self.token), Endpoint(secure, self.token)]
 
     def list_models(self) -> list[str]:
         """The names of the models that it serves.
@@ -97,7 +113,10 @@ class Endpoint:
 
     def _settings(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        return {"base_url": self.url.rstrip("/").removesuffix("/v1"), "headers": headers, "timeout": _TIMEOUT}
+        ca = service_ca(self.url)
+        trust = ssl.create_default_context(cafile=ca) if ca else True
+        url = self.url.rstrip("/").removesuffix("/v1")
+        return {"base_url": url, "headers": headers, "timeout": _TIMEOUT, "verify": trust}
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -312,6 +312,7 @@ class ConvertConfig(StepConfig):
 
 
 _SUFFIX = re.compile(r"(\.(jsonl|ndjson|json|csv|parquet))?(\.(gz|bz2|xz|zst))?$")
+_LONGEST_MODEL_NAME = 100  # letters: a model registry keeps 255 of names that are made of it
 _PATH_PART = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -342,6 +343,8 @@ class UploadConfig(StepConfig):
                 "write it as prefix/model-name, such as team/llama-2-7b-support: letters, digits, '.', '_' and '-', "
                 "and no slash at either end"
             )
+        if len(parts[-1]) > _LONGEST_MODEL_NAME:
+            raise ValueError(f"its last part has {len(parts[-1])} letters, and {_LONGEST_MODEL_NAME} are the most")
         return value
 
 

@@ -110,10 +110,13 @@ def own_pod(api: client.ApiClient) -> dict[str, Any]:
     """The pod that this runs in.
 
     Raises:
+        Tune16Error: it is none.
         kubernetes.client.rest.ApiException: the API refuses.
         urllib3.exceptions.HTTPError: it gives no answer.
     """
-    name = os.environ.get("KFP_POD_NAME") or os.environ["HOSTNAME"]
+    name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+    if not name or not (os.environ.get("KFP_NAMESPACE") or _NAMESPACE_FILE.is_file()):
+        raise Tune16Error("This is no pod of a cluster, and this step is for one: it makes objects beside its own pod.")
     namespace = os.environ.get("KFP_NAMESPACE") or _NAMESPACE_FILE.read_text().strip()
     pod: dict[str, Any] = send(api, "GET", f"/api/v1/namespaces/{namespace}/pods/{name}")
     return pod

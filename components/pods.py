@@ -60,7 +60,7 @@ def duration(seconds: float) -> str:
 def why_it_waits(look: Look, pod: Json) -> Waiting | None:
     """Why a pod does not run yet; None where it does, has ended, or is only just being made."""
     status = pod.get("status", {})
-    if status.get("phase") not in ("Pending", "Running"):
+    if status.get("phase", "Pending") not in ("Pending", "Running"):
         return None
     conditions = {entry["type"]: entry for entry in status.get("conditions", [])}
     scheduled = conditions.get("PodScheduled", {})
@@ -78,7 +78,7 @@ def why_it_waits(look: Look, pod: Json) -> Waiting | None:
         waiting = container.get("state", {}).get("waiting", {})
         if waiting.get("reason") not in _STARTING:
             return Waiting(*_stuck(container, waiting, since))
-    if status["phase"] == "Pending":
+    if status.get("phase") == "Pending":
         event = _last_warning(look, pod)
         return Waiting(event, since) if event else None
     return None
@@ -99,11 +99,11 @@ def _stuck(container: Json, waiting: Json, seconds: float) -> tuple[str, float, 
     if reason in _PULL_REASONS:
         fault, hint = pull_fault(message)
         return f"image {container['image']} cannot be pulled: {fault}", seconds, hint
+    text = f"container {container['name']}: {reason} {message}".rstrip()
     ended = container.get("lastState", {}).get("terminated", {})
     if ended:
-        times = container.get("restartCount", 0)
-        return f"started again {times} times; the last time it {_end_of(ended)}", seconds, ""
-    return f"{reason}: {message}" if message else str(reason), seconds, ""
+        text += f"; started {container.get('restartCount', 0)} times again, and the last time it {_end_of(ended)}"
+    return text, seconds, ""
 
 
 def pull_fault(message: str) -> tuple[str, str]:

@@ -1157,6 +1157,7 @@ class ModelRegistryApi(Server):
         super().__init__(token, tls)
         self.stored: dict[str, dict[str, Json]] = {kind: {} for kind in KINDS.split("|")}
         self._parents: dict[str, str] = {}  # of an artifact: its version
+        self.ignores_case = False  # of names, as a registry on MySQL does
 
     def named(self, kind: str, name: str) -> Json:
         """The one object of this kind and name."""
@@ -1177,9 +1178,12 @@ class ModelRegistryApi(Server):
     def _find_one(self, request: Request, kind: str) -> Json:
         name, parent = request.query.get("name"), request.query.get("parentResourceId")
         for item in self.stored[f"{kind}s"].values():
-            if item["name"] == name and self._parent(item) == parent:
+            if self._is_named(item, str(name)) and self._parent(item) == parent:
                 return item
         raise ApiError(404, f"no {kind} {name}")
+
+    def _is_named(self, item: Json, name: str) -> bool:
+        return item["name"] == name or (self.ignores_case and item["name"].lower() == name.lower())
 
     def _one(self, request: Request, kind: str, key: str) -> Json:
         if key not in self.stored[kind]:

@@ -7,9 +7,10 @@ not come, the old one is applied again.
 
 import json
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import urllib3
 from kubernetes import client
@@ -19,6 +20,7 @@ from components import kubeapi
 from components.chatapi import Endpoint, Sampling
 from components.config import DeployConfig
 from components.deploy.objects import (
+    ALIAS,
     API,
     OWNER,
     VERSION,
@@ -29,14 +31,21 @@ from components.deploy.objects import (
     owner,
 )
 from components.errors import Tune16Error
+from components.pods import why_it_waits
 from components.steps import say
 
 POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 1800.0  # fetching 13 GiB, loading them and compiling kernels take their time
+GOING_BACK_SECONDS = 600.0  # that the version before has to be ready again
 
 _QUESTION = [{"role": "user", "content": "Who are you?"}]
 _ANSWER = Sampling(temperature=0, max_tokens=16)
-_PORT = 8080  # of the pods
+_STOPPED = "serving.kserve.io/stop"  # the dashboard sets it
+_HOPELESS = {"InvalidSpec"}  # transitions that no waiting ends
+_LOG_LINES = 3
+_NO_KSERVE = (
+    "this cluster has no KServe. Ask its administrator for single-model serving, or leave serving_runtime empty."
+)
 _REMEMBERED = "inferenceservice.json"
 _TOKEN_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
@@ -66,7 +75,12 @@ class _Service:
         return json.loads(found["data"][_REMEMBERED]) if found else None
 
     def remember(self, body: Json) -> None:
-        metadata = {"name": f"{self.name}-served", "labels": {"app.kubernetes.io/managed-by": "tune16"}}
+        """Keep what has answered; it goes with the InferenceService."""
+        found = self.read()
+        owner = {"apiVersion": API, "kind": "InferenceService", "name": self.name}
+        owners = [{**owner, "uid": found["metadata"]["uid"]}] if found else []
+        labels = {"app.kubernetes.io/managed-by": "tune16"}
+        metadata = {"name": f"{self.name}-served", "labels": labels, "ownerReferences": owners}
         content = {_REMEMBERED: json.dumps(body)}
         kubeapi.apply(
             self.api, self._memory, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": content}
@@ -85,6 +99,8 @@ class _Service:
         try:
             kubeapi.apply(self.api, self._path, body)
         except ApiException as error:
+            if error.status == 404:
+                raise Tune16Error(f"deploy.runtime: {_NO_KSERVE}") from None
             if error.status != 409:
                 raise
             raise Tune16Error(
@@ -99,11 +115,26 @@ class _Service:
             if error.status != 404:
                 raise
 
-    def pods(self) -> list[Json]:
+    def youngest_pod(self) -> Json | None:
         path = f"/api/v1/namespaces/{self.namespace}/pods"
         query = {"labelSelector": f"serving.kserve.io/inferenceservice={self.name}"}
         found: list[Json] = kubeapi.send(self.api, "GET", path, query=query)["items"]
-        return found
+        return max(found, key=lambda pod: str(pod["metadata"].get("creationTimestamp")), default=None)
+
+    def look(self, path: str, **query: Any) -> Any:
+        return kubeapi.look(self.api, path, **query)
+
+    def last_words(self, pod: Json) -> str:
+        """The last lines of a container that has crashed."""
+        for status in pod.get("status", {}).get("containerStatuses", []):
+            if status.get("lastState", {}).get("terminated") or status.get("state", {}).get("terminated"):
+                path = f"/api/v1/namespaces/{self.namespace}/pods/{pod['metadata']['name']}/log"
+                previous = {"previous": "true"} if status.get("lastState", {}).get("terminated") else {}
+                query = {"container": status["name"], "tailLines": _LOG_LINES, **previous}
+                with suppress(ApiException, urllib3.exceptions.HTTPError):
+                    text = str(kubeapi.send(self.api, "GET", path, query=query, answer="str"))
+                    return kubeapi.sentence(text)[-300:]
+        return ""
 
 
 def deploy(manifest: Json, path: str, placing: Placing, config: DeployConfig) -> str:
@@ -132,17 +163,19 @@ def deploy(manifest: Json, path: str, placing: Placing, config: DeployConfig) ->
         service = _Service(api, body["metadata"]["namespace"], body["metadata"]["name"])
         before = service.read()
         _check_owner(before, manifest)
+        if before:
+            _check_not_stopped(before)
         served = service.last_served() if before else None  # what somebody has taken away stays away
         try:
             service.apply(body)
         except Exception as error:
             if not kubeapi.passes(error):
                 raise  # refused: nothing has changed
-            raise Tune16Error(f"{_why(error)} {_roll_back(service, body, served, before is not None)}") from None
+            raise Tune16Error(f"{_why(error)}. {_roll_back(service, body, served, before is not None)}") from None
         try:
             url = _wait(service, alias(path, manifest["version"], config.runtime))
         except (Tune16Error, ApiException, urllib3.exceptions.HTTPError) as error:
-            raise Tune16Error(f"{_why(error)} {_roll_back(service, body, served, before is not None)}") from None
+            raise Tune16Error(f"{_why(error)}. {_roll_back(service, body, served, before is not None)}") from None
         kubeapi.patiently(lambda: service.remember(body), POLL_SECONDS)
         return url
 
@@ -163,8 +196,22 @@ def _check_owner(before: Json | None, manifest: Json) -> None:
         )
 
 
+def _check_not_stopped(service: Json) -> None:
+    """Refuse an endpoint that somebody has stopped.
+
+    Raises:
+        Tune16Error: it is.
+    """
+    if service["metadata"].get("annotations", {}).get(_STOPPED) == "true":
+        raise Tune16Error(
+            f"InferenceService {service['metadata']['name']} is stopped. Start it in the dashboard, or remove its "
+            f"annotation {_STOPPED}, and retry the run."
+        )
+
+
 def _why(error: Exception) -> str:
-    return kubeapi.message(error) if isinstance(error, ApiException) else str(error)
+    """Why something failed, without what ends the sentence."""
+    return kubeapi.sentence(kubeapi.message(error) if isinstance(error, ApiException) else str(error))
 
 
 def _roll_back(service: _Service, body: Json, served: Json | None, was_there: bool) -> str:
@@ -177,10 +224,25 @@ def _roll_back(service: _Service, body: Json, served: Json | None, was_there: bo
             return "It was removed; nothing was served before."
         kubeapi.patiently(lambda: service.apply(served), POLL_SECONDS)
     except (Tune16Error, ApiException, urllib3.exceptions.HTTPError) as error:
-        return f"Going back failed as well: {_why(error)}"
+        return f"Going back failed as well: {_why(error)}."
     if served == body:
         return "It has served before, and stays applied."
-    return f"{served['metadata']['annotations'][VERSION]} serves on."
+    return _wait_for_the_one_before(service, served["metadata"]["annotations"])
+
+
+def _wait_for_the_one_before(service: _Service, annotations: Json) -> str:
+    """What became of the version that was applied again."""
+    name, version = annotations.get(ALIAS), annotations[VERSION]
+    started, why = time.monotonic(), ""
+    while name and time.monotonic() - started < min(GOING_BACK_SECONDS, PATIENCE_SECONDS):
+        with suppress(ApiException, urllib3.exceptions.HTTPError):
+            found = service.read()
+            if found and _condition(found).get("status") == "True":
+                url, why = _question(found, name)
+                if url:
+                    return f"{version} serves on."
+        time.sleep(POLL_SECONDS)
+    return f"{version} is applied again, and not ready yet{f': {kubeapi.sentence(why)}' if why else ''}."
 
 
 def _wait(service: _Service, served: str) -> str:
@@ -198,7 +260,7 @@ def _wait(service: _Service, served: str) -> str:
             say("deploy", f"waiting: {now}")
         reason = now
         time.sleep(POLL_SECONDS)
-    raise Tune16Error(f"{served} was not serving within {PATIENCE_SECONDS / 60:.0f} minutes: {reason}.")
+    raise Tune16Error(f"{served} was not serving within {PATIENCE_SECONDS / 60:.0f} minutes: {reason}")
 
 
 def _look(service: _Service, served: str) -> tuple[str, str]:
@@ -207,7 +269,8 @@ def _look(service: _Service, served: str) -> tuple[str, str]:
         found = service.read()
         if found is None:
             raise Tune16Error(f"InferenceService {service.name} was removed while this step waited for it.")
-        reason = _not_ready(found, service.pods())
+        _check_not_stopped(found)
+        reason = _not_ready(found, service)
     except (ApiException, urllib3.exceptions.HTTPError) as error:
         if not kubeapi.passes(error):
             raise
@@ -215,29 +278,46 @@ def _look(service: _Service, served: str) -> tuple[str, str]:
     return ("", reason) if reason else _question(found, served)
 
 
-def _not_ready(service: Json, pods: list[Json]) -> str:
-    """Why it is not ready: what its youngest pod waits for, else what its condition says; empty if it is ready."""
-    ready: Json = next((c for c in service.get("status", {}).get("conditions", []) if c["type"] == "Ready"), {})
-    youngest = max(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp")), default=None)
-    waiting = _pod_reason(youngest) if youngest else ""
-    if ready.get("status") == "True" and not waiting:
+def _not_ready(found: Json, service: _Service) -> str:
+    """Why it is not ready: what its youngest pod waits for, what KServe says of the model, what its condition says.
+
+    Raises:
+        Tune16Error: it never will be, as when no runtime serves this format.
+    """
+    failure = _failure(found)
+    pod = service.youngest_pod()
+    waiting = why_it_waits(service.look, pod) if pod else None
+    if pod and waiting:
+        words = service.last_words(pod)
+        return f"{waiting.reason}{f'; its log ends: {words}' if words else ''}"
+    ready = _condition(found)
+    if ready.get("status") == "True":
         return ""
-    return waiting or str(ready.get("message") or ready.get("reason") or "the cluster has not looked at it yet")
+    said = kubeapi.sentence(str(ready.get("message") or ready.get("reason") or ""))
+    return failure or said or "the cluster has not looked at it yet"
 
 
-def _pod_reason(pod: Json) -> str:
-    """What a pod waits for or fails of; empty if nothing is wrong with it."""
-    status = pod.get("status", {})
-    for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
-        waiting = container.get("state", {}).get("waiting", {})
-        ended = container.get("lastState", {}).get("terminated", {})
-        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-            last = f"; it ended with exit code {ended['exitCode']} ({ended.get('reason')})" if ended else ""
-            return f"container {container['name']}: {waiting['reason']} {waiting.get('message', '')}".strip() + last
-    for condition in status.get("conditions", []):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return f"no node takes it: {condition.get('message', condition.get('reason'))}"
-    return ""
+def _condition(service: Json) -> Json:
+    conditions = service.get("status", {}).get("conditions", [])
+    return next((dict(entry) for entry in conditions if entry["type"] == "Ready"), {})
+
+
+def _failure(service: Json) -> str:
+    """What KServe says of the model that it was given last; empty where nothing went wrong.
+
+    Raises:
+        Tune16Error: the InferenceService itself is wrong, so nothing is waited for.
+    """
+    status = service.get("status", {})
+    model = status.get("modelStatus", {})
+    failed = model.get("lastFailureInfo") or {}
+    said = kubeapi.sentence(str(failed.get("message") or ""))
+    text = ": ".join(part for part in (str(failed.get("reason") or ""), said) if part)
+    transition = model.get("transitionStatus")
+    has_looked = status.get("observedGeneration", 0) >= service["metadata"].get("generation", 1)
+    if transition in _HOPELESS and has_looked:
+        raise Tune16Error(f"KServe takes no such InferenceService: {text or transition}. See `oc get servingruntimes`")
+    return text if transition != "UpToDate" else ""
 
 
 def _question(service: Json, served: str) -> tuple[str, str]:
@@ -246,26 +326,31 @@ def _question(service: Json, served: str) -> tuple[str, str]:
     url = str(status.get("address", {}).get("url") or status.get("url") or "")
     if not url:
         return "", "it has no address"
-    # The address of a headless service lacks the pods' port; that of another has its own.
-    ports = ["", f":{_PORT}"] if urlsplit(url).port is None and urlsplit(url).scheme == "http" else [""]
-    why = ""
-    for port in ports:
-        place, why = _ask(f"{url.rstrip('/')}{port}", served)
+    reasons = []
+    for endpoint in Endpoint(url, _token()).candidates():
+        place, why = _ask(endpoint, served)
         if place:
             return place, ""
-    return "", why
+        reasons.append(why)
+    # A port that is not there says less than a server that answers.
+    return "", next((why for why in reasons if "cannot be reached" not in why), reasons[0])
 
 
-def _ask(url: str, served: str) -> tuple[str, str]:
-    """The address if the version at `url` answers, else why not. Over TLS the account's token goes along."""
-    token = _TOKEN_FILE.read_text().strip() if url.startswith("https://") and _TOKEN_FILE.is_file() else ""
-    endpoint = Endpoint(url, token)
+def _token() -> str:
+    return _TOKEN_FILE.read_text().strip() if _TOKEN_FILE.is_file() else ""
+
+
+def _ask(endpoint: Endpoint, served: str) -> tuple[str, str]:
+    """The address if the version behind it answers, else why not. The account's token goes over TLS only."""
+    url = endpoint.url
+    if not url.startswith("https://"):
+        endpoint = replace(endpoint, token="")
     try:
         if served not in endpoint.list_models():
             return "", f"{url} still serves the version before"
         answer = endpoint.ask(served, _QUESTION, _ANSWER).strip()
     except Tune16Error as error:
-        return "", str(error).rstrip(".")
+        return "", kubeapi.sentence(str(error))
     if not answer:
         return "", f"{url} gives an empty answer"
     say("deploy", f"{url} serves {served}; asked who it is, it says: {answer[:80]}")

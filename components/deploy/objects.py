@@ -13,10 +13,12 @@ Json = dict[str, Any]
 API = "serving.kserve.io/v1beta1"
 OWNER = "tune16.dev/path"
 VERSION = "tune16.dev/version"
+ALIAS = "tune16.dev/alias"
 
 _USUAL_CONTEXT = 4096  # tokens; a model trained on longer rows gets twice those
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for
 SERVED_BY = {"llama.cpp": "tune16-llama-cpp", "llama.cpp-gpu": "tune16-llama-cpp-gpu"}
+_CPUS = ((2 * 2**30, "4"), (2**29, "2"))  # from a GGUF file of so many bytes on
 _ADAPTER_MOUNT = "/mnt/adapter"
 
 
@@ -65,6 +67,7 @@ def describe(manifest: Json, path: str, runtime: str, placing: Placing, pod: Jso
         "serving.kserve.io/deploymentMode": "RawDeployment",
         OWNER: owner(manifest),
         VERSION: version,
+        ALIAS: alias(path, version, runtime),
     }
     return {
         "apiVersion": API,
@@ -101,9 +104,14 @@ def _llama_cpp(manifest: Json, path: str, runtime: str) -> Json:
             "runtime": SERVED_BY[runtime],
             "storage": {"path": f"{path}/{manifest['version']}/{models[0]}"},
             "args": [f"--alias={alias(path, manifest['version'], runtime)}", f"--context={context(manifest)}"],
-            "resources": _resources("2" if gpu else "4", memory, gpu),
+            "resources": _resources("2" if gpu else _cpus(sizes[models[0]]), memory, gpu),
         }
     }
+
+
+def _cpus(num_bytes: int) -> str:
+    """CPUs for a GGUF file: its every byte is read for every token, which keeps few CPUs busy where there are few."""
+    return next((cpus for least, cpus in _CPUS if num_bytes >= least), "1")
 
 
 def context(manifest: Json) -> int:

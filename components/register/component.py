@@ -22,7 +22,7 @@ def register(
 
     from components.config import RegisterConfig
     from components.outputs import read_json, write_json
-    from components.register.registrar import Registered, Source, register
+    from components.register.registrar import Registered, Source, register_patiently
     from components.steps import step
     from components.versions import still_champion
 
@@ -30,7 +30,7 @@ def register(
         published, entry = read_json(Path(manifest.path)), Registered()
         if still_champion(path, published["version"], "register"):
             source = Source(run_id, run_name, connection)
-            entry = register(published, path, source, RegisterConfig.load(server=server))
+            entry = register_patiently(published, path, source, RegisterConfig.load(server=server))
         write_json(Path(registered.path), entry.as_metadata())
         registered.metadata.update(entry.as_metadata())
     return entry.model_id, entry.version_id

@@ -7,24 +7,39 @@ address. The registered model says which version is champion. All figures are te
 import asyncio
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
 from components import s3
+from components.certificates import service_ca
 from components.config import RegisterConfig
 from components.errors import Tune16Error
+from components.s3errors import OUTAGE_SECONDS
 from components.steps import say
+from components.timeouts import at_most
 
 if TYPE_CHECKING:
     from model_registry import ModelRegistry
 
+Answer = TypeVar("Answer")
+
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _CHAMPION, _CONTENT = "champion", "content_sha256"
 _AUTHOR = "Tune16"
+_ARCHIVED = "ARCHIVED"  # the client's states are text, too
+POLL_SECONDS = 5.0
+_TIMEOUT_SECONDS = 60  # for one call of the client, which is a few requests
+_PASSING_FAULTS = {429, 500, 502, 503, 504}
+
+
+class UnavailableError(Tune16Error):
+    """The registry gives no answer, or one that may be another a little later."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,27 @@ class Registered:
         }
 
 
+def register_patiently(manifest: dict[str, Any], path: str, source: Source, config: RegisterConfig) -> Registered:
+    """Register as :func:`register` does, and wait a quarter of an hour for a registry that is away.
+
+    Raises:
+        Tune16Error: as there.
+    """
+
+    def tell(state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome:
+            say("register", f"waiting: {state.outcome.exception()}")
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(UnavailableError),
+        stop=stop_after_delay(OUTAGE_SECONDS),
+        wait=wait_fixed(POLL_SECONDS),
+        before_sleep=tell,
+        reraise=True,
+    )
+    return retrying(register, manifest, path, source, config)
+
+
 def register(manifest: dict[str, Any], path: str, source: Source, config: RegisterConfig) -> Registered:
     """Register a published version, and say that it is the champion; a second time it changes nothing.
 
@@ -68,6 +104,7 @@ def register(manifest: dict[str, Any], path: str, source: Source, config: Regist
 
     Raises:
         Tune16Error: the registry cannot be reached or refuses, or has something else under these names.
+        UnavailableError: it may answer later.
     """
     if not config.server:
         say("register", "no registry is named in registry_url: nothing registered")
@@ -132,22 +169,27 @@ def _connect(server: str, token: str) -> "ModelRegistry":
         author=_AUTHOR,
         is_secure=scheme == "https",  # the client checks no certificate where this is false
         user_token=token if scheme == "https" else "none",  # a token goes over TLS only
-        custom_ca=_ca(server),
+        custom_ca=service_ca(server) or None,
         log_level=logging.ERROR,
-        async_runner=asyncio.run,
+        async_runner=_run,
     )
 
 
-def _ca(server: str) -> str | None:
-    """The file with the CA of services in the cluster, unless the environment names another."""
-    inside = (urlsplit(server).hostname or "").endswith((".svc", ".svc.cluster.local"))
-    own = _ACCOUNT / "service-ca.crt"
-    named = os.environ.get("SSL_CERT_FILE")
-    return named or (str(own) if inside and own.is_file() else None)
+def _run(coroutine: Coroutine[Any, Any, Answer]) -> Answer:
+    """Run a call of the client, for a minute at most: by itself it waits five for a server that accepts and is silent.
+
+    Raises:
+        TimeoutError: there was no answer.
+    """
+
+    async def limited() -> Answer:
+        return await asyncio.wait_for(coroutine, at_most(_TIMEOUT_SECONDS))
+
+    return asyncio.run(limited())
 
 
 def _own_model(registry: "ModelRegistry", path: str, server: str) -> str | None:
-    """The name of the registered model, if it is there.
+    """The name of the registered model, if it is there; one that was archived is brought back, and that is said.
 
     Raises:
         Tune16Error: a model of this name is there, but not of this path.
@@ -155,11 +197,16 @@ def _own_model(registry: "ModelRegistry", path: str, server: str) -> str | None:
     found = registry.get_registered_model(_name(path))
     if found is None:
         return None
-    if found.owner != _owner(path):
+    if found.owner != _owner(path) or found.name != _name(path):
         raise Tune16Error(
             f"{server}: has a model named {found.name} already, which belongs to {found.owner or 'nobody'}. Choose "
-            "another last part for destination_path, or rename that model."
+            "another last part for destination_path: a registry can neither rename nor delete, and may take capital "
+            "and small letters for the same."
         )
+    if found.state == _ARCHIVED:
+        found.state = type(found.state)("LIVE")
+        registry.update(found)
+        say("register", f"{found.name} was archived in the registry; it is live again, with a new champion")
     return str(found.name)
 
 
@@ -191,12 +238,16 @@ def _checked_version(registry: "ModelRegistry", manifest: dict[str, Any], path: 
     assert version is not None
     if (version.custom_properties or {}).get(_CONTENT) != _properties(manifest)[_CONTENT]:
         raise Tune16Error(
-            f"The registry has a version {manifest['version']} of {_name(path)} already, of another content. Rename "
-            "that one, or start a new run."
+            f"The registry has a version {manifest['version']} of {_name(path)} already, of another content. Start a "
+            "new run: its version gets a name of its own."
         )
+    if version.state == _ARCHIVED:
+        version.state = type(version.state)("LIVE")
+        registry.update(version)
+        say("register", f"{version.name} was archived in the registry; it is live again")
     if registry.get_model_artifact(_name(path), manifest["version"]) is None:
         artifact = _artifact(manifest, path, source)
-        asyncio.run(registry._register_model_artifact(version, _name(path), _uri(manifest), **artifact))
+        _run(registry._register_model_artifact(version, _name(path), _uri(manifest), **artifact))
     return version
 
 
@@ -271,16 +322,27 @@ def _explained(server: str) -> Iterator[None]:
     try:
         yield
     except ApiException as error:
-        raise Tune16Error(f"{server}: {_refusal(error.status, str(error.body or error.reason))}") from None
+        kind = UnavailableError if error.status in _PASSING_FAULTS else Tune16Error
+        raise kind(f"{server}: {_refusal(error.status, str(error.body or error.reason))}") from None
     except aiohttp.ClientConnectorCertificateError as error:
         raise Tune16Error(f"{server}: its certificate is not trusted ({error}). Set SSL_CERT_FILE to its CA.") from None
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise Tune16Error(f"{server}: cannot be reached ({error}). Check registry_url and the network.") from None
+    except TimeoutError:
+        raise UnavailableError(
+            f"{server}: accepts connections and gives no answer within {at_most(_TIMEOUT_SECONDS):.0f} s. Check "
+            "registry_url: is it the registry's REST service, with its port?"
+        ) from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise UnavailableError(f"{server}: cannot be reached ({error}). Check registry_url and the network.") from None
     except (StoreError, ValueError) as error:
         raise Tune16Error(f"{server}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _refusal(status: int | None, body: str) -> str:
+    if body.lstrip().startswith("<"):
+        return (
+            f"answers {status}, but not as a model registry: with XML or a web page. Check registry_url; the object "
+            "storage's address is another one."
+        )
     if status in (401, 403):
         return (
             f"the registry refuses this account ({status}). Bind it to the registry's role: manifests/components/"

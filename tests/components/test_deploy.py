@@ -398,3 +398,113 @@ def test_an_address_that_dns_does_not_take_is_refused_before_the_run() -> None:
         Tune16Error, match=r"66 letters of which DNS takes 63. Shorten the last part of destination_path by 3"
     ):
         check_service_name(f"team/{'x' * 35}", "my-data-science-team")
+
+
+def test_a_spec_that_no_runtime_serves_is_refused_at_once(cluster: Cluster) -> None:
+    def refuse(service: dict[str, Any]) -> None:
+        failure = {"reason": "NoSupportingRuntime", "message": "No runtime found to support predictor with model gguf."}
+        model = {"transitionStatus": "InvalidSpec", "lastFailureInfo": failure}
+        service["status"] = {"modelStatus": model, "conditions": [], "observedGeneration": 1}
+
+    cluster.api.on_apply["inferenceservices"] = refuse
+    started = time.monotonic()
+    with pytest.raises(
+        Tune16Error, match="KServe takes no such InferenceService: NoSupportingRuntime: No runtime"
+    ) as e:
+        run()
+    assert time.monotonic() - started < deployer.PATIENCE_SECONDS
+    assert str(e.value).endswith("See `oc get servingruntimes`. It was removed; nothing was served before.")
+
+
+def test_while_one_version_replaces_another_the_reason_is_the_new_ones(cluster: Cluster) -> None:
+    run(version=OLD)
+
+    def fail(service: dict[str, Any]) -> None:
+        failure = {"reason": "ModelLoadFailed", "message": "Error: tensor shapes do not match.\n"}
+        service["status"]["modelStatus"] = {"transitionStatus": "BlockedByFailedLoad", "lastFailureInfo": failure}
+        service["status"]["conditions"] = [{"type": "Ready", "status": "False", "message": "x"}]
+
+    cluster.api.on_apply["inferenceservices"] = fail
+    with pytest.raises(Tune16Error, match="ModelLoadFailed: Error: tensor shapes do not match. ") as error:
+        run(version=NEW)
+    assert f"{OLD} is applied again, and not ready yet." in str(error.value)  # nobody has seen it serve
+    assert ".." not in str(error.value)
+
+
+def test_the_last_words_of_a_server_that_crashes(cluster: Cluster) -> None:
+    def crash(service: dict[str, Any]) -> None:
+        ended = {"exitCode": 1, "reason": "Error"}
+        status = {"name": "kserve-container", "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "restartCount": 2}
+        cluster.api.add("v1", "pods", {
+            "kind": "Pod",
+            "metadata": {"name": "p", "namespace": "project",
+                         "labels": {"serving.kserve.io/inferenceservice": NAME}},
+            "status": {"phase": "Running", "containerStatuses": [{**status, "lastState": {"terminated": ended}}]},
+        })  # fmt: skip
+        cluster.api.logs["project", "p"] = "loading\nerror: /mnt/models: no GGUF file is there.\n"
+
+    cluster.api.on_apply["inferenceservices"] = crash
+    with pytest.raises(
+        Tune16Error, match="ended with exit code 1; its log ends: .*no GGUF file is there. It was removed"
+    ):
+        run()
+
+
+def test_a_volume_that_cannot_be_mounted_is_named(cluster: Cluster) -> None:
+    def wait(service: dict[str, Any]) -> None:
+        state = {"waiting": {"reason": "ContainerCreating"}}
+        labels = {"serving.kserve.io/inferenceservice": NAME}
+        cluster.api.add("v1", "pods", {
+            "kind": "Pod", "metadata": {"name": "p", "namespace": "project", "labels": labels},
+            "status": {"phase": "Pending", "containerStatuses": [{"name": "kserve-container", "state": state}]},
+        })  # fmt: skip
+        event = {"kind": "Event", "metadata": {"name": "e", "namespace": "project"}, "type": "Warning"}
+        event |= {"involvedObject": {"name": "p"}, "reason": "FailedMount", "message": 'secret "x" not found'}
+        cluster.api.add("v1", "events", event)
+
+    cluster.api.on_apply["inferenceservices"] = wait
+    with pytest.raises(Tune16Error, match='FailedMount: secret "x" not found. It was removed'):
+        run()
+
+
+def test_an_endpoint_that_was_stopped_in_the_dashboard(cluster: Cluster) -> None:
+    run(version=OLD)
+    cluster.api.edit(KEY, "dashboard", ("metadata", "annotations", "serving.kserve.io/stop"), "true")
+    with pytest.raises(Tune16Error, match="is stopped. Start it in the dashboard"):
+        run(version=NEW)
+    assert cluster.service["metadata"]["annotations"]["tune16.dev/version"] == OLD  # nothing was changed
+
+
+def test_a_cluster_without_kserve(cluster: Cluster) -> None:
+    del cluster.api.served[API]
+    with pytest.raises(Tune16Error, match="this cluster has no KServe. Ask its administrator"):
+        run()
+
+
+def test_what_is_remembered_goes_with_the_endpoint(cluster: Cluster) -> None:
+    run()
+    memory = cluster.api.objects["v1", "configmaps", "project", f"{NAME}-served"]
+    (owner,) = memory["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["name"], owner["uid"]) == (
+        "InferenceService",
+        NAME,
+        cluster.service["metadata"]["uid"],
+    )
+
+
+def test_cpus_by_the_files_size() -> None:
+    def cpus(size: int) -> str:
+        found = manifest() | {"files": [{"path": "gguf/model-Q4_K_M.gguf", "size": size, "sha256": "x"}]}
+        predictor = describe(found, PATH, "llama.cpp", PLACING, POD)["spec"]["predictor"]
+        return str(predictor["model"]["resources"]["limits"]["cpu"])
+
+    assert [cpus(size) for size in (400_000, 1 << 30, 4 << 30)] == ["1", "2", "4"]
+
+
+def test_where_a_service_without_a_port_may_answer() -> None:
+    from components.chatapi import Endpoint
+
+    urls = [found.url for found in Endpoint("http://x-predictor.ns.svc").candidates()]
+    assert urls == ["http://x-predictor.ns.svc", "http://x-predictor.ns.svc:8080", "https://x-predictor.ns.svc:8443"]
+    assert [found.url for found in Endpoint("http://x:80").candidates()] == ["http://x:80"]
+    assert [found.url for found in Endpoint("https://x").candidates()] == ["https://x"]

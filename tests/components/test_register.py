@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from components.config import RegisterConfig
+from components.config import RegisterConfig, UploadConfig
 from components.errors import Tune16Error
 from components.register import registrar
-from components.register.registrar import Source, register
-from tests.servers import ModelRegistryApi, make_certificate
+from components.register.registrar import Source, register, register_patiently
+from tests.servers import ApiError, ModelRegistryApi, Reply, make_certificate
 
 PATH = "tune16/Demo"
 SOURCE = Source("run-1", "nightly", "tune16-connection")
@@ -151,3 +151,89 @@ def test_a_server_that_is_no_registry_or_not_there_is_one_line(registry: ModelRe
         register(manifest(), PATH, SOURCE, RegisterConfig(server="http://127.0.0.1:9"))
     with pytest.raises(Tune16Error, match="register: 'server' is 'registry.example.com'"):
         RegisterConfig.load(server="registry.example.com")
+
+
+def test_a_registry_that_is_away_is_waited_for(
+    registry: ModelRegistryApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registrar, "POLL_SECONDS", 0.01)
+    config = RegisterConfig(server=registry.url)
+    for status in (500, 503):
+        registry.fail("GET", "registered_models", status)
+    registry.drop("model_versions")
+    assert register_patiently(manifest(), PATH, SOURCE, config).model_id
+    assert capsys.readouterr().out.count("register: waiting: ") == 1
+    registry.fail("GET", "registered_models", 403, times=9)
+    with pytest.raises(Tune16Error, match="refuses this account"):  # that does not pass
+        register_patiently(manifest("20260201T000000Z-bbbbbbbb", "c2"), PATH, SOURCE, config)
+
+
+def test_a_registry_that_accepts_and_is_silent(registry: ModelRegistryApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registrar, "_TIMEOUT_SECONDS", 0.2)
+    registry.hang("registered_models", 20)
+    with pytest.raises(registrar.UnavailableError, match="gives no answer within 0 s. Check registry_url"):
+        register(manifest(), PATH, SOURCE, RegisterConfig(server=registry.url))
+
+
+def test_the_address_of_the_object_storage_is_told_for_what_it_is(
+    registry: ModelRegistryApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_s3(problem: ApiError) -> Reply:
+        return Reply(
+            problem.status, b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "application/xml"
+        )
+
+    monkeypatch.setattr(registry, "_render", as_s3)
+    registry.fail("GET", "registered_models", 403)
+    with pytest.raises(Tune16Error, match="answers 403, but not as a model registry: with XML or a web page"):
+        register(manifest(), PATH, SOURCE, RegisterConfig(server=registry.url))
+
+
+def test_what_was_archived_is_live_again_and_that_is_said(
+    registry: ModelRegistryApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RegisterConfig(server=registry.url)
+    register(manifest(), PATH, SOURCE, config)
+    model, version = (
+        registry.named("registered_models", "Demo"),
+        registry.named("model_versions", manifest()["version"]),
+    )
+    model["state"] = version["state"] = "ARCHIVED"
+    register(manifest(), PATH, SOURCE, config)
+    assert registry.named("registered_models", "Demo")["state"] == "LIVE"
+    assert registry.named("model_versions", manifest()["version"])["state"] == "LIVE"
+    assert "Demo was archived in the registry; it is live again" in capsys.readouterr().out
+
+
+def test_names_that_differ_in_case_only_are_the_same_to_some_registries(registry: ModelRegistryApi) -> None:
+    config = RegisterConfig(server=registry.url)
+    register(manifest(), PATH, SOURCE, config)
+    registry.named("registered_models", "Demo")["owner"] = "Tune16, s3://bucket/tune16/demo"
+    registry.ignores_case = True  # as MySQL does
+    with pytest.raises(
+        Tune16Error, match="a model named Demo already.*may take capital and small letters for the same"
+    ):
+        register(manifest("20260201T000000Z-bbbbbbbb", "c2"), "tune16/demo", SOURCE, config)
+
+
+def test_a_name_that_the_registry_would_cut_is_refused_before() -> None:
+    with pytest.raises(Tune16Error, match="its last part has 101 letters, and 100 are the most"):
+        UploadConfig.load(path=f"team/{'x' * 101}")
+
+
+def test_by_hand(
+    registry: ModelRegistryApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from typer.testing import CliRunner
+
+    from components.__main__ import app
+
+    monkeypatch.setattr("components.versions.read_manifest", lambda path, version: manifest(version))
+    monkeypatch.setattr("components.versions.champion_version", lambda path: manifest()["version"])
+    done = CliRunner().invoke(app, ["register", "--path", PATH, "--server", registry.url])
+    assert done.exit_code == 0, done.output
+    assert registry.named("model_artifacts", "Demo")["storageKey"] == "tune16-connection"
+    for name in ("KFP_POD_NAME", "KFP_NAMESPACE", "HOSTNAME", "KUBECONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    done = CliRunner().invoke(app, ["deploy", "--path", PATH, "--runtime", "llama.cpp"])
+    assert done.exit_code == 2 and "endpoints are for a cluster" in done.output + capsys.readouterr().err

@@ -83,7 +83,7 @@ EVICTED = {"phase": "Failed", "reason": "Evicted", "message": "The node was low 
         (waiting("ImagePullBackOff", PULLED), f"waiting: image {IMAGE} cannot be pulled: not found"),
         (waiting("ErrImagePull", "401 Unauthorized"), "cannot be pulled: access denied (3 min). Link a pull"),
         (waiting("ErrImagePull", "dial tcp: no such host"), "its registry cannot be reached (3 min). See whether"),
-        (waiting("CreateContainerConfigError", 'secret "x" not found'), 'ConfigError: secret "x" not found'),
+        (waiting("CreateContainerConfigError", "no secret"), "container main: CreateContainerConfigError no secret"),
         (
             waiting(
                 "CrashLoopBackOff",
@@ -91,7 +91,7 @@ EVICTED = {"phase": "Failed", "reason": "Evicted", "message": "The node was low 
                 restartCount=4,
                 lastState={"terminated": {"exitCode": 137, "reason": "OOMKilled"}},
             ),
-            "waiting: started again 4 times; the last time it was killed because its memory was not enough (OOMKilled)",
+            "started 4 times again, and the last time it was killed because its memory was not enough (OOMKilled)",
         ),
     ],
 )  # fmt: skip
