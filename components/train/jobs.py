@@ -7,6 +7,7 @@ from typing import Any
 
 from components.config import TrainConfig
 from components.kubeapi import main_container
+from components.kueue import QUEUE_LABEL
 
 Json = dict[str, Any]
 
@@ -15,19 +16,19 @@ _GPU = "nvidia.com/gpu"
 _CA_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
 _OF_THE_STEP_ALONE = ("KFP_", "ARGO_", "PET_")  # variables that mean the step's own pod
 _TEMPLATE = "ARGO_TEMPLATE"  # the variable in which Argo Workflows tells a pod's containers what it was made of
-_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of training job: where the API serves it, how its container is called and its first pod labelled."""
+    """A kind of training job: where the API serves it, how its container is called and how its pods are labelled."""
 
     group: str
     version: str
     plural: str
     name: str
     container: str
-    first_pod: str  # label selector with {job}
+    pods: str  # label selector with {job}
+    first: tuple[str, str]  # the label that only the first pod has
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ TRAIN_JOB = Kind(
     "trainjobs",
     "TrainJob",
     "node",
-    "jobset.sigs.k8s.io/jobset-name={job},batch.kubernetes.io/job-completion-index=0",
+    "jobset.sigs.k8s.io/jobset-name={job}",
+    ("batch.kubernetes.io/job-completion-index", "0"),
 )
 PYTORCH_JOB = Kind(
     "kubeflow.org",
@@ -52,7 +54,8 @@ PYTORCH_JOB = Kind(
     "pytorchjobs",
     "PyTorchJob",
     "pytorch",
-    "training.kubeflow.org/job-name={job},training.kubeflow.org/replica-type=master",
+    "training.kubeflow.org/job-name={job}",
+    ("training.kubeflow.org/replica-type", "master"),
 )
 
 
@@ -67,16 +70,13 @@ def describe(kind: Kind, job: str, pod: Json, source: str, config: TrainConfig, 
         config: how many nodes and GPUs.
         has_patches: whether the cluster's TrainJob has ``runtimePatches``; older ones have ``podTemplateOverrides``.
     """
-    main = main_container(pod)
-    resources = {name: dict(main.get("resources", {}).get(name, {})) for name in ("requests", "limits")}
-    for amounts in resources.values():
-        amounts[_GPU] = str(config.num_gpus)
+    main, resources = main_container(pod), resources_of(pod, config)
     container = {
         "image": main["image"],
         "command": ["python3", "-m", "components", "train-node", "--source", source],
         "env": _environment(main),
     }
-    labels = {name: text for name, text in pod["metadata"].get("labels", {}).items() if name == _QUEUE_LABEL}
+    labels = {name: text for name, text in pod["metadata"].get("labels", {}).items() if name == QUEUE_LABEL}
     metadata = pod["metadata"]
     owner = {"apiVersion": "v1", "kind": "Pod", "name": metadata["name"], "uid": metadata["uid"]}
     placement = _placement(pod, main)
@@ -90,6 +90,13 @@ def describe(kind: Kind, job: str, pod: Json, source: str, config: TrainConfig, 
         "metadata": {"name": job, "labels": labels, "ownerReferences": [owner]},
         "spec": spec,
     }
+
+
+def resources_of(pod: Json, config: TrainConfig) -> Json:
+    """What each pod of the job asks for: as much as the step's own pod, and the GPUs."""
+    own = main_container(pod).get("resources", {})
+    gpus = {_GPU: str(config.num_gpus)}
+    return {name: {**own.get(name, {}), **gpus} for name in ("requests", "limits")}
 
 
 def _train_job(container: Json, resources: Json, placement: Placement, config: TrainConfig, has_patches: bool) -> Json:

@@ -5,6 +5,7 @@ this same image as this same account (:mod:`components.train.node`); all that pa
 folder of the connection's bucket (:mod:`components.train.scratch`).
 """
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +15,25 @@ from typing import Any
 import urllib3
 from kubernetes import client
 from kubernetes.client.rest import ApiException
+from kubernetes.utils.quantity import parse_quantity
 
 from components import kubeapi
 from components.config import TrainConfig
 from components.errors import Tune16Error
+from components.kueue import QUEUE_LABEL, Look, why_never_admitted
+from components.kueue import waiting as kueue_waiting
 from components.outputs import new_folder
+from components.pods import end_of_pod, why_it_waits
 from components.s3errors import patience
 from components.steps import say
-from components.train.jobs import PYTORCH_JOB, TRAIN_JOB, Json, Kind, describe
+from components.train.jobs import PYTORCH_JOB, TRAIN_JOB, Json, Kind, describe, resources_of
 from components.train.scratch import ALIVE_SECONDS, Scratch, new_job
 
 POLL_SECONDS = 5.0
 _SILENCE_SECONDS = 1800  # without any news from pods that should be running; waiting in a queue does not count
 _TIMEOUT_SECONDS = (10, 60)  # to connect, to read
+_LAST_LINES = 8  # of a pod that failed without a message of ours
+_OF_THE_STEP = re.compile(r"train: (started|finished in .*)")  # the step says it itself
 
 
 def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig, path: str) -> None:
@@ -48,9 +55,10 @@ def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig,
         api = kubeapi.connect("train.num_nodes: several nodes are for a cluster, whose pods train. Set it to 1.")
         pod, kind = kubeapi.patiently(lambda: kubeapi.own_pod(api), POLL_SECONDS), _served_kind()
         namespace = pod["metadata"]["namespace"]
+        _check_queue(_look, pod, config)
         body = describe(kind, job, pod, scratch.address, config, kind is TRAIN_JOB and _has_patches())
         with scratch.holding(weights, rows, config), _running(kind, namespace, body):
-            _follow(kind, namespace, job, scratch)
+            _follow(_Job(kind, namespace, body), scratch)
             with new_folder(output) as folder:
                 scratch.fetch_adapter(folder)
 
@@ -113,42 +121,131 @@ def _create(path: str, body: Json) -> None:
     kubeapi.patiently(post, POLL_SECONDS)
 
 
-def _follow(kind: Kind, namespace: str, job: str, scratch: Scratch) -> None:
+def _check_queue(look: Look, pod: Json, config: TrainConfig) -> None:
+    """Refuse what the queue of the step's pod can never admit.
+
+    Raises:
+        Tune16Error: it cannot, and why.
+    """
+    queue = pod["metadata"].get("labels", {}).get(QUEUE_LABEL, "")
+    if not queue:
+        return
+    requests = resources_of(pod, config)["requests"]
+    needs = {name: config.num_nodes * float(parse_quantity(amount)) for name, amount in requests.items()}
+    why = why_never_admitted(look, pod["metadata"]["namespace"], queue, needs)
+    if why:
+        raise Tune16Error(f"train.num_nodes: {why}. Ask the queue's administrator, or lower num_nodes or num_gpus.")
+
+
+class _Job:
+    """A training job on the cluster: its state, and what its pods say.
+
+    Args:
+        kind: what it is.
+        namespace: where.
+        body: the object that was created.
+    """
+
+    def __init__(self, kind: Kind, namespace: str, body: Json) -> None:
+        self.title = f"{kind.name} {body['metadata']['name']}"
+        self._kind = kind
+        self._namespace = namespace
+        self._name = body["metadata"]["name"]
+        self._queue = body["metadata"]["labels"].get(QUEUE_LABEL, "")
+        self._num_said = 0
+
+    def state(self) -> tuple[str, str]:
+        """``queued``, ``waiting``, ``running``, ``complete`` or ``failed``, and why.
+
+        Raises:
+            Tune16Error: somebody has deleted it.
+        """
+        path = f"/apis/{self._kind.group}/{self._kind.version}/namespaces/{self._namespace}/{self._kind.plural}"
+        try:
+            job = _patiently("GET", f"{path}/{self._name}")
+        except ApiException as error:
+            if error.status != 404:
+                raise
+            raise Tune16Error(
+                f"{self.title} was deleted by somebody while it ran. Retry the run: it goes on from its newest "
+                "checkpoint."
+            ) from None
+        state, why = _state(job)
+        if state == "queued":
+            return state, kueue_waiting(_look, self._namespace, job["metadata"].get("uid", ""), self._queue)
+        waiting = next(filter(None, (why_it_waits(_look, pod) for pod in self._pods())), None)
+        return ("waiting", waiting.reason) if state in ("waiting", "running") and waiting else (state, why)
+
+    def new_lines(self) -> list[str]:
+        """The whole lines that the first pod has printed since the last call."""
+        name, value = self._kind.first
+        pod = next((pod for pod in self._pods() if pod["metadata"].get("labels", {}).get(name) == value), None)
+        text = self._log(pod) if pod else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        said, self._num_said = self._num_said, len(lines)
+        return lines[said if said <= len(lines) else 0 :]  # fewer than before: another pod, or it was started again
+
+    def last_words(self) -> list[str]:
+        """How each pod ended, and its last lines, whatever they begin with: the logs go with the job."""
+        words = []
+        for pod in self._pods():
+            lines = [line for line in self._log(pod).splitlines() if line.strip()][-_LAST_LINES:]
+            ended = end_of_pod(pod, self._kind.container)
+            words += [f"{pod['metadata']['name']}: {line}" for line in [*lines, *([ended] if ended else [])]]
+        return words
+
+    def _pods(self) -> list[Json]:
+        query = {"labelSelector": self._kind.pods.format(job=self._name)}
+        pods: list[Json] = _patiently("GET", f"/api/v1/namespaces/{self._namespace}/pods", query=query)["items"]
+        return pods
+
+    def _log(self, pod: Json) -> str:
+        path = f"/api/v1/namespaces/{self._namespace}/pods/{pod['metadata']['name']}/log"
+        try:
+            return str(_patiently("GET", path, query={"container": self._kind.container}, answer="str"))
+        except ApiException as error:
+            if error.status in (400, 404):  # the container has not started, or the pod is gone
+                return ""
+            raise
+
+
+def _follow(job: _Job, scratch: Scratch) -> None:
     """Say the job's states and the first pod's lines until it has ended.
 
     Raises:
-        Tune16Error: it failed, with the pod's own message where it left one, or it hangs.
+        Tune16Error: it failed, with the pod's own message where it left one, or it hangs, or was deleted.
     """
-    path = f"/apis/{kind.group}/{kind.version}/namespaces/{namespace}/{kind.plural}/{job}"
-    said, state, renewed, last_news = 0, "", 0.0, time.monotonic()
+    state, why, renewed, last_news = "", "", 0.0, time.monotonic()
     while state != "complete":
         if time.monotonic() - renewed > ALIVE_SECONDS:
             scratch.renew()
             renewed = time.monotonic()
-        now, why = _state(_patiently("GET", path))
-        lines = _first_log(kind, namespace, job)
-        said = said if said <= len(lines) else 0  # another pod, or the same one started again
-        if now != state or len(lines) > said or now == "queued":
+        before = state, why
+        state, why = job.state()
+        lines = job.new_lines()
+        if (state, why) != before or lines or state == "queued":
             last_news = time.monotonic()
-        if now != state:
-            say("train", f"{kind.name} {job} is {now}")
-        for line in lines[said:]:
-            if line.startswith("train: "):  # the rest is what libraries print
+        if (state, why) != before and state != "failed":
+            say("train", f"{job.title} is {state}{f': {why}' if why and state != 'complete' else ''}")
+        for line in lines:
+            if line.startswith("train: ") and not _OF_THE_STEP.fullmatch(line):  # the rest is what libraries print
                 say("train", line.removeprefix("train: "))
-        said, state = len(lines), now
         scratch.raise_reported()  # at once, before the pod is started again
         if state == "failed":
-            raise Tune16Error(f"{kind.name} {job} failed: {why or 'no reason given'}. Its pods' logs may say more.")
+            for line in job.last_words():
+                say("train", line)
+            said = kubeapi.sentence(why) or "no reason given"
+            raise Tune16Error(f"{job.title} failed: {said}. Its pods' last lines stand above.")
         if time.monotonic() - last_news > _SILENCE_SECONDS:
             raise Tune16Error(
-                f"{kind.name} {job} has said nothing for {_SILENCE_SECONDS // 60} minutes. Look at its pods' events: "
-                "are there nodes with enough free GPUs, and can they pull the image?"
+                f"{job.title} has said nothing for {_SILENCE_SECONDS // 60} minutes{f': {why}' if why else ''}. Look at "
+                "its pods' events: are there nodes with enough free GPUs, and can they pull the image?"
             )
         time.sleep(POLL_SECONDS)
 
 
 def _state(job: Json) -> tuple[str, str]:
-    """``queued``, ``running``, ``complete`` or ``failed``, and the reason."""
+    """``queued``, ``running``, ``complete`` or ``failed``, and the reason, as the job itself says."""
     conditions = job.get("status", {}).get("conditions", [])
     active = {entry["type"]: entry.get("message", "") for entry in conditions if entry["status"] == "True"}
     for name, state in (
@@ -159,27 +256,19 @@ def _state(job: Json) -> tuple[str, str]:
     ):
         if name in active:
             return state, active[name]
-    return "running", ""
-
-
-def _first_log(kind: Kind, namespace: str, job: str) -> list[str]:
-    """The whole lines that the first pod has printed so far."""
-    path = f"/api/v1/namespaces/{namespace}/pods"
-    pods = _patiently("GET", path, query={"labelSelector": kind.first_pod.format(job=job)})["items"]
-    if not pods:
-        return []
-    try:
-        path = f"{path}/{pods[0]['metadata']['name']}/log"
-        text = str(_patiently("GET", path, query={"container": kind.container}, answer="str"))
-    except ApiException as error:
-        if error.status in (400, 404):  # the container has not started, or the pod is gone
-            return []
-        raise
-    return text[: text.rfind("\n") + 1].splitlines()
+    if job.get("spec", {}).get("suspend"):
+        return "queued", ""
+    counts = job.get("status", {}).get("jobsStatus", [])  # a TrainJob has no condition while it runs
+    is_ready = any(entry.get("ready") or entry.get("succeeded") or entry.get("failed") for entry in counts)
+    return ("waiting", "its pods are not ready yet") if counts and not is_ready else ("running", "")
 
 
 def _patiently(method: str, path: str, body: Any = None, **options: Any) -> Any:
     return kubeapi.patiently(lambda: _request(method, path, body, **options), POLL_SECONDS)
+
+
+def _look(path: str, **query: Any) -> Any:
+    return kubeapi.look(client.ApiClient(), path, **query)
 
 
 def _request(

@@ -174,7 +174,8 @@ def test_two_nodes_equal_one_process_with_twice_the_batch(
     left, right = read_deltas(tmp_path / "one"), read_deltas(tmp_path / "two")
     for name, delta in left.items():
         assert torch.allclose(delta.b @ delta.a, right[name].b @ right[name].a, atol=2e-3), name
-    assert "is queued" in said and "is running" in said and "is complete" in said
+    assert "is queued: in the queue gpus" in said and "is running" in said and "is complete" in said
+    assert "train: started" not in said  # the step says it, once
     assert "train: step 1/" in said and "train: train:" not in said and "warnings.warn" not in said
     (job,) = started.jobs
     uid = api.objects["v1", "pods", NAMESPACE, "tune16-abc-train"]["metadata"]["uid"]
@@ -391,3 +392,93 @@ def test_a_job_that_says_nothing_is_given_up_but_not_one_in_the_queue(
     with pytest.raises(Tune16Error, match="failed: preempted"):
         train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
     assert len(seen) == 2 and not [key for key in api.objects if key[1] == "trainjobs"]
+
+
+def end_with(message: str) -> Callable[[Json], None]:
+    def end(job: Json) -> None:
+        job["status"] = {"conditions": [{"type": "Failed", "status": "True", "message": message}]}
+
+    return end
+
+
+def add_node_pod(api: KubernetesApi, job: Json, rank: int, log: str = "", status: Json | None = None) -> None:
+    name = job["metadata"]["name"]
+    labels = {"jobset.sigs.k8s.io/jobset-name": name, "batch.kubernetes.io/job-completion-index": str(rank)}
+    metadata = {"name": f"{name}-{rank}", "namespace": NAMESPACE, "labels": labels}
+    spec = {"containers": [{"name": "node"}]}
+    api.add("v1", "pods", {"kind": "Pod", "metadata": metadata, "spec": spec, "status": status or {"phase": "Running"}})
+    if log:
+        api.logs[NAMESPACE, f"{name}-{rank}"] = log
+
+
+def test_a_crash_of_a_pod_leaves_its_last_lines(
+    api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve_train_jobs(api)
+
+    def crash(job: Json) -> None:
+        killed = {"name": "node", "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+        add_node_pod(api, job, 0, "NCCL WARN Cuda failure\nterminate called\n")
+        add_node_pod(api, job, 1, status={"phase": "Failed", "containerStatuses": [killed]})
+        end_with("jobset failed due to one or more job failures.")(job)
+
+    api.on_create["trainjobs"] = crash
+    with pytest.raises(
+        Tune16Error, match="failed: jobset failed due to one or more job failures. Its pods' last lines"
+    ):
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
+    said = capsys.readouterr().out
+    assert "-0: NCCL WARN Cuda failure" in said and "-0: terminate called" in said
+    assert "-1: it was killed because its memory was not enough (OOMKilled)" in said
+
+
+def test_pods_that_wait_are_not_running(
+    api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve_train_jobs(api)
+
+    def wait(job: Json) -> None:
+        message = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu. preemption: none"
+        condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+        job["status"] = {"jobsStatus": [{"name": "node", "ready": 0, "active": 1}]}
+        add_node_pod(api, job, 1, status={"phase": "Pending", "conditions": [condition]})
+        threading.Timer(1, end_with("in the end"), (job,)).start()
+
+    api.on_create["trainjobs"] = wait
+    with pytest.raises(Tune16Error, match="in the end"):
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
+    assert "is waiting: 0/3 nodes: Insufficient nvidia.com/gpu" in capsys.readouterr().out
+
+
+def test_a_job_that_somebody_deleted(api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    serve_train_jobs(api)
+
+    def forget(job: Json) -> None:
+        del api.objects[TRAINER, "trainjobs", NAMESPACE, job["metadata"]["name"]]
+
+    api.on_create["trainjobs"] = forget
+    with pytest.raises(Tune16Error, match="was deleted by somebody while it ran. Retry the run"):
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
+
+
+def test_what_the_queue_can_never_admit_is_not_asked_for(
+    api: KubernetesApi, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    serve_train_jobs(api)
+    queue = {"kind": "LocalQueue", "metadata": {"name": "other", "namespace": NAMESPACE}, "spec": {"clusterQueue": "c"}}
+    api.add("kueue.x-k8s.io/v1beta1", "localqueues", queue)
+    with pytest.raises(Tune16Error, match="there is no LocalQueue gpus in tune16. There are: other. Ask"):
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
+    amounts = [{"name": name, "nominalQuota": quota} for name, quota in (("cpu", 99), ("memory", "99Gi"))]
+    flavors = [{"name": "f", "resources": [*amounts, {"name": "nvidia.com/gpu", "nominalQuota": 3}]}]
+    cluster_queue = {
+        "kind": "ClusterQueue",
+        "metadata": {"name": "c"},
+        "spec": {"resourceGroups": [{"flavors": flavors}]},
+    }
+    api.add("kueue.x-k8s.io/v1beta1", "clusterqueues", cluster_queue)
+    metadata = {"name": "gpus", "namespace": NAMESPACE}
+    api.add("kueue.x-k8s.io/v1beta1", "localqueues", {**queue, "metadata": metadata})
+    with pytest.raises(Tune16Error, match="the ClusterQueue c has 3 nvidia.com/gpu in all, and 4 are asked for"):
+        train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2, num_gpus=2), path=PATH)
+    assert not [key for key in api.objects if key[1] == "trainjobs"]
