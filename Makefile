@@ -1,4 +1,4 @@
-# What people and CI call. Every target sets up .venv by itself, once.
+# What people and CI call. Every target that needs .venv sets it up by itself, once.
 SHELL := /bin/bash
 PYTHON ?= python3
 RECIPE ?= demo
@@ -43,7 +43,7 @@ compile: $(BIN)/ready  ## Write manifests/base/pipeline.yaml and the page of set
 manifests: $(BIN)/ready .venv/checkov/ready  ## Build every overlay, validate every object, check the security
 	@$(BIN)/pytest tests/manifests
 
-images: $(BIN)/ready  ## Build the images with podman: TARGET=tools, BASE_IMAGE=…, REGISTRY=…, ACCELERATOR=cpu
+images:  ## Build the images with podman: TARGET=tools, BASE_IMAGE=…, REGISTRY=…, ACCELERATOR=cpu
 	@for target in $(or $(TARGET),tools trainer gguf chat); do \
 	  podman build $(PODMAN_FLAGS) --file images/Containerfile --build-arg TARGET=$$target $(IMAGE_ARGS) \
 	    --tag $(REGISTRY)/$$target:$(VERSION) . || exit 1; done

@@ -1,10 +1,12 @@
 """What every step says of itself while it runs: one line for each thing that happened, in a pod and on a terminal."""
 
+import logging
 import os
 import select
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,14 @@ class Termination:
     is_asked: bool = False
 
 
+# What libraries say of themselves at each start, about arguments of ours or packages that we do without.
+_NOISE = (
+    r".*gradient_checkpointing.* is deprecated",
+    r"Could not find a config file in .* - will assume that the vocabulary was not modified",
+)
+_NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops", "accelerate.big_modeling")
+
+
 def say(step: str, text: str) -> None:
     """Print one progress line, `<step>: <text>`, at once; `tune16 run` shows these lines and hides all others.
 
@@ -45,6 +55,7 @@ def step(name: str) -> Iterator[None]:
     _end_with_parent()
     limit_threads()
     spare_loopback()
+    _quieten()
     say(name, "started")
     with _on_sigterm(_end), user_errors():
         yield
@@ -61,6 +72,13 @@ def deferred_termination() -> Iterator[Termination]:
 
     with _on_sigterm(note):
         yield termination
+
+
+def _quieten() -> None:
+    for pattern in _NOISE:
+        warnings.filterwarnings("ignore", pattern)
+    for logger in _NOISY_LOGGERS:
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def _end_with_parent() -> None:

@@ -27,6 +27,7 @@ WANTED = (
     "models/ggml-vocab-qwen2.gguf",
 )
 
+_TAIL = 60  # lines of a build that failed
 _PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 
@@ -36,10 +37,27 @@ def main(lock: Path) -> None:
         requirement = Path(scratch) / "llama.txt"
         requirement.write_text(_entry(lock))
         source = ["--no-deps", "--no-binary", PACKAGE, "--require-hashes", "--requirement", str(requirement)]
-        subprocess.run([*_PIP, "install", *source], check=True)
+        _build(source)
         subprocess.run([*_PIP, "download", *source, "--dest", scratch], check=True)
         (archive,) = Path(scratch).glob("*.tar.gz")
         _extract(archive, Path(sysconfig.get_path("platlib")) / "llama_cpp" / "converter")
+
+
+def _build(source: list[str]) -> None:
+    """Compile and install, and say now and then how far it is: it takes many minutes, and pip by itself is silent."""
+    command = [*(part for part in _PIP if part != "--quiet"), "--verbose", "install", *source]
+    last: list[str] = []
+    said = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            last = [*last[-_TAIL:], line]
+            count = re.search(r"\[(\d+)/(\d+)\]", line)
+            percent = 100 * int(count[1]) // int(count[2]) if count else 0
+            if percent >= said + 10:
+                said = percent - percent % 10
+                print(f"llama.cpp: {said}% compiled", flush=True)
+    if process.returncode:
+        sys.exit("".join(last))
 
 
 def _entry(lock: Path) -> str:

@@ -238,8 +238,8 @@ def _follow(job: _Job, scratch: Scratch) -> None:
             raise Tune16Error(f"{job.title} failed: {said}. Its pods' last lines stand above.")
         if time.monotonic() - last_news > _SILENCE_SECONDS:
             raise Tune16Error(
-                f"{job.title} has said nothing for {_SILENCE_SECONDS // 60} minutes{f': {why}' if why else ''}. Look at "
-                "its pods' events: are there nodes with enough free GPUs, and can they pull the image?"
+                f"{job.title} has said nothing for {_SILENCE_SECONDS // 60} minutes{f': {why}' if why else ''}. Look "
+                "at its pods' events: are there nodes with enough free GPUs, and can they pull the image?"
             )
         time.sleep(POLL_SECONDS)
 

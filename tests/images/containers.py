@@ -45,12 +45,21 @@ def main(folder: Path) -> None:
     assert inside.address and inside.evaluation["verdict"] == outside.evaluation["verdict"] == "promoted"
     assert hashes["inside"] == hashes["outside"], "the images train another adapter than this environment"
     check_commands()
+    _check_nothing_is_left()
     owners = {path.stat().st_uid for path in (folder / "inside" / "steps").rglob("adapter_model.safetensors")}
     assert owners == {int(USER.partition(":")[0])}
 
 
 def _run(folder: Path) -> LocalRun:
     return run_locally(find_recipe("demo"), folder, lambda step, text: print(f"{step:>9} {text}", flush=True))
+
+
+def _check_nothing_is_left() -> None:
+    """See that builds left no folder below /tmp, which no other user could write to."""
+    for image in (images.TOOLS, images.TRAINER, images.GGUF):
+        command = ["podman", "run", "--rm", "--user", USER, *shlex.split(os.environ.get("PODMAN_FLAGS", ""))]
+        done = subprocess.run([*command, image, "ls", "-A", "/tmp"], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "", f"{image}: /tmp holds {done.stdout.split()}"
 
 
 def check_commands() -> None:
