@@ -52,6 +52,9 @@ check-images: $(BIN)/ready  ## Run the demo's steps in the images, as any user, 
 	@rm -rf build/containers && TUNE16_REGISTRY=$(REGISTRY) PYTHONPATH=. unshare --net \
 	  $(BIN)/python tests/images/containers.py build/containers
 
+check-cluster: $(BIN)/ready  ## Runs on the cluster that `oc` is logged in to, and removes them: NAMESPACE=…, CPU=1 without GPUs
+	@$(BIN)/tune16 doctor --run --output build/check-cluster.json $(if $(NAMESPACE),--namespace $(NAMESPACE)) $(if $(CPU),--cpu)
+
 sbom: .venv/sbom/ready  ## Write each image's bill of materials (CycloneDX) from its lock to build/
 	@mkdir -p build && for lock in images/locks/*.txt; do \
 	  .venv/sbom/bin/cyclonedx-py requirements --output-reproducible $$lock -o build/$$(basename $$lock .txt).cdx.json || exit 1; done
@@ -97,4 +100,4 @@ $(BIN)/llama: images/llama.py images/locks/gguf.txt $(BIN)/ready
 	.venv/sbom/bin/pip install --quiet --constraint constraints.txt cyclonedx-bom
 	@touch $@
 
-.PHONY: help run test llama lint quick faults compile manifests images check-images sbom locks bench bench-gpu clean
+.PHONY: help run test llama lint quick faults compile manifests images check-images check-cluster sbom locks bench bench-gpu clean

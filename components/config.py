@@ -156,9 +156,10 @@ class TrainConfig(StepConfig):
     )
     num_gpus: int = Field(
         1,
-        ge=1,
+        ge=0,
         le=16,
-        description="GPUs of one pod, which share every batch: each takes micro_batch sequences.",
+        description="GPUs of one pod, which share every batch: each takes micro_batch sequences. 0 trains and judges "
+        "on the CPU, which is for tiny models and for trying a cluster that has no GPU.",
         json_schema_extra={"unit": "GPUs"},
     )
     num_nodes: int = Field(
@@ -231,11 +232,21 @@ class TrainConfig(StepConfig):
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of everything random.")
 
+    @property
+    def processes_per_node(self) -> int:
+        """Processes that train on one node: one for each GPU, or one on the CPU."""
+        return max(1, self.num_gpus)
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that train together, on all nodes."""
+        return self.processes_per_node * self.num_nodes
+
     @model_validator(mode="after")
     def _teaches_one_student(self) -> Self:
         if (self.method == "distill") != bool(self.teacher):
             raise ValueError("train.teacher belongs to train.method distill: set both or neither")
-        if self.teacher and self.num_gpus * self.num_nodes > 1:
+        if self.teacher and self.num_processes > 1:
             raise ValueError("train.method distill trains on one GPU: set train.num_gpus and train.num_nodes to 1")
         return self
 

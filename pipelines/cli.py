@@ -107,7 +107,7 @@ def plan_(
     planned = plan(shape, settings, card, teacher)
     if price and not planned.tokens_per_second:
         raise Tune16Error("--price: needs a --gpu, and the engine tune16, whose speed is known.")
-    num_gpus = settings.train.num_gpus * settings.train.num_nodes
+    num_gpus = settings.train.num_processes
     hours = tokens * 1e6 / planned.tokens_per_second / num_gpus / 3600 if planned.tokens_per_second else None
     cost = hours * num_gpus * price if hours and price else None
     if as_json:

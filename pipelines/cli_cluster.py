@@ -13,6 +13,7 @@ from rich.markup import escape
 from components import s3
 from components.config import CONNECTION_VARIABLES, Recipe, override
 from components.errors import USER_ERROR_EXIT_CODE, Tune16Error
+from components.pods import duration
 from pipelines import submission
 from pipelines.cli_runs import follow
 from pipelines.cli_where import Connected, Where, console, notes, show_result, somewhere
@@ -21,6 +22,7 @@ from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_sh
 from pipelines.outcome import connection_values, is_inside_only
 
 _MARKS = {"ok": "[green]ok[/]", "problem": "[red]problem[/]", "unknown": "[yellow]unknown[/]"}
+_OUTCOMES = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "skipped": "[yellow]skipped[/]"}
 
 Uploaded = Annotated[
     bool, typer.Option("--uploaded", help="Run the newest version that is on the server, and upload nothing.")
@@ -35,21 +37,55 @@ def doctor(
     where: Where,
     recipe: RecipeName = "llama2-7b-16gb",
     set_: Settings = [],  # noqa: B006
+    run: Annotated[
+        bool, typer.Option("--run", help="Then run the demo through everything, and remove what that made.")
+    ] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="With --run: GPU steps use the CPU, where there is no GPU.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="With --run: also write the results here, as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check the whole road of a run on the cluster, from the login to the GPU."""
+    """Check the whole way of a run on the cluster, from the login to the GPU; with --run, make runs."""
     from pipelines.doctor import Finding, Road, examine
 
-    road = Road(override(find_recipe(recipe), set_), where.namespace, where.host, where.ca, where.timeout)
+    recipe = "demo" if run else recipe
+    settings = override(find_recipe(recipe), [*(["train.num_gpus=0"] if cpu else []), *set_])
+    road = Road(settings, where.namespace, where.host, where.ca, where.timeout)
     findings: list[Finding] = []
     for finding in examine(road):
         findings.append(finding)
         if not as_json:
             console.print(f"{_MARKS[finding.outcome]:>16}  {finding.check}: {escape(finding.text)}", soft_wrap=True)
-    if as_json:
+    has_problem = any(finding.outcome == "problem" for finding in findings)
+    if as_json and (has_problem or not run):
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
-    if any(finding.outcome == "problem" for finding in findings):
+    if has_problem:
         raise typer.Exit(USER_ERROR_EXIT_CODE)
+    if run:
+        _accept(where.connect(), settings, output, as_json)
+
+
+def _accept(connected: Connected, settings: Recipe, output: Path | None, as_json: bool) -> None:
+    """Make the acceptance run; exit code 1 where a check failed."""
+    from pipelines import acceptance
+
+    bucket = _demo_bucket(settings, connected.cluster)
+    checks = acceptance.Acceptance(connected, settings, bucket, lambda text: notes.print(f"  {escape(text)}"))
+    results = []
+    for result in checks.make():
+        results.append(result)
+        if not as_json:
+            mark, seconds = _OUTCOMES[result.outcome], duration(result.seconds)
+            console.print(f"{mark:>16}  {result.check} ({seconds}): {escape(result.text)}", soft_wrap=True)
+    content = json.dumps(acceptance.as_json(results, connected), indent=2)
+    if as_json:
+        print(content)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(content + "\n")
+    if any(result.outcome == "failed" for result in results):
+        raise typer.Exit(1)
 
 
 @somewhere

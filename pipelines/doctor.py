@@ -236,6 +236,8 @@ def _as_the_steps(road: Road) -> AbstractContextManager[None]:
 
 
 def _gpu(road: Road) -> str:
+    if not road.recipe.train.num_gpus:
+        return "none is asked for: training and evaluation run on the CPU"
     nodes = road.get("/api/v1/nodes", "list the nodes")["items"]
     cluster, wanted, num_nodes = road.recipe.cluster, road.recipe.train.num_gpus, road.recipe.train.num_nodes
     with_gpu = [node for node in nodes if int(node["status"].get("allocatable", {}).get(GPU, 0)) >= wanted]

@@ -159,7 +159,7 @@ def finetune(
         _place(task, with_connection_secret, with_tokens_secret)
     # GPUs of one pod exchange gradients through shared memory, of which a container has 64 MiB by itself.
     kubernetes.empty_dir_mount(trained, "shm", "/dev/shm", medium="Memory", size_limit="2Gi")
-    for task, num_gpus in ((trained, fixed.outputs["gpus"]), (evaluated, 1)):
+    for task, num_gpus in ((trained, fixed.outputs["gpus"]), (evaluated, fixed.outputs["evaluation_gpus"])):
         task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(num_gpus)
         kubernetes.add_node_selector_json(task, node_selector_json=with_node_selector)
         kubernetes.add_toleration_json(task, toleration_json=with_tolerations)

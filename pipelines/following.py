@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from components.errors import Tune16Error
-from components.pods import duration, why_it_waits
+from components.pods import Waiting, duration, why_it_waits
 from components.progress import Progress
 from pipelines.cluster import Cluster, explained
 from pipelines.pods import StepPod, list_pods, newest, was_stopped, what_happened, workflow_messages
@@ -44,6 +44,7 @@ class Watch:
         self._cluster = cluster
         self._run_id = run_id
         self._held_out: float | None = None
+        self._waits: dict[str, Waiting] = {}
 
     def follow(self, pause: float) -> Iterator[Json]:
         """Yield the run each time that it is looked at, every `pause` seconds, until it has ended.
@@ -95,7 +96,9 @@ class Watch:
         if pod is None:
             return Row(step.name, "waiting" if blocked else step.state, step.seconds, blocked)
         waiting = why_it_waits(self._cluster.look, pod.body)
+        self._waits.pop(step.name, None)
         if waiting:
+            self._waits[step.name] = waiting
             return Row(step.name, "waiting", step.seconds, str(waiting))
         progress = self._progress(pod) if step.name == "train" and not pod.is_driver else None
         return Row(step.name, step.state, step.seconds, self._told(progress) if progress else "", progress)
@@ -136,6 +139,13 @@ class Watch:
                 return list_pods(self._cluster, self._run_id)
         except Tune16Error:
             return []  # the states are shown without
+
+    def stuck(self, seconds: float) -> str:
+        """Which step has waited this long when :meth:`rows` were asked for last, and why; empty if none has."""
+        for step, waiting in self._waits.items():
+            if waiting.seconds > seconds:
+                return f"{step} waits: {waiting.reason} ({duration(waiting.seconds)})"
+        return ""
 
     def steps_with_pods(self) -> set[str]:
         """The steps that have a pod of their own."""

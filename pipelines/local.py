@@ -140,8 +140,8 @@ def storage(folder: Path) -> Iterator[None]:
         yield
 
 
-def put_demo(folder: Path) -> None:
-    """Build the demo's base model and put it into the bucket with the demo's rows."""
+def put_demo(folder: Path, prefix: str = "demo") -> None:
+    """Build the demo's base model and put it into the bucket, at `prefix`, with the demo's rows."""
     from components import s3
     from pipelines.demo.base import build_base
     from pipelines.demo.generate import ORDERS
@@ -150,7 +150,7 @@ def put_demo(folder: Path) -> None:
         with new_folder(folder) as partial:
             build_base(partial / "model")
             shutil.copyfile(ORDERS, partial / ORDERS.name)
-    s3.upload_folder(folder, s3.default_bucket(), "demo")
+    s3.upload_folder(folder, s3.default_bucket(), prefix)
 
 
 def _run_pipeline(recipe: Recipe, folder: Path, listener: "_Listener") -> None:

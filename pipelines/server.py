@@ -81,6 +81,10 @@ class PipelineServer:
         self._read(HealthzServiceApi(self._client).healthz_service_get_healthz)
         self._read(self._pipelines.pipeline_service_list_pipelines, page_size=1)
 
+    def describe(self) -> Json:
+        """What the server says of itself."""
+        return self._read(HealthzServiceApi(self._client).healthz_service_get_healthz)
+
     def find_pipeline(self, name: str) -> Json | None:
         """The pipeline of that name."""
         found = self._list(self._pipelines.pipeline_service_list_pipelines, "pipelines")
@@ -94,6 +98,11 @@ class PipelineServer:
             pipeline_id,
             sort_by="created_at desc",
         )
+
+    def list_all_versions(self) -> list[Json]:
+        """The versions of all pipelines."""
+        pipelines = self._list(self._pipelines.pipeline_service_list_pipelines, "pipelines")
+        return [version for pipeline in pipelines for version in self.list_versions(pipeline["pipeline_id"])]
 
     def find_version(self, pipeline_id: str, name: str) -> Json | None:
         """The version of that name."""
@@ -160,6 +169,10 @@ class PipelineServer:
     def read_run(self, run_id: str) -> Json:
         """One run with its steps."""
         return self._read(self._runs.run_service_get_run, run_id)
+
+    def delete_run(self, run_id: str) -> None:
+        """Delete a run with its workflow and pods."""
+        self._act(self._runs.run_service_delete_run, run_id)
 
     def stop_run(self, run_id: str) -> None:
         """Stop a run."""

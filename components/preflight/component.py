@@ -28,7 +28,8 @@ def preflight(
     run_id: str,
     memory_plan: dsl.Output[dsl.Markdown],
 ) -> NamedTuple(  # type: ignore[valid-type]
-    "Fixed", [(name, str) for name in ("model", "teacher", "data", "champion", "evaluation", "gpus", "code")]
+    "Fixed",
+    [(name, str) for name in ("model", "teacher", "data", "champion", "evaluation", "gpus", "evaluation_gpus", "code")],
 ):
     """Fix model, data set and champion, check storage and every setting, and plan the GPU's memory."""
     from pathlib import Path
@@ -59,5 +60,5 @@ def preflight(
         Path(memory_plan.path).write_text(as_markdown(fixed.plan, fixed.disk))
         # On several nodes a job of its own has the GPUs, and the step's pod, which only follows it, needs none.
         # As text: KFP's driver reads resource limits as strings, and takes a number for no limit at all.
-        gpus = str(training.num_gpus if training.num_nodes == 1 else 0)
-    return fixed.model, fixed.teacher, fixed.data, fixed.champion, fixed.evaluation, gpus, build()
+        gpus = str(training.num_gpus if training.num_nodes == 1 else 0), str(min(training.num_gpus, 1))
+    return fixed.model, fixed.teacher, fixed.data, fixed.champion, fixed.evaluation, *gpus, build()

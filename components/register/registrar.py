@@ -123,6 +123,20 @@ def register(manifest: dict[str, Any], path: str, source: Source, config: Regist
     return registered
 
 
+def archive(server: str, path: str) -> None:
+    """Archive the registered model of `path`, which is as near to its removal as a registry goes.
+
+    Raises:
+        Tune16Error: the registry cannot be reached or refuses.
+    """
+    with _explained(server):
+        registry = _connect(server, _token())
+        found = registry.get_registered_model(_name(path))
+        if found and found.owner == _owner(path):
+            found.state = type(found.state)(_ARCHIVED)
+            registry.update(found)
+
+
 def _name(path: str) -> str:
     return path.rpartition("/")[2]
 

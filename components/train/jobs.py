@@ -95,7 +95,7 @@ def describe(kind: Kind, job: str, pod: Json, source: str, config: TrainConfig, 
 def resources_of(pod: Json, config: TrainConfig) -> Json:
     """What each pod of the job asks for: as much as the step's own pod, and the GPUs."""
     own = main_container(pod).get("resources", {})
-    gpus = {_GPU: str(config.num_gpus)}
+    gpus = {_GPU: str(config.num_gpus)} if config.num_gpus else {}
     return {name: {**own.get(name, {}), **gpus} for name in ("requests", "limits")}
 
 
@@ -105,7 +105,7 @@ def _train_job(container: Json, resources: Json, placement: Placement, config: T
         "trainer": {
             **container,
             "numNodes": config.num_nodes,
-            "numProcPerNode": config.num_gpus,
+            "numProcPerNode": config.processes_per_node,
             "resourcesPerNode": resources,
         },
     }
@@ -126,7 +126,7 @@ def _pytorch_job(container: Json, resources: Json, placement: Placement, config:
     full = {"name": PYTORCH_JOB.container, **container, "resources": resources, **placement.container}
     replica = {"restartPolicy": "Never", "template": {"spec": {**placement.pod, "containers": [full]}}}
     return {
-        "nprocPerNode": str(config.num_gpus),
+        "nprocPerNode": str(config.processes_per_node),
         "pytorchReplicaSpecs": {
             "Master": {"replicas": 1, **replica},
             "Worker": {"replicas": config.num_nodes - 1, **replica},

@@ -66,6 +66,8 @@ def train(
     Raises:
         Tune16Error: as there; there are fewer GPUs than asked for, or the cluster cannot run a job on several nodes.
     """
+    if not config.num_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is asked for anything
     if config.num_nodes > 1:
         from components.train.nodes import train_on_nodes
 
@@ -97,11 +99,11 @@ def train_in_processes(
     """
     _check_gpus(config.num_gpus)
     group = group if group.port else Group(group.num_nodes, group.node, group.address, _free_port())
-    say("train", f"{group.num_nodes * config.num_gpus} processes, of which {config.num_gpus} here")
+    say("train", f"{config.num_processes} processes, of which {config.processes_per_node} here")
     messages = multiprocessing.get_context("spawn").SimpleQueue()
     arguments = (weights, rows, output, config, group, Place.of(output, path), messages)
     with deferred_termination() as termination:
-        processes = spawn(_work, arguments, nprocs=config.num_gpus, join=False)  # type: ignore[no-untyped-call]
+        processes = spawn(_work, arguments, nprocs=config.processes_per_node, join=False)  # type: ignore[no-untyped-call]
         has_told = False
         try:
             while not processes.join(timeout=1, grace_period=_GRACE_SECONDS):
@@ -134,15 +136,15 @@ def _work(
 ) -> None:
     """One process of the group. All do the same; only the first one speaks, and only its output is kept."""
     protect_output()
-    rank = group.node * config.num_gpus + local_rank
+    rank = group.node * config.processes_per_node + local_rank
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
-        "WORLD_SIZE": str(group.num_nodes * config.num_gpus),
+        "WORLD_SIZE": str(config.num_processes),
         "MASTER_ADDR": group.address,
         "MASTER_PORT": str(group.port),
         # Without it accelerate gives every process all cores, which then wait for each other most of the time.
-        "OMP_NUM_THREADS": str(max(1, num_threads() // config.num_gpus)),
+        "OMP_NUM_THREADS": str(max(1, num_threads() // config.processes_per_node)),
     }
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
