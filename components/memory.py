@@ -76,8 +76,8 @@ class MemoryPlan:
         return self.pass_tokens * self.num_passes / self.step_seconds if self.step_seconds else None
 
     def lines(self) -> list[str]:
-        """The plan for people: whether it fits, one line per part, and how a step is run."""
-        return [self.result(), *(f"{name:<22} {size(part):>11}" for name, part in self.parts.items()), *self.facts()]
+        """The plan for people: one line per part, how a step is run, and at last whether it fits."""
+        return [*(f"{name:<22} {size(part):>11}" for name, part in self.parts.items()), *self.facts(), self.result()]
 
     def result(self) -> str:
         """The plan in one sentence."""

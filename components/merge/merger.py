@@ -21,6 +21,7 @@ from components.errors import Tune16Error
 from components.merge.published import check_published
 from components.outputs import RECORD, new_folder, read_record, write_json, write_record
 from components.references import companions, parse, read_config
+from components.report import size
 from components.steps import say
 from components.stopping import GENERATION_CONFIG, generation_settings
 from components.tensors import INDEX_FILE, StoredTensor, fetch_model, read_header, rewrite, weight_bytes
@@ -82,7 +83,7 @@ def merge_adapter(
             if rows and evaluation:
                 check_published(folder, rows, evaluation)
             write_record(folder, "merge", config, model=model, **numbers)
-    say("merge", f"{numbers['num_merged']} weights merged, {numbers['bytes'] / 2**30:.2f} GiB written")
+    say("merge", f"{numbers['num_merged']} weights merged, {size(numbers['bytes'])} written")
     return numbers
 
 
