@@ -3,7 +3,7 @@
 import json
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,14 +49,22 @@ class Endpoint:
         """Itself, and where a KServe service whose address has no port may answer.
 
         Ordinary services answer at the address itself, headless ones at their pods' port 8080, and those that ask for
-        tokens at 8443, over TLS.
+        tokens at 8443, over TLS, where alone the token goes.
         """
         parts = urlsplit(self.url)
-        if parts.scheme != "http" or parts.port is not None:
+        if parts.scheme != "http" or parts.port is not None or not parts.hostname:
             return [self]
-        plain = self.url.rstrip("/")
-        secure = f"https://{plain.partition('://')[2]}:8443"
-        return [self, Endpoint(f"{plain}:8080", self.token), Endpoint(secure, self.token)]
+        plain = [f"http://{parts.hostname}", f"http://{parts.hostname}:8080"]
+        return [*map(Endpoint, plain), Endpoint(f"https://{parts.hostname}:8443", self.token)]
+
+    def answering(self) -> "Endpoint":
+        """The one of :meth:`candidates` that answers; the first where none does."""
+        candidates = self.candidates()
+        for candidate in candidates if len(candidates) > 1 else ():
+            with suppress(Tune16Error):
+                candidate.list_models()
+                return candidate
+        return candidates[0]
 
     def list_models(self) -> list[str]:
         """The names of the models that it serves.

@@ -1,8 +1,8 @@
 """Every knob of Tune16: one frozen model per step, a sentence, a limit and a unit per field.
 
 The defaults are the reference recipe: Llama-2-7b-chat on guanaco-llama2-1k as the QLoRA notebooks train it. A recipe
-file sets any field under its step's name; the pipeline's form shows the ones that people turn most as
-``<step>_<field>`` and takes the rest as one JSON object, ``<step>_options``.
+file sets any field under its step's name; the pipeline's form (:data:`FORM`) has fields for the ones that people turn
+most and takes the rest of a step as one JSON object.
 """
 
 import difflib
@@ -58,7 +58,7 @@ class StepConfig(BaseModel):
         if twice:
             own = form_field(f"{step}.{twice[0]}")
             raise Tune16Error(f"{place}: '{twice[0]}' has a field of its own, {own}. Set it there.")
-        return parse(cls, {**(options or {}), **fields}, where=step)
+        return parse(cls, {**(options or {}), **fields}, where=step, form_of=step)
 
 
 def _as_object(text: str, where: str) -> dict[str, Any]:
@@ -324,6 +324,7 @@ class ConvertConfig(StepConfig):
 
 _SUFFIX = re.compile(r"(\.(jsonl|ndjson|json|csv|parquet))?(\.(gz|bz2|xz|zst))?$")
 _LONGEST_MODEL_NAME = 100  # letters: a model registry keeps 255 of names that are made of it
+_SERVER = re.compile(r"https?://[^/\s]+/?")
 _PATH_PART = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -364,10 +365,18 @@ class RegisterConfig(StepConfig):
 
     server: str = Field(
         "",
-        pattern=r"^(https?://[^/\s]+/?)?$",
         description="Address of the model registry's REST service, such as "
         "https://modelregistry-rest.apps.example.com; empty registers nothing.",
     )
+
+    @field_validator("server")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        if value and not _SERVER.fullmatch(value):
+            raise ValueError(
+                "write https:// or http:// and the host, such as https://registry.example.com, and no path"
+            )
+        return value
 
 
 class DeployConfig(StepConfig):
@@ -526,7 +535,8 @@ def form_field(setting: str) -> str:
     step, _, field = setting.partition(".")
     if setting in _FIELDS:
         return _FIELDS[setting]
-    return f"{field} in {_FIELDS[f'{step}.{_OPTIONS}']}"
+    options = _FIELDS.get(f"{step}.{_OPTIONS}")
+    return f"{field} in {options}" if options else ""
 
 
 def form_values(recipe: Recipe) -> dict[str, Any]:
@@ -543,8 +553,8 @@ def form_values(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def parse(cls: type[Config], values: Any, where: str) -> Config:
-    """Validate `values` against `cls`; `where` names their origin in messages.
+def parse(cls: type[Config], values: Any, where: str, form_of: str = "") -> Config:
+    """Validate `values` against `cls`; `where` names their origin in messages, `form_of` the step whose form they fill.
 
     Raises:
         Tune16Error: one line per fault, with a suggestion for a misspelt key.
@@ -554,7 +564,7 @@ def parse(cls: type[Config], values: Any, where: str) -> Config:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(cls, fault)}" for fault in error.errors()]
+        lines = [f"{where}: {_explain(cls, fault)}{_in_the_form(form_of, fault)}" for fault in error.errors()]
         raise Tune16Error("\n".join(lines)) from None
 
 
@@ -634,6 +644,12 @@ def _explain(cls: type[BaseModel], fault: Any) -> str:
         return f"unknown key '{key}'.{_suggest(location[-1], _fields_at(cls, location[:-1]))}"
     message = fault["msg"].removeprefix("Value error, ")  # pydantic's own words before ours
     return f"'{key}' is {fault['input']!r}: {message[0].lower()}{message[1:]}." if key else f"{message}."
+
+
+def _in_the_form(step: str, fault: Any) -> str:
+    """Where the form has what is wrong, for those who filled it in."""
+    field = form_field(f"{step}.{fault['loc'][0]}") if step and fault["loc"] else ""
+    return f" In the form: {field}." if field else ""
 
 
 def _fields_at(cls: type[BaseModel], location: list[str]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from typing import Any, Literal, get_args, get_origin
 
-from components.config import CONFIG_OF_STEP, StepConfig
+from components.config import CONFIG_OF_STEP, StepConfig, form_field
 
 _HEAD = """# Every setting
 
 Made from `config.py` by `python -m components knobs`; `make compile` writes it and a test checks it. A recipe sets a
-field under its step's name, `tune16 run demo --set train.epochs=3` on the command line. The dashboard's form shows
-some of them as `<step>_<field>` and takes the others of a step as JSON in `<step>_options`.
+field under its step's name, `tune16 run demo --set train.epochs=3` on the command line. The dashboard's form has
+fields of its own for some, and takes the others of three steps as JSON, as the column "in the form" says.
 """
 
 
@@ -18,15 +18,17 @@ def knobs_page() -> str:
 
 
 def _table(step: str, cls: type[StepConfig]) -> str:
-    rows = [_row(name, field) for name, field in cls.model_fields.items()]
-    head = f"## {step}\n\n{cls.__doc__}\n\n| setting | default | values | unit | what it is |\n|---|---|---|---|---|"
+    rows = [_row(step, name, field) for name, field in cls.model_fields.items()]
+    columns = "| setting | default | values | unit | what it is | in the form |\n|---|---|---|---|---|---|"
+    head = f"## {step}\n\n{cls.__doc__}\n\n{columns}"
     return "\n".join([head, *rows, ""])
 
 
-def _row(name: str, field: Any) -> str:
+def _row(step: str, name: str, field: Any) -> str:
     extra = field.json_schema_extra or {}
     default = "(empty)" if field.default == "" else field.default
-    return f"| `{name}` | {default} | {_values(field)} | {extra.get('unit', '')} | {field.description} |"
+    cells = (f"`{name}`", default, _values(field), extra.get("unit", ""), field.description)
+    return f"| {' | '.join(map(str, cells))} | {form_field(f'{step}.{name}')} |"
 
 
 def _values(field: Any) -> str:

@@ -171,9 +171,9 @@ def explained(setting: str) -> Iterator[None]:
     try:
         yield
     except ApiException as error:
-        said = message(error)
+        said = sentence(message(error))
         remedy = " Apply manifests/base, which brings its Role." if " cannot " in said else ""
-        raise Tune16Error(f"{setting}: the cluster refuses: {error.status} {said}{remedy}") from None
+        raise Tune16Error(f"{setting}: the cluster refuses: {error.status} {said}.{remedy}") from None
     except urllib3.exceptions.HTTPError as error:
         raise Tune16Error(f"{setting}: the cluster's API cannot be reached ({error}).") from None
 

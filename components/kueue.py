@@ -64,8 +64,8 @@ def _place(look: Look, namespace: str, queue: str, workload: str) -> int:
     return 0
 
 
-def why_never_admitted(look: Look, namespace: str, queue: str, needs: dict[str, float]) -> str:
-    """Why a queue can never admit what asks for this much; empty where it can, or where that cannot be seen.
+def why_never_admitted(look: Look, namespace: str, queue: str, needs: dict[str, float]) -> str | None:
+    """Why a queue can never admit what asks for this much; empty where it can, None where that cannot be seen.
 
     Args:
         look: asks the Kubernetes API.
@@ -75,14 +75,14 @@ def why_never_admitted(look: Look, namespace: str, queue: str, needs: dict[str, 
     """
     queues, version = _local_queues(look, namespace)
     if queues is None:
-        return ""
+        return None
     if queue not in queues:
         names = ", ".join(sorted(queues)) or "none"
         return f"there is no LocalQueue {queue} in {namespace}. There are: {names}"
     name = queues[queue]["spec"]["clusterQueue"]
     cluster_queue = look(f"/apis/kueue.x-k8s.io/{version}/clusterqueues/{name}")
     if cluster_queue is None:
-        return _inactive(queues[queue])
+        return _inactive(queues[queue]) or None
     return _inactive(cluster_queue) or _too_small(cluster_queue, needs)
 
 
@@ -113,6 +113,8 @@ def _too_small(cluster_queue: Json, needs: dict[str, float]) -> str:
                 quotas[resource["name"]] = max(quotas.get(resource["name"], 0), nominal)
     may_borrow = spec.get("cohort") or spec.get("cohortName")
     for resource, amount in needs.items():
+        if not amount:
+            continue
         if resource not in quotas:
             return f"the ClusterQueue {name} does not cover {resource}"
         if quotas[resource] < amount and not may_borrow:

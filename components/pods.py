@@ -16,11 +16,11 @@ Json = dict[str, Any]
 
 _PULL_REASONS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 _STARTING = {None, "", "ContainerCreating", "PodInitializing"}
-_PULL_FAULTS = (  # by a word of the runtime's message, in this order: what is wrong and what to do
-    (("unauthorized", "authentication required", "denied", "forbidden", "401", "403"), "access denied", "pull secret"),
-    (("not found", "manifest unknown", "does not exist", "404"), "not found", "push"),
-    (("no such host", "timeout", "refused", "unreachable", "dial tcp"), "its registry cannot be reached", "registry"),
-    (("x509", "certificate"), "its registry's certificate is not trusted", "registry"),
+_PULL_FAULTS = (  # by the words of the runtime's message, in this order: what is wrong and what to do
+    (r"unauthorized|authentication required|denied|forbidden|\b40[13]\b", "access denied", "pull secret"),
+    (r"not found|manifest unknown|does not exist|\b404\b", "not found", "push"),
+    (r"no such host|timeout|refused|unreachable|dial tcp", "its registry cannot be reached", "registry"),
+    (r"x509|certificate", "its registry's certificate is not trusted", "registry"),
 )
 _PULL_HINTS = {
     "pull secret": "Link a pull secret to the account that the steps run as",
@@ -108,21 +108,23 @@ def _stuck(container: Json, waiting: Json, seconds: float) -> tuple[str, float, 
 
 def pull_fault(message: str) -> tuple[str, str]:
     """What is wrong with an image that cannot be pulled, from the runtime's message, and what to do."""
-    for words, fault, remedy in _PULL_FAULTS:
-        if any(word in message.lower() for word in words):
+    for pattern, fault, remedy in _PULL_FAULTS:
+        if re.search(pattern, message, re.IGNORECASE):
             return fault, _PULL_HINTS[remedy]
     return message[-200:] or "no reason given", ""
 
 
 def _last_warning(look: Look, pod: Json) -> str:
-    """The newest warning about a pod whose containers are being made: a volume or a Secret that is not there."""
+    """What keeps a pod whose containers are being made, as its newest event: a volume or a Secret that is not there."""
     metadata = pod["metadata"]
     path = f"/api/v1/namespaces/{metadata['namespace']}/events"
     found = look(path, fieldSelector=f"involvedObject.name={metadata['name']}")
-    warnings = [event for event in (found or {}).get("items", []) if event.get("type") == "Warning"]
-    if not warnings:
-        return ""
-    event = max(warnings, key=lambda entry: str(entry.get("lastTimestamp") or entry.get("eventTime") or ""))
+    events = (found or {}).get("items", [])
+    event: Json = max(
+        events, key=lambda entry: str(entry.get("lastTimestamp") or entry.get("eventTime") or ""), default={}
+    )
+    if event.get("type") != "Warning" or event.get("reason") == "FailedScheduling":
+        return ""  # it goes on, and a node has taken it since
     return f"{event.get('reason')}: {sentence(str(event.get('message')))[:200]}"
 
 
@@ -134,7 +136,8 @@ def end_of_pod(pod: Json, container: str = "main") -> str:
         return f"its pod was ended: {status['reason']}{f' ({message})' if message else ''}"
     for found in status.get("containerStatuses", []):
         ended = found.get("state", {}).get("terminated", {})
-        if found["name"] == container and ended and ended.get("exitCode") not in (0, 1, 2):
+        is_told = ended.get("exitCode") in (0, 1, 2) and ended.get("reason") != "OOMKilled"
+        if found["name"] == container and ended and not is_told:
             return f"it {_end_of(ended)}"
     return "its pod is being deleted" if pod["metadata"].get("deletionTimestamp") else ""
 

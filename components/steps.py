@@ -55,7 +55,7 @@ def step(name: str) -> Iterator[None]:
     _end_with_parent()
     limit_threads()
     spare_loopback()
-    _quieten()
+    quieten()
     say(name, "started")
     with _on_sigterm(_end), user_errors():
         yield
@@ -74,7 +74,8 @@ def deferred_termination() -> Iterator[Termination]:
         yield termination
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """Let libraries say nothing of themselves, in this process."""
     for pattern in _NOISE:
         warnings.filterwarnings("ignore", pattern)
     for logger in _NOISY_LOGGERS:

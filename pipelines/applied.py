@@ -76,7 +76,7 @@ def _explain(cluster: Cluster, names: list[str]) -> str:
 
 def _as_told(entry: Json) -> Json:
     """An object's names as the pipeline server calls them."""
-    return {"name": entry["metadata"]["name"], "display_name": entry.get("spec", {}).get("displayName")}
+    return {"name": entry["metadata"]["name"], "description": entry.get("spec", {}).get("description")}
 
 
 def _is_listed(entry: Json) -> bool:

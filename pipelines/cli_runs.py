@@ -3,8 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -21,13 +20,13 @@ from pipelines.cli_where import Connected, Where, WithDefault, console, notes, s
 from pipelines.following import Row, Watch
 from pipelines.options import AsJson
 from pipelines.outcome import Bucket, Ending, find_ending
-from pipelines.runs import SUCCEEDED, has_ended, local_time, state_of, steps_of, took
+from pipelines.runs import SUCCEEDED, has_ended, local_time, steps_of, took
 from pipelines.server import Json
 
 POLL_SECONDS = 5.0
 _REMIND_SECONDS = 600  # of what still waits, where lines are printed
+_DONE = ("succeeded", "from the cache")
 _PERCENT = 10  # of training between two lines
-_AT_ONCE = 8  # runs whose verdicts are asked for
 
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id or name.")]
 
@@ -44,14 +43,14 @@ def list_runs(
     """List the newest runs."""
     connected = where.connect()
     found = connected.server.list_runs(limit)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        verdicts = list(pool.map(VerdictOf(connected), found))
+    verdict_of = VerdictOf(connected)
+    verdicts = [verdict_of(run) for run in found]
     if as_json:
         show_result([run | {"verdict": verdict} for run, verdict in zip(found, verdicts, strict=True)], True, None)
         return
     table = Table("run", "state", "verdict", "started", "took", "id")
     for run, verdict in zip(found, verdicts, strict=True):
-        state = Watch(connected.server, connected.cluster, run["run_id"]).state(run)
+        state = _state(connected, run)
         seconds = took(run)
         times = (local_time(run.get("created_at")), duration(seconds) if seconds is not None else "")
         table.add_row(run["display_name"], state, verdict, *times, run["run_id"])
@@ -89,7 +88,7 @@ def stop(where: Where, run: RunId) -> None:
     connected = where.connect()
     content = find_run(connected, run)
     if has_ended(content):
-        raise Tune16Error(f"{content['display_name']} has ended already: {state_of(content)}.")
+        raise Tune16Error(f"{content['display_name']} has ended already: {_state(connected, content)}.")
     connected.server.stop_run(content["run_id"])
     console.print(f"{content['display_name']} is being stopped")
 
@@ -101,7 +100,7 @@ def retry(where: Where, run: RunId) -> None:
     connected = where.connect()
     content = find_run(connected, run)
     if not has_ended(content) or content.get("state") == SUCCEEDED:
-        raise Tune16Error(f"{content['display_name']} has not failed: {state_of(content)}.")
+        raise Tune16Error(f"{content['display_name']} has not failed: {_state(connected, content)}.")
     connected.server.retry_run(content["run_id"])
     console.print(f"{content['display_name']} goes on")
 
@@ -146,14 +145,18 @@ def report(
     console.print(str(target), soft_wrap=True)
 
 
+def _state(connected: Connected, run: Json) -> str:
+    return Watch(connected.server, connected.cluster, run["run_id"]).state(run)
+
+
 def find_run(connected: Connected, name: str) -> Json:
     """A run by its id or its name.
 
     Raises:
         Tune16Error: there is none.
     """
-    match = next((run for run in connected.server.list_runs() if name in (run["run_id"], run["display_name"])), None)
-    return connected.server.read_run(match["run_id"] if match else name)
+    found = connected.server.find_run(name)
+    return connected.server.read_run(found["run_id"] if found else name)
 
 
 def follow(connected: Connected, run_id: str, as_json: bool) -> None:
@@ -226,21 +229,19 @@ class VerdictOf:
     """The verdict of a run in a word, for a list: from the bucket, else from which steps came."""
 
     def __init__(self, connected: Connected) -> None:
+        self._server = connected.server
         self._bucket = Bucket(connected.server, connected.cluster)
-        self._is_away = False
 
     def __call__(self, run: Json) -> str:
-        """The verdict; empty of a run that has none."""
-        states = {step.name: step.state for step in steps_of(run)}
-        if states.get("upload") in ("succeeded", "from the cache"):
-            return PROMOTED
+        """The verdict; empty of a run that has none, or whose verdict cannot be known from here."""
         if run.get("state") != SUCCEEDED:
             return ""
-        try:
-            outcome = None if self._is_away else self._bucket.outcome(run)
-        except Tune16Error:
-            self._is_away, outcome = True, None  # the others are not asked for in vain
-        return outcome.evaluation["verdict"] if outcome and outcome.evaluation else "not promoted"
+        with suppress(Tune16Error):
+            outcome = self._bucket.outcome(run)
+            if outcome and outcome.evaluation:
+                return str(outcome.evaluation["verdict"])
+        done = {step.name for step in steps_of(self._server.read_run(run["run_id"])) if step.state in _DONE}
+        return PROMOTED if "upload" in done else "not promoted" if "evaluate" in done else ""
 
 
 @contextmanager

@@ -12,10 +12,13 @@ from components.errors import Tune16Error
 from pipelines.cli_cluster import Unchecked, Uploaded, prepare
 from pipelines.cli_runs import VerdictOf
 from pipelines.cli_where import Connected, Where, WithDefault, console, show_result, somewhere
+from pipelines.following import Watch
 from pipelines.options import AsJson, RecipeName, Settings
-from pipelines.runs import local_time, state_of
+from pipelines.runs import local_time
 from pipelines.schedules import describe, find_schedule, last_run, next_run, read_cron, read_interval, schedule
 from pipelines.server import Json, PipelineServer
+
+_LOOK_THROUGH = (100, 2000)  # runs: a weekly schedule's last one may lie behind many of others
 
 ScheduleName = Annotated[str, typer.Argument(metavar="NAME", help="The schedule's name.")]
 
@@ -50,29 +53,39 @@ def set_schedule(
 def list_schedules(where: Where, as_json: AsJson = False) -> None:
     """List the schedules, with the last run and the next one of each."""
     connected = where.connect()
-    found, runs, now = connected.server.list_schedules(), connected.server.list_runs(), datetime.now(UTC)
+    found, now = connected.server.list_schedules(), datetime.now(UTC)
+    runs = _runs_of(connected, found)
     table = Table("schedule", "state", "when", "next run", "last run", "outcome", "id")
     for entry in found:
         last, due = last_run(entry, runs), next_run(entry, runs, now)
         entry["next_run_at"] = due.isoformat() if due else ""
-        entry["last_run"] = {"name": last["display_name"], "state": state_of(last)} if last else None
+        outcome = _outcome(connected, last) if last else ""
+        entry["last_run"] = {"name": last["display_name"], "outcome": outcome} if last else None
         times = (local_time(entry["next_run_at"]), local_time(last["created_at"]) if last else "")
         table.add_row(
             entry["display_name"],
             "paused" if entry.get("status") == "DISABLED" else "on",
             describe(entry),
             *times,
-            _outcome(connected, last),
+            outcome,
             entry["recurring_run_id"],
         )
     show_result(found, as_json, table)
 
 
-def _outcome(connected: Connected, run: Json | None) -> str:
+def _runs_of(connected: Connected, schedules: list[Json]) -> list[Json]:
+    """The newest runs, as many as it takes that each schedule has one among them, or all that are looked through."""
+    runs: list[Json] = []
+    for limit in _LOOK_THROUGH:
+        runs = connected.server.list_runs(limit)
+        if len(runs) < limit or all(last_run(entry, runs) for entry in schedules):
+            break
+    return runs
+
+
+def _outcome(connected: Connected, run: Json) -> str:
     """How a run ended, in a word: its verdict where it has one."""
-    if run is None:
-        return ""
-    return VerdictOf(connected)(run) or state_of(run)
+    return VerdictOf(connected)(run) or Watch(connected.server, connected.cluster, run["run_id"]).state(run)
 
 
 @schedules.command()

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import yaml
 from kfp.compiler import Compiler
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
@@ -13,9 +14,16 @@ MANIFEST = Path("manifests/base/pipeline.yaml")
 
 
 def compile_manifest(target: Path) -> None:
-    """Write the objects Pipeline and PipelineVersion."""
+    """Write the objects Pipeline and PipelineVersion.
+
+    The version's description ends in its name, by which `submit` knows it again: an overlay names it after what that
+    patches into it.
+    """
+    name = version_name()
+    pipeline, version = yaml.safe_load_all(_compiled(_options(name)))
+    version["spec"]["description"] += f" [{name}]"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(_compiled(_options(version_name())))
+    target.write_text(yaml.safe_dump_all([pipeline, version]))
 
 
 def compile_ir(target: Path) -> None:

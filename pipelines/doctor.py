@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from kubernetes.utils.quantity import parse_quantity
 
@@ -151,14 +152,14 @@ def _pipeline_server(road: Road) -> str:
     if why:
         raise Tune16Error(f"{name} is not ready: {why}. See `oc describe dspa {name}`.")
     _check_same_storage(road, server)
+    if server["spec"].get("apiServer", {}).get("pipelineStore") != "kubernetes":
+        return f"{name} is ready; it keeps pipelines in its database: submit uploads them, oc apply does not"
     names = [entry["metadata"]["name"] for entry in applied.unlisted(road.cluster)]
     if names:
         raise Tune16Error(
             f"{', '.join(names)}: applied before the server's webhook ran, so the server does not list it. Run: "
             f"{applied.remedy(road.cluster, names)}. `tune16 submit` does it by itself."
         )
-    if server["spec"].get("apiServer", {}).get("pipelineStore") != "kubernetes":
-        return f"{name} is ready; it keeps pipelines in its database: submit uploads them, oc apply does not"
     return f"{name} is ready"
 
 
@@ -176,14 +177,22 @@ def _check_same_storage(road: Road, server: Json) -> None:
     secret = storage.get("s3CredentialsSecret", {}).get("secretName")
     if secret != road.recipe.cluster.connection:
         return  # another storage, and meant to be one
-    endpoint = values["AWS_S3_ENDPOINT"].partition("://")[2].rstrip("/") or values["AWS_S3_ENDPOINT"]
-    host = f"{storage.get('host')}:{storage['port']}" if storage.get("port") else str(storage.get("host"))
+    scheme, port = storage.get("scheme", "https"), storage.get("port")
+    host = _place(f"{scheme}://{storage.get('host')}{f':{port}' if port else ''}")
+    endpoint = _place(values["AWS_S3_ENDPOINT"])
     for what, own, theirs in (("host", host, endpoint), ("bucket", storage.get("bucket"), values["AWS_S3_BUCKET"])):
         if own != theirs:
             raise Tune16Error(
                 f"the pipeline server {server['metadata']['name']} keeps its files in the {what} {own}, but the "
                 f"connection {secret} has {theirs}. Correct {what} in the overlay's storage.yaml."
             )
+
+
+def _place(address: str) -> str:
+    """Host and port of an address, the port left out where it is the scheme's own."""
+    parts = urlsplit(address if "://" in address else f"https://{address}")
+    usual = {"https": 443, "http": 80}.get(parts.scheme)
+    return f"{parts.hostname}:{parts.port}" if parts.port and parts.port != usual else str(parts.hostname)
 
 
 def _api(road: Road) -> str:
@@ -342,6 +351,8 @@ def _queue(road: Road) -> str:
         GPU: float(num_pods * road.recipe.train.num_gpus),
     }
     why = why_never_admitted(road.cluster.look, road.cluster.namespace, queue, needs)
+    if why is None:
+        raise UnknownError(f"{queue} or its ClusterQueue may not be seen by this account.")
     if why:
         raise Tune16Error(f"{why}: the step train would wait for ever. Ask the queue's administrator.")
     return f"{queue} can admit the step train"
@@ -499,15 +510,17 @@ def _check_external_image(registry: str, repository: str, tag: str, credentials:
         raise Tune16Error(f"{registry}/{repository}: the pull secret is refused ({status}). Renew it.")
     if status in (401, 403):
         raise UnknownError(f"{registry}/{repository} is private; the cluster needs a pull secret for it.")
+    if status == 404:
+        raise Tune16Error(f"{registry} has no {repository}:{tag} (status 404). Build and push it.")
     if status != 200:
-        raise Tune16Error(f"{registry} has no {repository}:{tag} (status {status}). Build and push it.")
+        raise UnknownError(f"{registry} does not say whether it has {repository}:{tag} (status {status}).")
 
 
 def _pull_credentials(road: Road, registry: str) -> Credentials | None:
     """User and password for a registry, from the pull secrets of the steps' account; None where none can be seen."""
     account = road.cluster.look(f"/api/v1/namespaces/{{namespace}}/serviceaccounts/{road.runner}") or {}
     for entry in account.get("imagePullSecrets") or []:
-        with suppress(NotFoundError, ForbiddenError):
+        with suppress(NotFoundError, ForbiddenError, ValueError, AttributeError):  # or it is no such Secret
             found = road.cluster.read_secret(entry["name"], {_PULL_CONFIG})
             auths = json.loads(found.get(_PULL_CONFIG, "{}")).get("auths", {})
             auth = auths.get(registry) or auths.get(f"https://{registry}")

@@ -74,7 +74,8 @@ def connection_values(cluster: Cluster, name: str) -> dict[str, str]:
 
 def is_inside_only(address: str) -> bool:
     """Whether an address is one of a cluster's own, which mean nothing outside."""
-    return (urlsplit(address).hostname or "").endswith((".svc", ".svc.cluster.local"))
+    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    return host.endswith((".svc", ".svc.cluster.local"))
 
 
 class Bucket:
@@ -89,6 +90,7 @@ class Bucket:
         self._server = server
         self._cluster = cluster
         self._values: dict[str, dict[str, str]] = {}
+        self._away: dict[str, str] = {}  # by the connection's name: why its bucket cannot be read
 
     def outcome(self, run: Json) -> Outcome | None:
         """What a run has left; None where that is nothing.
@@ -116,12 +118,19 @@ class Bucket:
 
     @contextmanager
     def _reached(self, run: Json) -> Iterator[None]:
-        values = self._read_values(self._connection(run))
+        name = self._connection(run)
+        values = self._read_values(name)
         endpoint = values.get("AWS_S3_ENDPOINT", "")
         if is_inside_only(endpoint) and not (self._cluster and self._cluster.inside):
             raise Tune16Error(f"the bucket's endpoint {endpoint} answers inside the cluster only.")
-        with s3.environment(values):
-            yield
+        if name in self._away:
+            raise Tune16Error(self._away[name])
+        try:
+            with s3.environment(values):
+                yield
+        except Tune16Error as error:
+            self._away[name] = str(error)  # which takes its time to find out
+            raise
 
     def _connection(self, run: Json) -> str:
         """The name of the connection's Secret: the run's own setting, else the default in its version's form."""

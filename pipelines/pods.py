@@ -32,6 +32,11 @@ class StepPod:
         """The pod's name."""
         return str(self.body["metadata"]["name"])
 
+    @property
+    def is_done_driver(self) -> bool:
+        """Whether it is a driver that ended well: it stays beside the step and knows nothing of it."""
+        return self.is_driver and self.body.get("status", {}).get("phase") == "Succeeded"
+
 
 def step_of_node(node: str) -> tuple[str, bool]:
     """The step that a node of the workflow belongs to, and whether it is its driver; empty for what is no step.
@@ -56,8 +61,8 @@ def list_pods(cluster: Cluster, run_id: str) -> list[StepPod]:
 
 
 def newest(pods: Iterable[StepPod], step: str) -> StepPod | None:
-    """The newest pod of a step: its own where it has one, else its driver's."""
-    found = [pod for pod in pods if pod.step == step]
+    """The newest pod of a step: its own where it has one, else its driver's, unless that has done its work."""
+    found = [pod for pod in pods if pod.step == step and not pod.is_done_driver]
     return max(found, key=lambda pod: (not pod.is_driver, found.index(pod)), default=None)
 
 

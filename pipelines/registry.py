@@ -1,5 +1,6 @@
 """Whether an image registry has an image, asked with a pull secret's user where there is one."""
 
+import re
 from typing import Any
 
 import httpx2 as httpx
@@ -30,16 +31,17 @@ def image_status(registry: str, repository: str, tag: str, credentials: Credenti
             if answer.status_code == 401 and challenge.startswith("Basic ") and credentials:
                 answer = client.head(url, headers=headers, auth=credentials)
             if answer.status_code == 401 and challenge.startswith("Bearer "):
-                content = client.get(**_token_request(challenge), auth=credentials).json()
+                asked = _token_request(challenge)
+                is_private = asked["url"].startswith("https://")  # a password goes over TLS only
+                content = client.get(**asked, auth=credentials if is_private else None).json()
                 token = content.get("token") or content.get("access_token", "")
                 answer = client.head(url, headers={**headers, "Authorization": f"Bearer {token}"})
-    except (httpx.HTTPError, ValueError) as error:
-        raise OSError(str(error)) from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, AttributeError) as error:
+        raise OSError(str(error) or type(error).__name__) from None
     return answer.status_code
 
 
 def _token_request(challenge: str) -> dict[str, Any]:
     """The request for a token, from a registry's WWW-Authenticate header."""
-    fields = dict(part.strip().split("=", 1) for part in challenge.removeprefix("Bearer ").split(","))
-    plain = {name: value.strip('"') for name, value in fields.items()}
-    return {"url": plain.pop("realm"), "params": plain}
+    fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+    return {"url": fields.pop("realm"), "params": fields}

@@ -17,7 +17,8 @@ from pipelines.cluster import Cluster
 from pipelines.server import Json, PipelineServer
 from pipelines.submission import ensure_experiment, ensure_version, parameters
 
-_CRON_FIELDS = (
+CronLimits = tuple[str, int, int, tuple[str, ...]]  # what a field is called, its lowest and highest number, its words
+_CRON_FIELDS: tuple[CronLimits, ...] = (
     ("second", 0, 59, ()),
     ("minute", 0, 59, ()),
     ("hour", 0, 23, ()),
@@ -28,9 +29,11 @@ _CRON_FIELDS = (
 _MEANING_OF_WORDS = {
     "@hourly": "0 0 * * * *",
     "@daily": "0 0 0 * * *",
+    "@midnight": "0 0 0 * * *",
     "@weekly": "0 0 0 * * 0",
     "@monthly": "0 0 0 1 * *",
     "@yearly": "0 0 0 1 1 *",
+    "@annually": "0 0 0 1 1 *",
 }
 _ANY = ("*", "?")
 _MOST_DAYS = 8 * 366  # the 29th of February comes within them
@@ -124,7 +127,7 @@ def read_cron(text: str) -> Trigger:
         )
     fields = ["0", *fields] if len(fields) == 5 else fields
     for field, (label, low, high, names) in zip(fields, _CRON_FIELDS, strict=True):
-        if not all(_is_cron_part(part, low, high, names) for part in field.lower().split(",")):
+        if not _is_cron_field(field, (label, low, high, names)):
             also = f", or {names[0]} to {names[-1]}" if names else ""
             raise Tune16Error(
                 f"--cron '{text}': the {label} '{field}' is wrong. It takes {low} to {high}{also}, * for any, lists "
@@ -185,8 +188,14 @@ def last_run(entry: Json, runs: Iterable[Json]) -> Json | None:
 
 
 def next_time(cron: str, after: datetime) -> datetime | None:
-    """The next moment that a cron expression of six fields names, in UTC; None where none comes within eight years."""
+    """The next moment that a cron expression names, in UTC.
+
+    None where none comes within eight years, and of what others may have written: ``@every``, or another time zone.
+    """
     fields = _MEANING_OF_WORDS.get(cron, cron).split()
+    fields = ["0", *fields] if len(fields) == 5 else fields
+    if len(fields) != len(_CRON_FIELDS) or not all(map(_is_cron_field, fields, _CRON_FIELDS)):
+        return None
     values = [
         _cron_values(field, low, high, names) for field, (_, low, high, names) in zip(fields, _CRON_FIELDS, strict=True)
     ]
@@ -251,6 +260,11 @@ def _cron_values(field: str, low: int, high: int, names: tuple[str, ...]) -> lis
         last = ends[1] if len(ends) > 1 else high if step else ends[0]
         values += range(ends[0], last + 1, int(step or 1))
     return values
+
+
+def _is_cron_field(field: str, limits: CronLimits) -> bool:
+    _, low, high, names = limits
+    return all(_is_cron_part(part, low, high, names) for part in field.lower().split(","))
 
 
 def _is_cron_part(part: str, low: int, high: int, names: tuple[str, ...]) -> bool:

@@ -66,6 +66,7 @@ class PipelineServer:
         self.url = address.url
         self._client = ApiClient(settings)
         self._timeout = timeout
+        self._artifacts: list[Json] | None = None
         self._pipelines = PipelineServiceApi(self._client)
         self._uploads = PipelineUploadServiceApi(self._client)
         self._experiments = ExperimentServiceApi(self._client)
@@ -162,6 +163,10 @@ class PipelineServer:
             lambda: next(iter(self.list_runs(filter=_equals("display_name", run["display_name"]))), None),
         )
 
+    def find_run(self, name: str) -> Json | None:
+        """The newest run of that name, without its steps."""
+        return next(iter(self.list_runs(1, filter=_equals("display_name", name))), None)
+
     def list_runs(self, limit: int = _PAGE_SIZE, **query: Any) -> list[Json]:
         """The newest runs first."""
         return self._list(self._runs.run_service_list_runs, "runs", sort_by="created_at desc", limit=limit, **query)
@@ -202,21 +207,28 @@ class PipelineServer:
     def read_archived_log(self, run_id: str, node: str) -> str | None:
         """What a node of a run's workflow has printed, from where the server keeps logs; None where it has none."""
         try:
-            return self._get_text(f"/apis/v1alpha1/runs/{run_id}/nodes/{node}/log")
+            with self._explained():  # once: of a log that is not there it says 500
+                return self._get_text(f"/apis/v1alpha1/runs/{run_id}/nodes/{node}/log")
         except Tune16Error:
             return None
 
     def list_artifacts(self, namespace: str) -> list[Json]:
         """The artifacts of all runs with addresses from where they can be fetched; none where the server lists none.
 
-        Only Open Data Hub's pipeline server has such a list.
+        Only Open Data Hub's pipeline server has such a list. It is read once.
         """
+        if self._artifacts is None:
+            self._artifacts = self._read_artifacts(namespace)
+        return self._artifacts
+
+    def _read_artifacts(self, namespace: str) -> list[Json]:
         entries: list[Json] = []
         token = ""
         for _ in range(_MAX_PAGES):
             query = {"namespace": namespace, "view": "DOWNLOAD", "page_size": _PAGE_SIZE, "page_token": token}
             try:
-                page = json.loads(self._get_text(f"/apis/v2beta1/artifacts?{urlencode(query)}"))
+                with self._explained():
+                    page = json.loads(self._get_text(f"/apis/v2beta1/artifacts?{urlencode(query)}"))
             except Tune16Error:
                 return entries
             entries += page.get("artifacts") or []
@@ -236,25 +248,17 @@ class PipelineServer:
         )
 
     def _get_text(self, path: str) -> str:
-        """GET a path that the client has no method for.
-
-        Raises:
-            Tune16Error: the server refuses, or gives no answer.
-        """
-
-        def ask() -> str:
-            answer = self._client.call_api(
-                path,
-                "GET",
-                header_params={"Accept": "*/*"},
-                auth_settings=["Bearer"],
-                _preload_content=False,
-                _return_http_data_only=True,
-                _request_timeout=(self._timeout, self._timeout),
-            )
-            return str(answer.data.decode(errors="replace"))
-
-        return self._repeat(ask)
+        """GET a path that the client has no method for, once."""
+        answer = self._client.call_api(
+            path,
+            "GET",
+            header_params={"Accept": "*/*"},
+            auth_settings=["Bearer"],
+            _preload_content=False,
+            _return_http_data_only=True,
+            _request_timeout=(self._timeout, self._timeout),
+        )
+        return str(answer.data.decode(errors="replace"))
 
     def _list(
         self, method: Callable[..., Any], key: str, *arguments: Any, limit: int = 10_000, **query: Any

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import httpx2 as httpx
 
+from components.errors import Tune16Error
 from components.timeouts import at_most
 from pipelines.cluster import Cluster, NotFoundError, NotStartedError, explained
 from pipelines.pods import StepPod
@@ -66,21 +67,37 @@ def read_log(cluster: Cluster | None, server: PipelineServer, run: Json, step: s
         pods: all pods of the run.
     """
     remark = ""
-    own = [pod for pod in pods if pod.step == step]
-    for pod in reversed([*(pod for pod in own if pod.is_driver), *(pod for pod in own if not pod.is_driver)]):
-        assert cluster is not None
-        try:
-            with explained(cluster, "read logs"):
-                return StepLog(_lines(cluster.read_log(pod.name)))
-        except NotStartedError:
-            remark = remark or f"the pod {pod.name} has not started yet"
-        except NotFoundError:
-            remark = remark or f"the pod {pod.name} is gone, and its log with it"
+    own = [pod for pod in reversed(pods) if pod.step == step and not pod.is_done_driver]
+    for pod in (pod for pod in own if not pod.is_driver):
+        log = _of_pod(cluster, pod)
+        if log.lines:
+            return log
+        remark = remark or log.remark
     for text in _kept(cluster, server, run, step):
         lines = _lines(text or "")
         if f"{step}: started" in lines:  # else it may be another step's: the server names none
             return StepLog(lines)
+    for pod in (pod for pod in own if pod.is_driver):  # one that failed: there is nothing of the step itself
+        log = _of_pod(cluster, pod)
+        if log.lines:
+            return log
+        remark = remark or log.remark
     return StepLog([], remark or "its pod is gone, and the pipeline server has kept no log of it")
+
+
+def _of_pod(cluster: Cluster | None, pod: StepPod) -> StepLog:
+    """The log of one pod; a remark where it has none, or none that can be read."""
+    assert cluster is not None
+    try:
+        with explained(cluster, "read logs"):
+            text = cluster.read_log(pod.name)
+    except NotStartedError:
+        return StepLog([], f"the pod {pod.name} has not started yet")
+    except NotFoundError:
+        return StepLog([], f"the pod {pod.name} is gone, and its log with it")
+    except Tune16Error as error:
+        return StepLog([], str(error))
+    return StepLog(_lines(text)) if text.strip() else StepLog([], f"the pod {pod.name} has said nothing yet")
 
 
 def _lines(text: str) -> list[str]:

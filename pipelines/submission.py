@@ -68,7 +68,7 @@ def pipeline_spec(version: Json) -> Json:
 def ensure_version(server: PipelineServer, cluster: Cluster | None, undo: ExitStack, uploaded: bool) -> Json:
     """The version to run, with its spec; uploaded where the server does not have this content yet.
 
-    A version that an overlay was applied of is named after all that was patched into it, and displayed as this content.
+    A version that an overlay was applied of is named after all that was patched into it; its description has this name.
 
     Raises:
         Tune16Error: `uploaded` asks for what is there, and nothing is; or the server refuses.
@@ -76,11 +76,12 @@ def ensure_version(server: PipelineServer, cluster: Cluster | None, undo: ExitSt
     name = version_name()
 
     def is_wanted(version: Json) -> bool:
-        return uploaded or name in (version.get("name"), version.get("display_name"))
+        return uploaded or name == version.get("name") or f"[{name}]" in str(version.get("description"))
 
     pipeline = server.find_pipeline(PIPELINE)
     found = _newest(server, pipeline, is_wanted)
-    if found is None and cluster is not None and applied.heal(cluster, is_wanted):
+    keeps_objects = found is None and server.describe().get("pipeline_store") == "kubernetes"
+    if keeps_objects and cluster is not None and applied.heal(cluster, is_wanted):
         pipeline = server.find_pipeline(PIPELINE)
         found = _newest(server, pipeline, is_wanted)
     if found is None and uploaded:

@@ -362,7 +362,8 @@ class PipelineApi(Server):
         experiment = request.query.get("experiment_id")
         rows = getattr(self, attribute).values()
         rows = [row for row in rows if not experiment or row.get("experiment_id") == experiment]
-        return _page(request, field, [self._told(row) for row in rows] if kind == "runs" else rows)
+        without = [{name: value for name, value in row.items() if name != "run_details"} for row in rows]
+        return _page(request, field, without if kind == "runs" else list(rows))
 
     def _get(self, request: Request, kind: str, key: str) -> Json:
         attribute, _, title = STORES[kind]

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urldefrag, urlsplit
 
@@ -60,13 +60,4 @@ def _remote(address: str, tuned: str) -> tuple[Endpoint, str]:
     """A server and a model's name there. The token is the tuned model's server's: no other host gets it."""
     url, model = urldefrag(address)
     token = os.environ.get(TOKEN_VARIABLE, "") if urlsplit(url).netloc == urlsplit(tuned).netloc else ""
-    return _answering(Endpoint(url, token)), model
-
-
-def _answering(endpoint: Endpoint) -> Endpoint:
-    """The endpoint at the port where it answers; as it was given where it answers nowhere yet."""
-    for candidate in endpoint.candidates():
-        with suppress(Tune16Error):
-            candidate.list_models()
-            return candidate
-    return endpoint
+    return Endpoint(url, token), model

@@ -136,8 +136,9 @@ async def _answer(column: Column, system: str, history: list[Turn], sampling: Sa
     """Stream an answer into `history`; what goes wrong becomes a notice there and on top of the page."""
     turn: Turn = {"role": "assistant", "content": ""}
     try:
-        model = column.model or (await asyncio.to_thread(column.endpoint.list_models))[0]
-        async for piece in column.endpoint.stream(model, to_messages(system, history), sampling):
+        endpoint = await asyncio.to_thread(column.endpoint.answering)
+        model = column.model or (await asyncio.to_thread(endpoint.list_models))[0]
+        async for piece in endpoint.stream(model, to_messages(system, history), sampling):
             if not turn["content"]:
                 piece = piece.lstrip()
                 if piece:

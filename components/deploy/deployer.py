@@ -42,6 +42,7 @@ _QUESTION = [{"role": "user", "content": "Who are you?"}]
 _ANSWER = Sampling(temperature=0, max_tokens=16)
 _STOPPED = "serving.kserve.io/stop"  # the dashboard sets it
 _HOPELESS = {"InvalidSpec"}  # transitions that no waiting ends
+_REFUSED, _REFUSED_LOOKS = "KServe takes no such InferenceService", 3  # one after the other
 _LOG_LINES = 3
 _NO_KSERVE = (
     "this cluster has no KServe. Ask its administrator for single-model serving, or leave serving_runtime empty."
@@ -105,7 +106,7 @@ class _Service:
                 raise
             raise Tune16Error(
                 f"InferenceService {self.name}: somebody else has set what this run would change: "
-                f"{kubeapi.message(error)} Undo that change, or remove the InferenceService."
+                f"{kubeapi.sentence(kubeapi.message(error))}. Undo that change, or remove the InferenceService."
             ) from None
 
     def delete(self) -> None:
@@ -251,11 +252,14 @@ def _wait(service: _Service, served: str) -> str:
     Raises:
         Tune16Error: it took too long, with the last reason that the cluster or the endpoint gave.
     """
-    started, reason = time.monotonic(), ""
+    started, reason, num_refused = time.monotonic(), "", 0
     while time.monotonic() - started < PATIENCE_SECONDS:
         url, now = _look(service, served)
         if url:
             return url
+        num_refused = num_refused + 1 if now.startswith(_REFUSED) else 0
+        if num_refused >= _REFUSED_LOOKS:
+            raise Tune16Error(f"{now}. See `oc get servingruntimes`")
         if now != reason:
             say("deploy", f"waiting: {now}")
         reason = now
@@ -279,11 +283,7 @@ def _look(service: _Service, served: str) -> tuple[str, str]:
 
 
 def _not_ready(found: Json, service: _Service) -> str:
-    """Why it is not ready: what its youngest pod waits for, what KServe says of the model, what its condition says.
-
-    Raises:
-        Tune16Error: it never will be, as when no runtime serves this format.
-    """
+    """Why it is not ready: what its youngest pod waits for, what KServe says of the model, what its condition says."""
     failure = _failure(found)
     pod = service.youngest_pod()
     waiting = why_it_waits(service.look, pod) if pod else None
@@ -305,8 +305,7 @@ def _condition(service: Json) -> Json:
 def _failure(service: Json) -> str:
     """What KServe says of the model that it was given last; empty where nothing went wrong.
 
-    Raises:
-        Tune16Error: the InferenceService itself is wrong, so nothing is waited for.
+    A spec that KServe refuses it never accepts, but what it says may still be of the spec before: no field tells.
     """
     status = service.get("status", {})
     model = status.get("modelStatus", {})
@@ -314,9 +313,8 @@ def _failure(service: Json) -> str:
     said = kubeapi.sentence(str(failed.get("message") or ""))
     text = ": ".join(part for part in (str(failed.get("reason") or ""), said) if part)
     transition = model.get("transitionStatus")
-    has_looked = status.get("observedGeneration", 0) >= service["metadata"].get("generation", 1)
-    if transition in _HOPELESS and has_looked:
-        raise Tune16Error(f"KServe takes no such InferenceService: {text or transition}. See `oc get servingruntimes`")
+    if transition in _HOPELESS:
+        return f"{_REFUSED}: {text or transition}"
     return text if transition != "UpToDate" else ""
 
 

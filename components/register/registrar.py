@@ -20,6 +20,7 @@ from components import s3
 from components.certificates import service_ca
 from components.config import RegisterConfig
 from components.errors import Tune16Error
+from components.kubeapi import sentence
 from components.s3errors import OUTAGE_SECONDS
 from components.steps import say
 from components.timeouts import at_most
@@ -348,7 +349,7 @@ def _explained(server: str) -> Iterator[None]:
     except (aiohttp.ClientError, OSError) as error:
         raise UnavailableError(f"{server}: cannot be reached ({error}). Check registry_url and the network.") from None
     except (StoreError, ValueError) as error:
-        raise Tune16Error(f"{server}: {' '.join(str(error).split())[:300]}") from None
+        raise Tune16Error(f"{server}: {sentence(str(error))[:300]}.") from None
 
 
 def _refusal(status: int | None, body: str) -> str:
@@ -364,4 +365,4 @@ def _refusal(status: int | None, body: str) -> str:
         )
     if status == 404:
         return "no model registry of the API v1alpha3 answers there (404). Check registry_url."
-    return f"the registry answers {status}: {' '.join(body.split())[:300]}"
+    return f"the registry answers {status}: {sentence(body)[:300]}."

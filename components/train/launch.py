@@ -22,7 +22,7 @@ from components.cpus import num_threads
 from components.errors import USER_ERROR_EXIT_CODE, Tune16Error, message_of
 from components.outputs import read_record
 from components.redaction import protect_output
-from components.steps import TERMINATED_EXIT_CODE, deferred_termination, say
+from components.steps import TERMINATED_EXIT_CODE, deferred_termination, quieten, say
 from components.train.checkpoints import Place
 
 # By which people compare runs: the metric's name on the pages, which sort by it, and here.
@@ -136,6 +136,7 @@ def _work(
 ) -> None:
     """One process of the group. All do the same; only the first one speaks, and only its output is kept."""
     protect_output()
+    quieten()
     rank = group.node * config.processes_per_node + local_rank
     os.environ |= {
         "RANK": str(rank),

@@ -293,7 +293,7 @@ def _plan(step: Step, available: int, begun_with: tuple[int, int] | None) -> Mem
             + (
                 "The run began on a larger GPU: go on there, or remove its checkpoints."
                 if begun_with
-                else "Lower prepare_max_tokens or train_rank; see `tune16 plan`."
+                else "Lower max_tokens_per_row or lora_rank; see `tune16 plan`."
             )
         )
     return planned
@@ -360,7 +360,7 @@ def _metrics(trainer: Resumable) -> dict[str, float]:
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     if not losses or not all(map(math.isfinite, losses + held_out)):
         raise Tune16Error(
-            "train: the loss is no number any more. Lower train_learning_rate, or set compute_dtype to float32."
+            "train: the loss became NaN or infinite. Lower learning_rate, or set compute_dtype to float32."
         )
     num_tokens = max(entry.get("num_tokens", 0) for entry in history)
     metrics = {

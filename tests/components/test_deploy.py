@@ -404,7 +404,7 @@ def test_a_spec_that_no_runtime_serves_is_refused_at_once(cluster: Cluster) -> N
     def refuse(service: dict[str, Any]) -> None:
         failure = {"reason": "NoSupportingRuntime", "message": "No runtime found to support predictor with model gguf."}
         model = {"transitionStatus": "InvalidSpec", "lastFailureInfo": failure}
-        service["status"] = {"modelStatus": model, "conditions": [], "observedGeneration": 1}
+        service["status"] = {"modelStatus": model, "conditions": []}
 
     cluster.api.on_apply["inferenceservices"] = refuse
     started = time.monotonic()

@@ -56,7 +56,7 @@ def _run(folder: Path) -> LocalRun:
 
 def _check_nothing_is_left() -> None:
     """See that builds left no folder below /tmp, which no other user could write to."""
-    for image in (images.TOOLS, images.TRAINER, images.GGUF):
+    for image in (images.TOOLS, images.TRAINER, images.GGUF, f"{images.REGISTRY}/chat:{images.VERSION}"):
         command = ["podman", "run", "--rm", "--user", USER, *shlex.split(os.environ.get("PODMAN_FLAGS", ""))]
         done = subprocess.run([*command, image, "ls", "-A", "/tmp"], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "", f"{image}: /tmp holds {done.stdout.split()}"

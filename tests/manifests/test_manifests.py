@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from components.config import CONNECTION_VARIABLES, Recipe
+from components.images import VERSION
 from tests.manifests.built import (
     ALONE,
     EVERYTHING,
@@ -179,6 +180,7 @@ def test_the_versions_name_follows_what_is_applied(tmp_path: Path) -> None:
         if "PipelineVersion" in "".join(path.read_text() for path in (MANIFESTS / "components" / name).glob("*.yaml"))
     ]
     assert sorted(patching) == PATCHED
+    assert version_of([], tmp_path / "base").startswith(f"tune16-{VERSION}-")
     names = {name: version_of([name], tmp_path / name) for name in PATCHED}
     assert len({version_of([], tmp_path / "none"), *names.values()}) == len(PATCHED) + 1
     assert version_of(["serving"], tmp_path / "serving") == version_of([], tmp_path / "again")

@@ -167,7 +167,13 @@ def test_what_keeps_a_step_from_getting_a_pod_is_told_by_the_workflow(
     )
     node = {"name": "wf.root.train.executor", "type": "Pod", "phase": "Pending", "message": message}
     add_workflow(kubernetes_api, started, {"a": node})
+    add_driver(kubernetes_api, started, "train")
     assert "exceeded quota: gpu" in call("runs", "show", started["run_id"])[1]
+
+
+def add_driver(api: KubernetesApi, run: dict[str, Any], step: str) -> None:
+    """The pod that decided whether the step runs; it stays, and knows nothing of the step."""
+    add_step_pod(api, run, step, LAUNCHER, {"phase": "Succeeded"}, node=f"wf.root.{step}-driver")
 
 
 def add_workflow(api: KubernetesApi, run: dict[str, Any], nodes: dict[str, Any], **spec: Any) -> None:
@@ -239,6 +245,7 @@ def test_a_failed_step_ends_with_its_own_error(
         (EVICTED, "Evicted (The node was low on resource: memory)"),
         (ended(137, "OOMKilled"), "it was killed because its memory was not enough (OOMKilled)"),
         (ended(137), "it was killed (exit code 137)"),
+        (ended(1, "OOMKilled"), "it was killed because its memory was not enough (OOMKilled)"),
         (None, "its pod was deleted"),
     ],
 )  # fmt: skip
@@ -254,6 +261,7 @@ def test_a_pod_that_left_no_word(
         add_step_pod(kubernetes_api, started, "train", LAUNCHER + "train: started\ntrain: step 3/9\n", status)
     node = {"name": "wf.root.train.executor", "type": "Pod", "phase": "Error", "message": "pod deleted"}
     add_workflow(kubernetes_api, started, {"a": node})
+    add_driver(kubernetes_api, started, "train")
     pipelines_api.set_tasks(started["run_id"], {"train": "FAILED"}, "FAILED")
     code, _, err = call("runs", "show", started["run_id"], "--wait")
     assert code == 1 and told in err
@@ -263,10 +271,11 @@ def test_a_pod_that_left_no_word(
 
 @pytest.mark.parametrize("is_2_17", [False, True])
 def test_logs_of_pods_that_are_gone(
-    call: Call, started: dict[str, Any], pipelines_api: PipelineApi, is_2_17: bool
+    call: Call, started: dict[str, Any], pipelines_api: PipelineApi, kubernetes_api: KubernetesApi, is_2_17: bool
 ) -> None:
     pipelines_api.is_2_17 = is_2_17
     run_id = started["run_id"]
+    add_driver(kubernetes_api, started, "train")
     assert "(its pod is gone, and the pipeline server has kept no log of it)" in call("runs", "logs", run_id)[1]
     node = "wf-train-executor-0" if is_2_17 else "wf-train-executor"
     pipelines_api.kept_logs[run_id, node] = LAUNCHER + "train: started\ntrain: all is well\n"
@@ -375,8 +384,33 @@ def test_without_the_bucket_the_logs_tell_the_verdict(
     end(pipelines_api, started, "promoted")
     out = call("runs", "show", started["run_id"])[1]
     assert "promoted: better." in out and "published s3://b/m/v1" in out and "the scores are not known here" in out
+    assert " promoted " in call("runs")[1]  # as its steps tell
     kubernetes_api.forbid("GET", "secrets")
     assert "may not read the Secret" in call("runs", "show", started["run_id"])[1]
+    kubernetes_api.fail("GET", "/log", 500, times=9)
+    assert "the verdict is not known here" in call("runs", "show", started["run_id"])[1]
+    kubernetes_api.fail("GET", "/log", 500, times=9)
+    assert "cannot read logs: 500" in call("runs", "logs", started["run_id"])[1]
+
+
+def test_a_pod_that_pulls_its_image_does_not_wait_for_a_node_any_more(
+    call: Call, started: dict[str, Any], kubernetes_api: KubernetesApi
+) -> None:
+    pod = add_step_pod(kubernetes_api, started, "train", status=waiting("ContainerCreating"))
+    for number, (kind, reason) in enumerate((("Warning", "FailedScheduling"), ("Normal", "Pulling"))):
+        event = {"kind": "Event", "metadata": {"name": reason.lower(), "namespace": "tune16"}, "type": kind}
+        event |= {"involvedObject": {"name": pod["metadata"]["name"]}, "reason": reason, "message": "0/3 nodes"}
+        kubernetes_api.add("v1", "events", {**event, "lastTimestamp": f"2026-01-01T00:00:0{number}Z"})
+    out = call("runs", "show", started["run_id"], "--json")[1]
+    row = next(row for row in json.loads(out)["steps"] if row["step"] == "train")
+    assert (row["state"], row["note"]) == ("running", "")
+
+
+def test_a_number_in_a_digest_is_no_status() -> None:
+    from components.pods import pull_fault
+
+    message = f'failed to pull "quay.io/x@sha256:{"a4039" * 12}": dial tcp 10.0.0.1:443: i/o timeout'
+    assert pull_fault(message)[0] == "its registry cannot be reached"
 
 
 @pytest.mark.parametrize("is_2_17", [False, True])
@@ -429,7 +463,7 @@ def test_the_list_of_schedules_tells_the_next_and_the_last_run(
     started |= {"recurring_run_id": jobs["often"]["recurring_run_id"], "created_at": "2026-11-29T12:00:00Z"}
     pipelines_api.set_tasks(started["run_id"], {"train": "FAILED"}, "FAILED")
     listed = {entry["display_name"]: entry for entry in json.loads(call("schedule", "list", "--json")[1])}
-    assert listed["often"]["last_run"] == {"name": started["display_name"], "state": "failed"}
+    assert listed["often"]["last_run"] == {"name": started["display_name"], "outcome": "failed"}
     monday = datetime.fromisoformat(listed["mondays"]["next_run_at"])
     assert (monday.weekday(), monday.hour, monday.minute) == (0, 3, 0) and monday > datetime.now(UTC)
     out = call("schedule", "list")[1]
@@ -460,9 +494,11 @@ def test_the_next_time_of_a_cron_expression(cron: str, after: str, due: str) -> 
 VERSIONS = "pipelines.kubeflow.org/v2beta1"
 
 
-def apply_version(kubernetes_api: KubernetesApi, name: str, shown: str = "") -> dict[str, Any]:
+def apply_version(kubernetes_api: KubernetesApi, name: str, content: str = "") -> dict[str, Any]:
     body = {"kind": "PipelineVersion", "metadata": {"name": name, "namespace": "tune16"}}
-    return kubernetes_api.add(VERSIONS, "pipelineversions", {**body, "spec": {"displayName": shown or name}})
+    return kubernetes_api.add(
+        VERSIONS, "pipelineversions", {**body, "spec": {"description": f"Fine-tunes. [{content}]"}}
+    )
 
 
 def test_a_version_that_was_applied_before_the_webhook_ran_is_healed(
@@ -475,12 +511,12 @@ def test_a_version_that_was_applied_before_the_webhook_ran_is_healed(
     name = "tune16-0123456789"  # as the overlay calls it
     apply_version(kubernetes_api, name, version["name"])
     apply_version(kubernetes_api, "tune16-0.0.1-old")
-    patch = kubernetes_api._patch
+    patch, told = kubernetes_api._patch, {"description": f"Fine-tunes. [{version['name']}]"}
 
     def webhook(request: Request, key: Any) -> Any:
         answer = patch(request, key)
         kubernetes_api.objects[key]["metadata"]["labels"]["pipelines.kubeflow.org/pipeline-id"] = "p"
-        pipelines_api.versions["v"] = {**version, "pipeline_version_id": "v", "name": name}
+        pipelines_api.versions["v"] = {**version, "pipeline_version_id": "v", "name": name, **told}
         return answer
 
     monkeypatch.setattr(kubernetes_api, "_patch", webhook)
@@ -515,3 +551,16 @@ def test_the_demo_goes_into_the_bucket_of_the_namespaces_connection(
     assert call("submit", "demo")[0] == 0
     with s3.environment(environment):
         assert s3.read(BUCKET, "demo/here") == b"x"
+
+
+@pytest.mark.parametrize("cron", ["@every 1h", "CRON_TZ=Asia/Tokyo 0 0 3 * * *", "0 0 3", "x y z a b c", ""])
+def test_a_schedule_that_others_wrote_does_not_break_the_list(
+    call: Call, pipelines_api: PipelineApi, started: dict[str, Any], cron: str
+) -> None:
+    call("schedule", RECIPE, "--every", "12h", "--name", "theirs")
+    job = next(job for job in pipelines_api.recurring_runs.values() if job["display_name"] == "theirs")
+    job["trigger"] = {"cron_schedule": {"cron": cron}}
+    code, out, _ = call("schedule", "list", "--json")
+    assert (
+        code == 0 and next(found for found in json.loads(out) if found["display_name"] == "theirs")["next_run_at"] == ""
+    )
