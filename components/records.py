@@ -1,10 +1,11 @@
 """What a run leaves for whoever asks later how it ended: its verdict with the scores, its report, what it published.
 
-It lies beside the model's versions, and nothing there depends on the pipeline server:
+It lies beside the models' folders, at ``<prefix>/records/<model name>/``, and nothing there depends on the pipeline
+server:
 
-- ``<path>/runs/<run id>.json``: which evaluation a run asked for; written by the step preflight, which every run does.
-- ``<path>/runs/<run id>-published.json``: the version that it published, or found published.
-- ``<path>/evaluations/<key>/<time>.json`` and ``.html``: verdict and scores, and the report.
+- ``runs/<run id>.json``: which evaluation a run asked for; written by the step preflight, which every run does.
+- ``runs/<run id>-published.json``: the version that it published, or found published.
+- ``evaluations/<key>/<time>.json`` and ``.html``: verdict and scores, and the report.
 
 The key stands for everything that decides an evaluation. So a run whose evaluation came from the pipeline's cache finds
 the one that was made before.
@@ -44,12 +45,12 @@ def evaluation_key(**inputs: Any) -> str:
 
 def begin(path: str, run_id: str, key: str) -> None:
     """Note which evaluation a run asks for."""
-    _write(f"{path}/runs/{run_id}.json", {"evaluation": key, "begun": _now()})
+    _write(f"{_place(path)}/runs/{run_id}.json", {"evaluation": key, "begun": _now()})
 
 
 def keep_evaluation(path: str, key: str, evaluation: Path) -> None:
     """Keep the verdict, the scores and the report of the step evaluate's output."""
-    name = f"{path}/evaluations/{key}/{_now()}"
+    name = f"{_place(path)}/evaluations/{key}/{_now()}"
     content = read_json(evaluation / EVALUATION)
     s3.write(s3.default_bucket(), f"{name}.html", (evaluation / REPORT).read_bytes())
     _write(f"{name}.json", {field: content[field] for field in _KEPT})
@@ -57,7 +58,7 @@ def keep_evaluation(path: str, key: str, evaluation: Path) -> None:
 
 def keep_publication(path: str, run_id: str, manifest: Json) -> None:
     """Note which version a run published."""
-    _write(f"{path}/runs/{run_id}-published.json", {name: manifest[name] for name in ("version", "address")})
+    _write(f"{_place(path)}/runs/{run_id}-published.json", {name: manifest[name] for name in ("version", "address")})
 
 
 def read_outcome(path: str, run_id: str, ended: str = "") -> Outcome | None:
@@ -74,16 +75,16 @@ def read_outcome(path: str, run_id: str, ended: str = "") -> Outcome | None:
     Raises:
         Tune16Error: the storage does not answer or refuses.
     """
-    begun = _read(f"{path}/runs/{run_id}.json")
+    begun = _read(f"{_place(path)}/runs/{run_id}.json")
     if begun is None:
         return None
-    folder = f"{path}/evaluations/{begun['evaluation']}/"
+    folder = f"{_place(path)}/evaluations/{begun['evaluation']}/"
     limit = f"{folder}{_compact(ended)}" if ended else ""
     names = sorted(found.key for found in s3.list_objects(s3.default_bucket(), folder) if found.key.endswith(".json"))
     made = [name for name in names if not limit or name <= f"{limit}.json"]
     evaluation = _read(made[-1]) if made else None
     report = f"{made[-1].removesuffix('.json')}.html" if made else ""
-    return Outcome(evaluation, report, _read(f"{path}/runs/{run_id}-published.json"))
+    return Outcome(evaluation, report, _read(f"{_place(path)}/runs/{run_id}-published.json"))
 
 
 def read_report(outcome: Outcome) -> bytes:
@@ -96,6 +97,11 @@ def read_report(outcome: Outcome) -> bytes:
     if content is None:
         raise Tune16Error("This run has no report: it has not come to its evaluation.")
     return content
+
+
+def _place(path: str) -> str:
+    prefix, _, model = path.rpartition("/")
+    return f"{prefix}/records/{model}"
 
 
 def _write(key: str, content: Json) -> None:

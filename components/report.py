@@ -39,8 +39,11 @@ _LEAST_GIB = 0.1  # less is told in MiB
 _WIDE = 3  # columns of a table that a narrow page shows as cards
 
 
-def page(title: str, result: str, lead: str, *parts: str) -> str:
-    """A whole page: the result in HTML, the title, one sentence, and parts that are HTML already; without secrets."""
+def page(title: str, lead: str, *parts: str, result: str = "") -> str:
+    """A whole page: `result` first, the title, one sentence, and parts; all but title and sentence are HTML already.
+
+    Secrets are taken out.
+    """
     body = "\n".join(parts)
     return redacted(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -95,7 +98,7 @@ def picture(figure: "Figure", alternative: str) -> str:
 
 def size(num_bytes: float) -> str:
     """Bytes for people, in GiB, or in MiB where that says more."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= _LEAST_GIB * 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= _LEAST_GIB * 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def significant(value: float, digits: int = 4) -> float:

@@ -77,8 +77,13 @@ class Acceptance:
 
     @property
     def folder(self) -> str:
-        """The folder in the bucket that is this check's own."""
+        """The folder in the bucket that is this check's own: models, checkpoints and records lie in it."""
         return f"{_ROOT}/{self.name}"
+
+    @property
+    def path(self) -> str:
+        """The model's place, whose last part names its endpoint and its entry in the registry."""
+        return f"{self.folder}/{self.name}"
 
     def make(self) -> Iterator[Result]:
         """Make all checks; whatever happens, what was made is removed."""
@@ -218,7 +223,7 @@ class Acceptance:
         path = f"/apis/serving.kserve.io/v1alpha1/namespaces/{self._cluster.namespace}/servingruntimes/{runtime}"
         if self._cluster.look(path) is None:
             raise SkippedError(f"the namespace has no ServingRuntime {runtime}.")
-        service = f"/apis/{SERVING}/namespaces/{self._cluster.namespace}/inferenceservices/{service_name(self.folder)}"
+        service = f"/apis/{SERVING}/namespaces/{self._cluster.namespace}/inferenceservices/{service_name(self.path)}"
         self._made.callback(self._delete, service)
         run = self._run_to_its_end("deploy.runtime=llama.cpp")
         said = self._watch(run).log(run, "deploy").own("deploy")
@@ -242,7 +247,7 @@ class Acceptance:
     def _archive_registered(self, server: str) -> None:
         from components.register.registrar import archive
 
-        archive(server, self.folder)
+        archive(server, self.path)
 
     def _place(self, name: str) -> str:
         """A place for another model, which has no champion to beat there."""
@@ -254,7 +259,7 @@ class Acceptance:
             [
                 f"preflight.model=s3:///{self.folder}/model",
                 f"preflight.data=s3:///{self.folder}/orders.jsonl",
-                f"upload.path={self.folder}",
+                f"upload.path={self.path}",
                 *settings,
             ],
         )
@@ -312,7 +317,7 @@ class Acceptance:
         path = run["runtime_config"]["parameters"]["destination_path"]
         outcome = read_outcome(path, run["run_id"], run["finished_at"])
         if outcome is None or outcome.evaluation is None:
-            raise Tune16Error(f"the run has left no verdict in s3://{s3.default_bucket()}/{path}/runs/.")
+            raise Tune16Error(f"the run has left no verdict below s3://{s3.default_bucket()}/{self.folder}/.")
         verdict, reason = outcome.evaluation["verdict"], outcome.evaluation["reason"]
         if verdict != PROMOTED:
             raise Tune16Error(f"the demo's model was not promoted: {verdict}: {reason}")

@@ -21,11 +21,11 @@ def write_report(
     """Write ``report.html`` into `folder`; with `reason`, why there are no files."""
     title = "How small may it be?"
     if reason:
-        html = report.page(title, report.verdict("bad", f"No GGUF files: {reason}."), "GGUF files for llama.cpp.")
+        result = report.verdict("bad", f"No GGUF files: {reason}.")
+        html = report.page(title, "GGUF files for llama.cpp.", result=result)
     else:
         html = report.page(
             title,
-            _token_notice(trials, len(rows)),
             f"GGUF files for llama.cpp, asked {len(rows)} prompts that were never trained on.",
             report.picture(_plot(trials), "Loss against size of each file"),
             report.section("Every file", report.table(_HEAD, [_row(trial, trials[0]) for trial in trials])),
@@ -35,6 +35,7 @@ def write_report(
             ),
             report.section("Answers that changed", _differences(trials, rows)),
             report.section("Settings", report.table(("Setting", "Value"), settings.items())),
+            result=_token_notice(trials, len(rows)),
         )
     (folder / REPORT).write_text(html, encoding="utf-8")
 

@@ -23,7 +23,6 @@ def write_report(evaluation: "Evaluation", trained: dict[str, Any], folder: Path
     """Write ``report.html`` into `folder`."""
     html = report.page(
         "Is the tuned model better?",
-        report.verdict(_COLOURS[evaluation.verdict], f"{_WORDS[evaluation.verdict]}: {evaluation.reason}"),
         f"{trained['model']}, tuned on {trained['data']}.",
         report.picture(_bars(evaluation), "Loss, exact match and chrF of base and tuned model"),
         report.section(
@@ -36,6 +35,7 @@ def write_report(evaluation: "Evaluation", trained: dict[str, Any], folder: Path
         ),
         report.section("Answers side by side", _samples(evaluation)),
         report.section("Settings", report.table(("Setting", "Value"), trained["config"].items())),
+        result=report.verdict(_COLOURS[evaluation.verdict], f"{_WORDS[evaluation.verdict]}: {evaluation.reason}"),
     )
     (folder / REPORT).write_text(html, encoding="utf-8")
 

@@ -155,6 +155,7 @@ def as_markdown(memory: MemoryPlan, disk: dict[str, int]) -> str:
     """The memory plan and the steps' disk space as Markdown tables for the dashboard."""
     result, *facts = (f"{fact[0].upper()}{fact[1:]}." for fact in (memory.result(), *memory.facts()))
     rows = [f"| {name} | {size(part)} |" for name, part in memory.parts.items()]
+    rows.append(f"| **together**, of {size(memory.available)} | **{size(memory.total)}** |")
     steps = [f"| {name} | {size(num_bytes)} |" for name, num_bytes in disk.items()]
     lines = [f"**{result}**", *facts]
     tables = [["| GPU memory while training | |", "|---|---:|", *rows]]

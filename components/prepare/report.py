@@ -34,7 +34,6 @@ def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
     facts = f"Form {prepared.checked.form}; chat template: {prepared.template.note}. All rows checked."
     html = report.page(
         "Data set",
-        report.verdict("plain", f"{counts.train_rows:,} rows to train on, {counts.held_out_rows:,} held out."),
         f"{data}. {facts}",
         report.table(("What", "Number"), rows),
         findings_section(prepared.checked.findings),
@@ -46,6 +45,7 @@ def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
             ),
             *(f"<p><pre>{_marked(sample.text, sample.spans)}</pre></p>" for sample in prepared.tokens.examples),
         ),
+        result=report.verdict("plain", f"{counts.train_rows:,} rows to train on, {counts.held_out_rows:,} held out."),
     )
     (folder / REPORT).write_text(html, encoding="utf-8")
 
@@ -58,7 +58,7 @@ def write_check_report(findings: Findings, data: str, target: Path) -> None:
         f"{broken:,} faults keep these rows from being used." if broken else "These rows can be used.",
     )
     lead = f"{data}. {findings.num_rows:,} rows checked."
-    target.write_text(report.page("Data check", result, lead, findings_section(findings)), encoding="utf-8")
+    target.write_text(report.page("Data check", lead, findings_section(findings), result=result), encoding="utf-8")
 
 
 def findings_section(findings: Findings) -> str:

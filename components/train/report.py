@@ -15,7 +15,6 @@ def write_report(history: list[dict[str, Any]], metrics: dict[str, float], confi
     changed = config.model_dump(exclude_defaults=True)
     html = report.page(
         "Training",
-        report.verdict("plain", f"The loss on held-out rows is {metrics['held_out_loss']} at the end."),
         f"{metrics['steps']:,.0f} steps in {metrics['seconds']:,.0f} s.",
         report.picture(_loss_chart(history), "Training and held-out loss over the steps"),
         report.section(
@@ -25,6 +24,7 @@ def write_report(history: list[dict[str, Any]], metrics: dict[str, float], confi
             "Settings that differ from the reference recipe",
             report.table(("Setting", "Value"), changed.items()) if changed else report.paragraph("None."),
         ),
+        result=report.verdict("plain", f"The loss on held-out rows is {metrics['held_out_loss']} at the end."),
     )
     (folder / REPORT).write_text(html, encoding="utf-8")
 
