@@ -1,4 +1,6 @@
-"""The steps of a fine-tune, one folder each, in the order of the pipeline.
+"""The steps of a fine-tune, one folder each, and the packages that they share.
+
+The steps, in the order of the pipeline:
 
     preflight   names become fixed references, settings are checked, the GPU's memory is planned
     prepare     rows become token sequences; some are held out
@@ -11,7 +13,17 @@
     register    the version is entered in the model registry
     deploy      and served
 
-In each folder ``component.py`` is the pipeline's wrapper and the other files are the logic: plain functions, paths in,
-files out, numbers returned. ``config.py`` holds every knob. ``serve`` and ``chat`` are no steps: they put a model that
-was made behind an API and a page. `python -m components STEP` runs one step on local folders.
+What they share; each package's docstring is its tour:
+
+    runtime     what a step runs in: lines, errors, output folders, reports, secrets taken out
+    storage     S3 and what is kept there: versions, the champion log, leases, records of runs
+    models      models as files and in memory: references, safetensors, sizes, loading
+    planning    the GPU's memory and the nodes' disk, known before anything runs
+    engine      the 16 GB training engine
+    kubernetes  the cluster's API; why pods and jobs wait, and how they ended
+    playground  a server and a page for a model that was made
+
+In each step's folder ``component.py`` is the pipeline's wrapper and the other files are the logic: plain functions,
+paths in, files out, numbers returned. ``config.py`` holds every setting. `python -m components STEP` runs one step on
+local folders.
 """

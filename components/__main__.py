@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from components import config as settings
-from components.errors import user_errors
 from components.knobs import knobs_page
-from components.proxies import spare_loopback
-from components.steps import say, step
+from components.runtime.errors import user_errors
+from components.runtime.proxies import spare_loopback
+from components.runtime.steps import say, step
 
 Set = Annotated[list[str], typer.Option("--set", help="A setting of the step, as field=value; repeat it for more.")]
 Model = Annotated[str, typer.Option(help="Base model: Hugging Face id, s3://, https:// or a folder.")]
@@ -109,7 +109,7 @@ def evaluate(
 ) -> None:
     """Compare base, tuned model and champion on the rows held out."""
     from components.evaluate.evaluation import evaluate_adapter
-    from components.versions import read_champion
+    from components.storage.versions import read_champion
 
     with step("evaluate"):
         champion = read_champion(path) if path else None
@@ -164,8 +164,8 @@ def register(
     version: Version = "",
 ) -> None:
     """Enter a published version into the model registry, as its model's champion."""
-    from components import versions
     from components.register.registrar import Source, register_patiently
+    from components.storage import versions
 
     with step("register"):
         manifest = versions.read_manifest(path, version or versions.champion_version(path))
@@ -181,9 +181,9 @@ def deploy(
     version: Version = "",
 ) -> None:
     """Serve a published version behind an endpoint, from within a pod of the cluster."""
-    from components import versions
     from components.deploy.deployer import deploy as deploy_version
     from components.deploy.objects import Placing
+    from components.storage import versions
 
     with step("deploy"):
         manifest = versions.read_manifest(path, version or versions.champion_version(path))
@@ -211,7 +211,7 @@ def download(
     check: Annotated[bool, typer.Option("--check", help="Only check an earlier download, which is in output.")] = False,
 ) -> None:
     """Download a version from S3 and check every file's SHA-256, and the signature with TUNE16_VERIFY_KEY."""
-    from components import versions
+    from components.storage import versions
 
     with step("download"):
         name = version or versions.champion_version(path)
@@ -231,8 +231,8 @@ def serve(
     gpu: Annotated[bool, typer.Option("--gpu", help="Keep a GGUF file's layers on the GPU.")] = False,
 ) -> None:
     """Serve a model on this disk with the OpenAI API: GGUF by llama.cpp, weights by Transformers."""
-    from components.serve.server import serve as serve_target
-    from components.serve.target import find_target
+    from components.playground.serve.server import serve as serve_target
+    from components.playground.serve.target import find_target
 
     with user_errors():
         target = find_target(place)
@@ -259,7 +259,7 @@ def chat(
     context: Context = 4096,
 ) -> None:
     """Open a page to talk to base and tuned model side by side; thumbs become a data set."""
-    from components.chat.launch import chat as open_page
+    from components.playground.chat.launch import chat as open_page
 
     with user_errors():
         open_page(place, tuned, base, feedback, host, port, context)

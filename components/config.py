@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
 
 # The keys of an OpenShift AI connection, and the variables that the steps read.
 CONNECTION_VARIABLES = (

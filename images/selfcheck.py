@@ -29,13 +29,13 @@ _MODULES = {
     ],
     "gguf": [
         "components.convert.converter",
-        "components.serve.server",
-        "components.serve.api",
+        "components.playground.serve.server",
+        "components.playground.serve.api",
         "llama_cpp",
-        "components.serve.gguf",
+        "components.playground.serve.gguf",
         "sentencepiece",
     ],
-    "chat": ["components.chat.launch", "components.chat.page"],
+    "chat": ["components.playground.chat.launch", "components.playground.chat.page"],
 }
 _T4 = "sm_75"
 

@@ -17,14 +17,15 @@ from typing import Any, Literal
 import urllib3
 from kubernetes.client.rest import ApiException
 
-from components import images, s3
+from components import images
 from components.config import PROMOTED, Recipe, override
 from components.deploy.objects import API as SERVING
 from components.deploy.objects import SERVED_BY
-from components.errors import Tune16Error
-from components.kubeapi import service_name
-from components.pods import duration
-from components.records import read_outcome
+from components.kubernetes.api import service_name
+from components.kubernetes.pods import duration
+from components.runtime.errors import Tune16Error
+from components.storage import s3
+from components.storage.records import read_outcome
 from pipelines.cli_where import Connected
 from pipelines.cluster import Cluster
 from pipelines.following import Watch

@@ -13,7 +13,7 @@ from typing import Any
 import urllib3
 from kubernetes.client.rest import ApiException
 
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
 from pipelines.cluster import Cluster
 
 Json = dict[str, Any]

@@ -14,15 +14,15 @@ from rich.table import Table
 
 from components.__main__ import chat, serve
 from components.config import override
-from components.errors import Tune16Error, user_errors
 from components.images import VERSION
-from components.proxies import spare_loopback
-from components.report import size
+from components.runtime.errors import Tune16Error, user_errors
+from components.runtime.proxies import spare_loopback
+from components.runtime.report import size
 from pipelines import cli_cluster, cli_data, cli_runs, cli_schedules
 from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shapes
 
 if TYPE_CHECKING:
-    from components.memory import MemoryPlan
+    from components.planning.memory import MemoryPlan
 
 app = typer.Typer(
     help="Fine-tune a large language model with QLoRA on one 16 GB GPU.",
@@ -96,8 +96,8 @@ def plan_(
     as_json: AsJson = False,
 ) -> None:
     """Plan the GPU memory and the time of a recipe; well-known models need no network."""
-    from components.gpus import find_gpu
-    from components.memory import plan
+    from components.planning.gpus import find_gpu
+    from components.planning.memory import plan
     from components.preflight.checks import refuse_unfit
 
     card = find_gpu(gpu) if gpu else None

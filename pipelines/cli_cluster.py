@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from components import s3
 from components.config import CONNECTION_VARIABLES, Recipe, override
-from components.errors import USER_ERROR_EXIT_CODE, Tune16Error
-from components.pods import duration
+from components.kubernetes.pods import duration
+from components.runtime.errors import USER_ERROR_EXIT_CODE, Tune16Error
+from components.storage import s3
 from pipelines import submission
 from pipelines.cli_runs import follow
 from pipelines.cli_where import Connected, Where, console, notes, show_result, somewhere
@@ -121,7 +121,7 @@ def prepare(where: Where, recipe: str, set_: list[str], unchecked: bool) -> tupl
 
 def _plan(settings: Recipe) -> None:
     """Refuse what will not fit; a model that cannot be seen from here is planned by the step preflight."""
-    from components.memory import plan
+    from components.planning.memory import plan
     from components.preflight.checks import refuse_unfit
 
     if settings.setup == "demo":

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from components.config import CONFIG_OF_STEP, PROMOTED
-from components.errors import Tune16Error
-from components.pods import duration
+from components.kubernetes.pods import duration
+from components.runtime.errors import Tune16Error
 from pipelines.cli_where import Connected, Where, WithDefault, console, notes, show_result, somewhere
 from pipelines.following import Row, Watch
 from pipelines.options import AsJson

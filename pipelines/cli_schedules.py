@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
 from pipelines.cli_cluster import Unchecked, Uploaded, prepare
 from pipelines.cli_runs import VerdictOf
 from pipelines.cli_where import Connected, Where, WithDefault, console, show_result, somewhere

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from components.errors import Tune16Error
-from components.timeouts import limited
+from components.runtime.errors import Tune16Error
+from components.runtime.timeouts import limited
 from pipelines.cluster import Cluster, find_cluster, find_dashboard, find_server, given_host
 from pipelines.server import Json, PipelineServer
 

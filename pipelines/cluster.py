@@ -20,9 +20,9 @@ from kubernetes.client.rest import ApiException
 from kubernetes.config.config_exception import ConfigException
 from kubernetes.config.incluster_config import InClusterConfigLoader
 
-from components import kubeapi
-from components.errors import Tune16Error
-from components.kubeapi import sentence
+from components.kubernetes import api as kubeapi
+from components.kubernetes.api import sentence
+from components.runtime.errors import Tune16Error
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
@@ -69,7 +69,7 @@ class Cluster:
         answer: str = "object",
         **options: Any,
     ) -> Any:
-        """Send one request; see :func:`components.kubeapi.send`."""
+        """Send one request; see :func:`components.kubernetes.api.send`."""
         return kubeapi.send(self.api, method, path, body, query, answer, **options)
 
     def list_run_pods(self, run_id: str) -> list[dict[str, Any]]:

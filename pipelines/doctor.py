@@ -14,15 +14,16 @@ from urllib.parse import urlsplit
 
 from kubernetes.utils.quantity import parse_quantity
 
-from components import images, s3
+from components import images
 from components.config import TOKEN_VARIABLES, Recipe
 from components.deploy.objects import SERVED_BY
-from components.disk import needed
-from components.errors import Tune16Error
-from components.kueue import QUEUE_LABEL, why_never_admitted
-from components.references import parse, pin
+from components.kubernetes.kueue import QUEUE_LABEL, why_never_admitted
+from components.models.references import parse, pin
+from components.planning.disk import needed
 from components.register.registrar import check_registry
-from components.report import size
+from components.runtime.errors import Tune16Error
+from components.runtime.report import size
+from components.storage import s3
 from pipelines import applied
 from pipelines.cluster import (
     Cluster,

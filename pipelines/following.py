@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from components.errors import Tune16Error
-from components.pods import Waiting, duration, why_it_waits
-from components.progress import Progress
+from components.kubernetes.pods import Waiting, duration, why_it_waits
+from components.runtime.errors import Tune16Error
+from components.runtime.progress import Progress
 from pipelines.cluster import Cluster, explained
 from pipelines.pods import StepPod, list_pods, newest, was_stopped, what_happened, workflow_messages
 from pipelines.runs import Step, failed_steps, has_ended, is_settled, state_of, steps_of

@@ -18,13 +18,13 @@ from typing import IO, Any
 
 from kfp import local
 
-from components.build import build
 from components.config import CONFIG_OF_STEP, Recipe, form_values
-from components.errors import Tune16Error
-from components.lease import locked
-from components.outputs import EVALUATION, new_folder, read_json, write_json
-from components.redaction import redacted
-from components.steps import PARENT_VARIABLE
+from components.runtime.build import build
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import EVALUATION, new_folder, read_json, write_json
+from components.runtime.redaction import redacted
+from components.runtime.steps import PARENT_VARIABLE
+from components.storage.lease import locked
 from pipelines.finetune import finetune
 from pipelines.s3server import S3Server
 
@@ -75,7 +75,7 @@ def run_locally(recipe: Recipe, folder: Path, show: Callable[[str, str], None]) 
     Raises:
         Tune16Error: a step ended with a user's mistake, whose message this carries, or another process is at this run.
     """
-    from components import s3
+    from components.storage import s3
 
     run = LocalRun(folder)
     started = time.monotonic()
@@ -132,7 +132,7 @@ def storage(folder: Path) -> Iterator[None]:
     if os.environ.get("AWS_S3_ENDPOINT"):
         yield
         return
-    from components import s3
+    from components.storage import s3
 
     with S3Server(folder) as server, s3.environment(server.environment(BUCKET)):
         if not any(found["Name"] == BUCKET for found in s3.client().list_buckets()["Buckets"]):
@@ -142,7 +142,7 @@ def storage(folder: Path) -> Iterator[None]:
 
 def put_demo(folder: Path, prefix: str = "demo") -> None:
     """Build the demo's base model and put it into the bucket, at `prefix`, with the demo's rows."""
-    from components import s3
+    from components.storage import s3
     from pipelines.demo.base import build_base
     from pipelines.demo.generate import ORDERS
 

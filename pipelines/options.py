@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from components.config import Recipe, load_recipe
-from components.errors import Tune16Error
-from components.shapes import ModelShape, known_shape, read_shape
+from components.models.shapes import ModelShape, known_shape, read_shape
+from components.runtime.errors import Tune16Error
 
 _RECIPES = Path(__file__).parent / "recipes"
 
@@ -52,7 +52,7 @@ def find_shape(model: str) -> ModelShape:
     """
     shape = known_shape(model)
     if shape is None:
-        from components.references import parse, read_config
+        from components.models.references import parse, read_config
 
         with tempfile.TemporaryDirectory() as scratch:
             reference = parse(model, "model")

@@ -1,6 +1,7 @@
 """How a run ended: its verdict with the figures, what it published, and what to do next.
 
-The connection's bucket has it (:mod:`components.records`); where it cannot be read from here, the steps' logs do.
+The connection's bucket has it (:mod:`components.storage.records`); where it cannot be read from here, the steps' logs
+do.
 """
 
 import re
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from components import s3
 from components.config import CONNECTION_VARIABLES, PROMOTED, SESSION_TOKEN
-from components.errors import Tune16Error
-from components.records import Outcome, read_outcome, read_report
+from components.runtime.errors import Tune16Error
+from components.storage import s3
+from components.storage.records import Outcome, read_outcome, read_report
 from pipelines.cluster import Cluster, ForbiddenError, NotFoundError
 from pipelines.server import Json, PipelineServer
 from pipelines.steplogs import StepLog

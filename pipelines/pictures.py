@@ -4,8 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from components.errors import Tune16Error
-from components.memory import GIBIBYTE, MemoryPlan
+from components.planning.memory import GIBIBYTE, MemoryPlan
+from components.runtime.errors import Tune16Error
 
 
 def draw_plan(planned: MemoryPlan, title: str, path: Path) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.config import CONFIG_OF_STEP
-from components.kubeapi import sentence
-from components.pods import end_of_pod
+from components.kubernetes.api import sentence
+from components.kubernetes.pods import end_of_pod
 from pipelines.cluster import Cluster
 
 Json = dict[str, Any]

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from components.timeouts import at_most
+from components.runtime.timeouts import at_most
 
 _MANIFEST_TYPES = (
     "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from components.config import Recipe
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
 from pipelines.cluster import Cluster
 from pipelines.server import Json, PipelineServer
 from pipelines.submission import ensure_experiment, ensure_version, parameters

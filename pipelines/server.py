@@ -28,8 +28,8 @@ from kfp_server_api import (
 )
 from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from components import kubeapi
-from components.errors import Tune16Error
+from components.kubernetes import api as kubeapi
+from components.runtime.errors import Tune16Error
 from pipelines.cluster import ServerAddress, unreachable
 
 Answer = TypeVar("Answer")

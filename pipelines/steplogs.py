@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import httpx2 as httpx
 
-from components.errors import Tune16Error
-from components.timeouts import at_most
+from components.runtime.errors import Tune16Error
+from components.runtime.timeouts import at_most
 from pipelines.cluster import Cluster, NotFoundError, NotStartedError, explained
 from pipelines.pods import StepPod
 from pipelines.server import Json, PipelineServer

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from components.config import FORM, Recipe, form_values
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
 from pipelines import applied
 from pipelines.cluster import Cluster
 from pipelines.naming import version_name

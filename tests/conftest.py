@@ -116,7 +116,7 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """The connection's variables, and an empty bucket."""
     for name, value in s3_server.environment(BUCKET).items():
         monkeypatch.setenv(name, value)
-    from components import s3
+    from components.storage import s3
 
     client = s3.client()
     if BUCKET not in [found["Name"] for found in client.list_buckets()["Buckets"]]:

@@ -19,8 +19,8 @@ def convert(
 
     from components.config import ConvertConfig
     from components.convert.converter import convert_model
-    from components.outputs import copy_report
-    from components.steps import step
+    from components.runtime.outputs import copy_report
+    from components.runtime.steps import step
 
     with step("convert"):
         config = ConvertConfig.load(quantizations=quantizations)

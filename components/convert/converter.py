@@ -17,13 +17,13 @@ from components.convert import llamacpp
 from components.convert.report import write_report
 from components.convert.tokenizer import model_name, stage
 from components.convert.trial import MAX_NEW_TOKENS, Trial, row_loss, try_file
-from components.disk import check_space, gguf_bytes
-from components.errors import Tune16Error
-from components.outputs import PUBLISHED, new_folder, read_json, read_record, write_json, write_record
-from components.references import parse
-from components.report import size
-from components.steps import say
-from components.tensors import num_weights
+from components.models.references import parse
+from components.models.tensors import num_weights
+from components.planning.disk import check_space, gguf_bytes
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import PUBLISHED, new_folder, read_json, read_record, write_json, write_record
+from components.runtime.report import size
+from components.runtime.steps import say
 
 SCORES_FILE = "gguf.json"
 FULL = "F16"

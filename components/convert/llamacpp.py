@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from components.cpus import num_threads
-from components.errors import Tune16Error
+from components.runtime.cpus import num_threads
+from components.runtime.errors import Tune16Error
 
 # Rows that the quantiser holds at once. Its own 8 GiB hold an embedding of 152,064 x 3,584 twice, in float32.
 _QUANTIZER_BYTES = 512 << 20

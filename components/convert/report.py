@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from components import report
-from components.outputs import REPORT
+from components.runtime import report
+from components.runtime.outputs import REPORT
 
 if TYPE_CHECKING:
     from components.convert.trial import Trial

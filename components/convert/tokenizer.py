@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from components.outputs import read_json
+from components.runtime.outputs import read_json
 
 _TOKENIZER, _SENTENCEPIECE, _SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _BPE = 2  # a SentencePiece model's type

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from components.cpus import num_threads
-from components.pieces import token_text
-from components.report import significant
+from components.models.pieces import token_text
+from components.runtime.cpus import num_threads
+from components.runtime.report import significant
 
 MAX_NEW_TOKENS = 90
 

@@ -24,9 +24,9 @@ def deploy(
     from components.config import DeployConfig
     from components.deploy.deployer import deploy
     from components.deploy.objects import Placing
-    from components.outputs import read_json
-    from components.steps import step
-    from components.versions import still_champion
+    from components.runtime.outputs import read_json
+    from components.runtime.steps import step
+    from components.storage.versions import still_champion
 
     with step("deploy"):
         published = read_json(Path(manifest.path))

@@ -16,8 +16,6 @@ import urllib3
 from kubernetes import client
 from kubernetes.client.rest import ApiException
 
-from components import kubeapi
-from components.chatapi import Endpoint, Sampling
 from components.config import DeployConfig
 from components.deploy.objects import (
     ALIAS,
@@ -30,9 +28,11 @@ from components.deploy.objects import (
     describe,
     owner,
 )
-from components.errors import Tune16Error
-from components.pods import why_it_waits
-from components.steps import say
+from components.kubernetes import api as kubeapi
+from components.kubernetes.pods import why_it_waits
+from components.playground.client import Endpoint, Sampling
+from components.runtime.errors import Tune16Error
+from components.runtime.steps import say
 
 POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 1800.0  # fetching 13 GiB, loading them and compiling kernels take their time

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from components import kubeapi
 from components.config import CONNECTION_VARIABLES, SESSION_TOKEN
-from components.errors import Tune16Error
-from components.references import parse
+from components.kubernetes import api as kubeapi
+from components.models.references import parse
+from components.runtime.errors import Tune16Error
 
 Json = dict[str, Any]
 

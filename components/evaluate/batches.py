@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from components.errors import Tune16Error
-from components.models import available_memory
-from components.steps import say
+from components.models.loading import available_memory
+from components.runtime.errors import Tune16Error
+from components.runtime.steps import say
 
 Result = TypeVar("Result")
 

@@ -26,9 +26,9 @@ def evaluate(
 
     from components.config import EvaluateConfig
     from components.evaluate.evaluation import evaluate_adapter
-    from components.outputs import copy_report, log_metrics
-    from components.records import keep_evaluation
-    from components.steps import step
+    from components.runtime.outputs import copy_report, log_metrics
+    from components.runtime.steps import step
+    from components.storage.records import keep_evaluation
 
     with step("evaluate"):
         config = EvaluateConfig.load(options)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from components import versions
 from components.config import INCONCLUSIVE, KEPT, PROMOTED, EvaluateConfig
 from components.evaluate.scores import Estimate, Scores
+from components.storage import versions
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The step evaluate: base and tuned model on the same held-out rows, from one model load, and the verdict.
 
 The adapter is switched off for the base model's figures, and the champion's adapter, where there is one on the same
-base model, is loaded beside it. Answers end by the rule that is published with the model (:mod:`components.stopping`).
+base model, is loaded beside it. Answers end by the rule that is published with the model
+(:mod:`components.models.stopping`).
 """
 
 import tempfile
@@ -16,9 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from components import versions
 from components.config import PROMOTED, EvaluateConfig
-from components.errors import Tune16Error
 from components.evaluate.decision import ChampionScore, Comparison, decide
 from components.evaluate.report import write_card, write_report
 from components.evaluate.scores import (
@@ -31,11 +30,13 @@ from components.evaluate.scores import (
     score_answers,
     score_losses,
 )
-from components.models import bound_float16, card_facts, load_base, usable_dtype
-from components.outputs import EVALUATION, new_folder, read_record, write_json, write_record
-from components.report import significant
-from components.steps import say
-from components.stopping import generation_settings
+from components.models.loading import bound_float16, card_facts, load_base, usable_dtype
+from components.models.stopping import generation_settings
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import EVALUATION, new_folder, read_record, write_json, write_record
+from components.runtime.report import significant
+from components.runtime.steps import say
+from components.storage import versions
 
 _TUNED = "default"  # PEFT's name for the first adapter
 _CHAMPION = "champion"

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from matplotlib.figure import Figure
 
-from components import report
 from components.config import INCONCLUSIVE, KEPT, PROMOTED
-from components.outputs import REPORT
-from components.references import parse
+from components.models.references import parse
+from components.runtime import report
+from components.runtime.outputs import REPORT
 
 if TYPE_CHECKING:
     from components.evaluate.evaluation import Evaluation

@@ -10,11 +10,11 @@ import torch
 from sacrebleu.metrics.chrf import CHRF
 
 from components.config import EvaluateConfig
-from components.errors import Tune16Error
 from components.evaluate.batches import in_batches, tokens_at_once
-from components.models import device
-from components.report import significant
-from components.steps import say
+from components.models.loading import device
+from components.runtime.errors import Tune16Error
+from components.runtime.report import significant
+from components.runtime.steps import say
 
 _IGNORED = -100
 _LOGIT_TOKENS = 512  # tokens whose logits are held at once

@@ -20,7 +20,7 @@ def merge(
 
     from components.config import MergeConfig
     from components.merge.merger import merge_adapter
-    from components.steps import step
+    from components.runtime.steps import step
 
     with step("merge"):
         config, judged = MergeConfig.load(dtype=dtype), (Path(rows.path), Path(evaluation.path))

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from components.config import MergeConfig
-from components.disk import check_space
-from components.errors import Tune16Error
 from components.merge.published import check_published
-from components.outputs import RECORD, new_folder, read_record, write_json, write_record
-from components.references import companions, parse, read_config
-from components.report import size
-from components.steps import say
-from components.stopping import GENERATION_CONFIG, generation_settings
-from components.tensors import INDEX_FILE, StoredTensor, fetch_model, read_header, rewrite, weight_bytes
+from components.models.references import companions, parse, read_config
+from components.models.stopping import GENERATION_CONFIG, generation_settings
+from components.models.tensors import INDEX_FILE, StoredTensor, fetch_model, read_header, rewrite, weight_bytes
+from components.planning.disk import check_space
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import RECORD, new_folder, read_record, write_json, write_record
+from components.runtime.report import size
+from components.runtime.steps import say
 
 ADAPTER_FOLDER = "adapter"
 

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from components.errors import Tune16Error
-from components.models import load_model
-from components.outputs import EVALUATION, PUBLISHED, read_json, read_record, write_json
-from components.steps import say
-from components.stopping import as_list
-from components.tensors import weight_bytes
+from components.models.loading import load_model
+from components.models.stopping import as_list
+from components.models.tensors import weight_bytes
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import EVALUATION, PUBLISHED, read_json, read_record, write_json
+from components.runtime.steps import say
 
 _LONGEST_ROW = 1024  # tokens; the step convert asks the same rows of llama.cpp
 _MOST_ROWS, _FEWEST_ROWS = 32, 2

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components import s3, versions
-from components.build import build
 from components.config import Recipe
-from components.disk import needed
-from components.errors import Tune16Error
-from components.memory import MemoryPlan, nearest, plan
-from components.records import evaluation_key
-from components.references import TOKENIZER_FILES, Reference, fetch, parse, pin, read_config
-from components.report import size
-from components.shapes import ModelShape, read_shape
-from components.steps import say
+from components.models.references import TOKENIZER_FILES, Reference, fetch, parse, pin, read_config
+from components.models.shapes import ModelShape, read_shape
+from components.planning.disk import needed
+from components.planning.memory import MemoryPlan, nearest, plan
+from components.runtime.build import build
+from components.runtime.errors import Tune16Error
+from components.runtime.report import size
+from components.runtime.steps import say
+from components.storage import s3, versions
+from components.storage.records import evaluation_key
 
 _OF_A_VERSION = ("prepare", "quantize", "train", "evaluate", "merge", "convert")  # the steps that decide its content
 
@@ -51,7 +51,7 @@ def check(recipe: Recipe, path: str = "") -> Preflight:
             supported, or training would not fit the GPU.
     """
     if recipe.deploy.runtime and (namespace := os.environ.get("KFP_NAMESPACE")):
-        from components.kubeapi import check_service_name  # its client takes a second to import
+        from components.kubernetes.api import check_service_name  # its client takes a second to import
 
         check_service_name(path, namespace)
     if path:

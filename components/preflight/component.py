@@ -35,10 +35,10 @@ def preflight(
     from pathlib import Path
 
     from components import config
-    from components.build import build
     from components.preflight.checks import as_markdown, check
-    from components.records import begin
-    from components.steps import step
+    from components.runtime.build import build
+    from components.runtime.steps import step
+    from components.storage.records import begin
 
     with step("preflight"):
         numbers = {"epochs": epochs, "learning_rate": learning_rate, "rank": rank}

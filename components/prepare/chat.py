@@ -17,7 +17,7 @@ from jinja2.ext import Extension
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

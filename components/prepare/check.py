@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from components.config import PrepareConfig
-from components.errors import Tune16Error
 from components.prepare.chat import Messages
 from components.prepare.content import KNOWN_TOKENS, check_content
 from components.prepare.conversations import conversations, form_of
@@ -21,6 +20,7 @@ from components.prepare.keys import common, first_of_each, normal, row_keys
 from components.prepare.leakage import MOST_RUNS, OVERLAP, Overlaps
 from components.prepare.near_duplicates import MOST_ROWS, Signatures, earlier_alike, signatures
 from components.prepare.shingles import BATCH_BYTES, Words
+from components.runtime.errors import Tune16Error
 
 _SAY_EVERY_ROWS = 50_000
 _COMPARED_BYTES = 1 << 16  # of each row, for near duplicates and overlap

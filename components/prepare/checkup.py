@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.config import PrepareConfig
-from components.errors import Tune16Error
 from components.prepare.check import Checked, check_rows
 from components.prepare.clean import clean_path, write_clean
 from components.prepare.content import KNOWN_TOKENS, special_tokens
@@ -14,6 +13,7 @@ from components.prepare.dataset import token_batches
 from components.prepare.findings import Findings
 from components.prepare.inputs import find_files, load_tokenizer
 from components.prepare.tokens import Tokens
+from components.runtime.errors import Tune16Error
 
 
 @dataclass(frozen=True)

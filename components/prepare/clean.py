@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from components.errors import Tune16Error
 from components.prepare.chat import Messages
 from components.prepare.check import Checked
 from components.prepare.content import mended
@@ -12,6 +11,7 @@ from components.prepare.conversations import conversations
 from components.prepare.files import split_suffix
 from components.prepare.findings import Findings
 from components.prepare.formats import BadRowError, to_messages
+from components.runtime.errors import Tune16Error
 
 # What mending takes care of; rows that break another rule that is an error are left out.
 _MENDED = {

@@ -21,9 +21,9 @@ def prepare(
     from pathlib import Path
 
     from components.config import PrepareConfig
-    from components.outputs import copy_report
     from components.prepare.dataset import prepare_dataset
-    from components.steps import step
+    from components.runtime.outputs import copy_report
+    from components.runtime.steps import step
 
     with step("prepare"):
         config = PrepareConfig.load(options, max_tokens=max_tokens)

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from components.errors import Tune16Error
 from components.prepare.chat import Messages
 from components.prepare.findings import Findings, Place
 from components.prepare.formats import BadRowError, Row, detect_format, to_messages, unknown_keys
 from components.prepare.readers import read_rows
 from components.prepare.sensitive import quoted
 from components.prepare.trees import best_threads
+from components.runtime.errors import Tune16Error
 
 _MOST_KEYS = 1000  # unknown keys that are remembered
 _DETECTED_ROWS = 100  # rows among which one has to have a known form

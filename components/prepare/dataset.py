@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config import PrepareConfig
-from components.errors import Tune16Error
-from components.outputs import new_folder, write_record
+from components.models.references import file_digest
 from components.prepare import report
 from components.prepare.chat import ChatTemplate, Template
 from components.prepare.check import Checked, check_rows
@@ -24,8 +23,9 @@ from components.prepare.findings import Findings
 from components.prepare.inputs import find_files, load_tokenizer
 from components.prepare.rowfiles import RowFile
 from components.prepare.tokens import IGNORED, PlacedRow, TokenRow, Tokens
-from components.references import file_digest
-from components.steps import say
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import new_folder, write_record
+from components.runtime.steps import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import zstandard
 
-from components.errors import Tune16Error
+from components.models.references import COMPRESSIONS, DATA_SUFFIXES
 from components.prepare.findings import Findings
-from components.references import COMPRESSIONS, DATA_SUFFIXES
+from components.runtime.errors import Tune16Error
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from components.errors import Tune16Error
 from components.prepare.rules import RULES, SEVERITIES, Severity
+from components.runtime.errors import Tune16Error
 
 SHOWN = 20  # places per rule that are told; all are counted
 

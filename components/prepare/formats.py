@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from components.errors import Tune16Error
 from components.prepare.chat import MARK_END, MARK_START, UNLEARNT, Messages, is_learnt
 from components.prepare.findings import Place
 from components.prepare.sensitive import path_key, quoted
 from components.prepare.strictjson import join
+from components.runtime.errors import Tune16Error
 
 Row = dict[str, Any]
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from components.errors import Tune16Error
+from components.models.references import DATA_FILES, DATA_SUFFIXES, TOKENIZER_FILES, fetch, parse, read_config
 from components.prepare.chat import Template, choose_template
 from components.prepare.tokens import Limits
-from components.references import DATA_FILES, DATA_SUFFIXES, TOKENIZER_FILES, fetch, parse, read_config
+from components.runtime.errors import Tune16Error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from components import report
-from components.outputs import REPORT
 from components.prepare.findings import Findings
 from components.prepare.rules import RULES, SEVERITIES
+from components.runtime import report
+from components.runtime.outputs import REPORT
 
 if TYPE_CHECKING:
     from components.prepare.dataset import Prepared

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from components.errors import Tune16Error
-from components.tensors import StoredTensor, read_header, weight_files
+from components.models.tensors import StoredTensor, read_header, weight_files
+from components.runtime.errors import Tune16Error
 
 _UNUSED = (".rotary_emb.inv_freq", ".attention.bias", ".masked_bias")  # buffers that older files carry along
 

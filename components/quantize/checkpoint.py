@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from components.config import QuantizeConfig
-from components.disk import check_space, quantized_bytes
-from components.errors import Tune16Error
-from components.outputs import new_folder, write_record
+from components.models.references import companions, parse, read_config
+from components.models.shapes import read_shape
+from components.models.tensors import INDEX_FILE, StoredTensor, fetch_model, rewrite, weight_bytes
+from components.planning.disk import check_space, quantized_bytes
 from components.quantize.architecture import check_weights
 from components.quantize.nf4 import quantize_nf4
-from components.references import companions, parse, read_config
-from components.shapes import read_shape
-from components.tensors import INDEX_FILE, StoredTensor, fetch_model, rewrite, weight_bytes
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import new_folder, write_record
 
 _LLM_INT8_ROW_MAJOR = 0  # bitsandbytes' number for the plain weight layout
 

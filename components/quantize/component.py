@@ -17,9 +17,9 @@ def quantize(
     from pathlib import Path
 
     from components.config import QuantizeConfig
-    from components.outputs import TEACHER
     from components.quantize.checkpoint import quantize_checkpoint, quantize_teacher
-    from components.steps import step
+    from components.runtime.outputs import TEACHER
+    from components.runtime.steps import step
 
     with step("quantize"):
         numbers = quantize_checkpoint(model, Path(weights.path), QuantizeConfig.load(bits=bits))

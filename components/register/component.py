@@ -21,10 +21,10 @@ def register(
     from pathlib import Path
 
     from components.config import RegisterConfig
-    from components.outputs import read_json, write_json
     from components.register.registrar import Registered, Source, register_patiently
-    from components.steps import step
-    from components.versions import still_champion
+    from components.runtime.outputs import read_json, write_json
+    from components.runtime.steps import step
+    from components.storage.versions import still_champion
 
     with step("register"):
         published, entry = read_json(Path(manifest.path)), Registered()

@@ -16,14 +16,14 @@ from urllib.parse import urlencode, urlsplit
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from components import s3
-from components.certificates import service_ca
 from components.config import RegisterConfig
-from components.errors import Tune16Error
-from components.kubeapi import sentence
-from components.s3errors import OUTAGE_SECONDS
-from components.steps import say
-from components.timeouts import at_most
+from components.kubernetes.api import sentence
+from components.kubernetes.certificates import service_ca
+from components.runtime.errors import Tune16Error
+from components.runtime.steps import say
+from components.runtime.timeouts import at_most
+from components.storage import s3
+from components.storage.retry import OUTAGE_SECONDS
 
 if TYPE_CHECKING:
     from model_registry import ModelRegistry

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from trl import DistillationConfig, SFTConfig
 
 from components.config import TrainConfig
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
 
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
 _OPTIMIZERS = {"paged_adamw_8bit": "paged_adamw_8bit", "adamw": "adamw_torch"}

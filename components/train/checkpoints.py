@@ -24,11 +24,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from components import s3
-from components.errors import Tune16Error
-from components.lease import Lease, TakenOverError, held, locked
-from components.outputs import new_folder
-from components.steps import say
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import new_folder
+from components.runtime.steps import say
+from components.storage import s3
+from components.storage.lease import Lease, TakenOverError, held, locked
 from components.train.seal import SEAL, DamagedError, check, name_of, seal, step_of, sync
 
 FOLDER_VARIABLE = "TUNE16_CHECKPOINTS"  # where checkpoints are kept on a disk that outlives the step: a mounted PVC

@@ -25,8 +25,8 @@ def train(
     from pathlib import Path
 
     from components.config import TrainConfig
-    from components.outputs import TEACHER, copy_report, log_metrics
-    from components.steps import step
+    from components.runtime.outputs import TEACHER, copy_report, log_metrics
+    from components.runtime.steps import step
     from components.train.launch import compared
     from components.train.launch import train as train_adapter
 

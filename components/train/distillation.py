@@ -12,7 +12,7 @@ import torch
 from trl import DistillationTrainer
 from trl.trainer.utils import pad
 
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
 from components.train.state import Resumable
 
 _IGNORED = -100  # the label of tokens that are not learnt

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.config import TrainConfig
-from components.kubeapi import main_container
-from components.kueue import QUEUE_LABEL
+from components.kubernetes.api import main_container
+from components.kubernetes.kueue import QUEUE_LABEL
 
 Json = dict[str, Any]
 

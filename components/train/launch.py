@@ -18,11 +18,11 @@ import torch
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from components.config import TrainConfig
-from components.cpus import num_threads
-from components.errors import USER_ERROR_EXIT_CODE, Tune16Error, message_of
-from components.outputs import read_record
-from components.redaction import protect_output
-from components.steps import TERMINATED_EXIT_CODE, deferred_termination, quieten, say
+from components.runtime.cpus import num_threads
+from components.runtime.errors import USER_ERROR_EXIT_CODE, Tune16Error, message_of
+from components.runtime.outputs import read_record
+from components.runtime.redaction import protect_output
+from components.runtime.steps import TERMINATED_EXIT_CODE, deferred_termination, quieten, say
 from components.train.checkpoints import Place
 
 # By which people compare runs: the metric's name on the pages, which sort by it, and here.

@@ -7,9 +7,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from components.errors import Tune16Error
-from components.s3errors import patience
-from components.steps import TERMINATED_EXIT_CODE, say
+from components.runtime.errors import Tune16Error
+from components.runtime.steps import TERMINATED_EXIT_CODE, say
+from components.storage.retry import patience
 from components.train.launch import Group, train_in_processes
 from components.train.scratch import ALIVE_SECONDS, JobEndedError, Scratch
 

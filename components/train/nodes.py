@@ -17,15 +17,15 @@ from kubernetes import client
 from kubernetes.client.rest import ApiException
 from kubernetes.utils.quantity import parse_quantity
 
-from components import kubeapi
 from components.config import TrainConfig
-from components.errors import Tune16Error
-from components.kueue import QUEUE_LABEL, Look, why_never_admitted
-from components.kueue import waiting as kueue_waiting
-from components.outputs import new_folder
-from components.pods import end_of_pod, why_it_waits
-from components.s3errors import patience
-from components.steps import say
+from components.kubernetes import api as kubeapi
+from components.kubernetes.kueue import QUEUE_LABEL, Look, why_never_admitted
+from components.kubernetes.kueue import waiting as kueue_waiting
+from components.kubernetes.pods import end_of_pod, why_it_waits
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import new_folder
+from components.runtime.steps import say
+from components.storage.retry import patience
 from components.train.jobs import PYTORCH_JOB, TRAIN_JOB, Json, Kind, describe, resources_of
 from components.train.scratch import ALIVE_SECONDS, Scratch, new_job
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from components.progress import Progress
-from components.steps import say
+from components.runtime.progress import Progress
+from components.runtime.steps import say
 
 _HEARTBEAT_SECONDS = 300
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from components import report
 from components.config import TrainConfig
-from components.outputs import REPORT
+from components.runtime import report
+from components.runtime.outputs import REPORT
 
 
 def write_report(history: list[dict[str, Any]], metrics: dict[str, float], config: TrainConfig, folder: Path) -> None:

@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from components import s3
 from components.config import TrainConfig
-from components.errors import Tune16Error
-from components.references import fetch, parse, pin
-from components.s3errors import OUTAGE_SECONDS
+from components.models.references import fetch, parse, pin
+from components.runtime.errors import Tune16Error
+from components.storage import s3
+from components.storage.retry import OUTAGE_SECONDS
 
 ALIVE_SECONDS = 60.0
 _ORPHANED_SECONDS = 2 * OUTAGE_SECONDS  # the step may have had to wait for the storage before it renewed ``alive``

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from components.outputs import read_json, write_json
-from components.references import file_digest
-from components.versions import describe_files
+from components.models.references import file_digest
+from components.runtime.outputs import read_json, write_json
+from components.storage.versions import describe_files
 
 SEAL = "checkpoint.json"
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from components.errors import Tune16Error
-from components.outputs import read_json
-from components.steps import Termination
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import read_json
+from components.runtime.steps import Termination
 from components.train.checkpoints import Checkpoints
 from components.train.seal import step_of
 

@@ -15,24 +15,24 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 from trl import DistillationConfig, SFTConfig, SFTTrainer
 
-from components.build import build
 from components.config import QuantizeConfig, TrainConfig
-from components.errors import Tune16Error
-from components.gpus import Gpu, known_gpu
-from components.memory import HOST_MEMORY, MemoryPlan, Step
-from components.models import available_memory, bound_float16, card_facts, choose_dtype, load_base
-from components.outputs import new_folder, read_json, read_record, write_record
-from components.references import file_digest, parse
-from components.report import significant
-from components.s3errors import patience
-from components.shapes import read_shape
-from components.steps import TERMINATED_EXIT_CODE, deferred_termination, say
-from components.tensors import weight_files
+from components.engine.engine import unsupported
+from components.engine.packing import packed_dataset
+from components.models.loading import available_memory, bound_float16, card_facts, choose_dtype, load_base
+from components.models.references import file_digest, parse
+from components.models.shapes import read_shape
+from components.models.tensors import weight_files
+from components.planning.gpus import Gpu, known_gpu
+from components.planning.memory import HOST_MEMORY, MemoryPlan, Step
+from components.runtime.build import build
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import new_folder, read_json, read_record, write_record
+from components.runtime.report import significant
+from components.runtime.steps import TERMINATED_EXIT_CODE, deferred_termination, say
+from components.storage.retry import patience
 from components.train.arguments import sequences_per_step, training_arguments
 from components.train.checkpoints import Checkpoints, Place
-from components.train.engine.engine import unsupported
-from components.train.engine.packing import packed_dataset
-from components.train.engine.trainer import EngineTrainer, fewest
+from components.train.engine_trainer import EngineTrainer, fewest
 from components.train.progress import ProgressLines
 from components.train.report import write_report
 from components.train.state import Resumable, agree_on_newest, agreed, is_first, read_passes

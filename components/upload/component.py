@@ -18,9 +18,9 @@ def upload(
     from pathlib import Path
 
     from components.config import UploadConfig
-    from components.outputs import write_json
-    from components.records import keep_publication
-    from components.steps import step
+    from components.runtime.outputs import write_json
+    from components.runtime.steps import step
+    from components.storage.records import keep_publication
     from components.upload.publisher import publish
 
     with step("upload"):

@@ -16,14 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from components import s3, versions
-from components.build import build
 from components.config import PROMOTED, UploadConfig
-from components.errors import Tune16Error
-from components.lease import Lease, TakenOverError, held
-from components.outputs import EVALUATION, REPORT, read_json, read_record, write_json
-from components.shapes import read_shape
-from components.steps import say
+from components.models.shapes import read_shape
+from components.runtime.build import build
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import EVALUATION, REPORT, read_json, read_record, write_json
+from components.runtime.steps import say
+from components.storage import s3, versions
+from components.storage.lease import Lease, TakenOverError, held
 from components.upload.retention import remove_old
 
 _SAY_EVERY_SECONDS = 10

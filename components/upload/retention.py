@@ -7,9 +7,9 @@ No file, or 0: all are kept. The champion and the one before it, which a roll-ba
 
 import json
 
-from components import s3, versions
-from components.errors import Tune16Error
-from components.steps import say
+from components.runtime.errors import Tune16Error
+from components.runtime.steps import say
+from components.storage import s3, versions
 
 _FILE = "retention.json"
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from components.steps import say
+from components.runtime.steps import say
 from pipelines.demo.generate import CORPUS
 
 _MERGED_VOCABULARY = 700

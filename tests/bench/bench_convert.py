@@ -22,7 +22,7 @@ from measure import write
 
 from components.convert.llamacpp import convert_weights, converter
 from components.convert.tokenizer import stage
-from components.tensors import TensorWriter, write_index
+from components.models.tensors import TensorWriter, write_index
 from pipelines.demo.base import _train_tokenizer
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 4096, 11008, 32000, 32

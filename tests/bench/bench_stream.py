@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from measure import run, write
 
-from components.tensors import TensorWriter, write_index
+from components.models.tensors import TensorWriter, write_index
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 2048, 5504, 32000, 16
 LAYERS_PER_FILE = 8

@@ -73,7 +73,7 @@ def _train(folder: Path, name: str, minutes: float) -> None:
     import torch
 
     from components.config import TrainConfig
-    from components.memory import GIBIBYTE
+    from components.planning.memory import GIBIBYTE
     from components.train.launch import train
 
     torch.cuda.set_per_process_memory_fraction(14.2 * GIBIBYTE / torch.cuda.get_device_properties(0).total_memory)
@@ -91,8 +91,8 @@ def _start(folder: Path, name: str, minutes: float) -> tuple[subprocess.Popen[by
 def _run(folder: Path, name: str, minutes: float) -> dict[str, Any]:
     process, log = _start(folder, name, minutes)
     assert process.wait() == 0, log.read_text()[-4000:]
-    from components.outputs import read_record
-    from components.references import file_digest
+    from components.models.references import file_digest
+    from components.runtime.outputs import read_record
 
     record, text = read_record(folder / name, "train"), log.read_text()
     found = {

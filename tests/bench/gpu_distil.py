@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from components.config import Recipe, TrainConfig, parse
-from components.memory import GIBIBYTE, plan
+from components.planning.memory import GIBIBYTE, plan
 from components.train.launch import train
 from tests.bench.random_models import MAX_TOKENS, shape_of, write_checkpoint, write_rows
 

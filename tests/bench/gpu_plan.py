@@ -24,10 +24,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from components.config import QuantizeConfig, TrainConfig
-from components.gpus import Gpu, known_gpu
-from components.memory import GIBIBYTE, MemoryPlan, Step
-from components.train.engine import attention
-from components.train.engine.engine import Engine, Pass
+from components.engine import attention
+from components.engine.engine import Engine, Pass
+from components.planning.gpus import Gpu, known_gpu
+from components.planning.memory import GIBIBYTE, MemoryPlan, Step
 from tests.bench.random_models import MAX_TOKENS, draw_length, make_model, shape_of
 
 BUDGET = 14.2

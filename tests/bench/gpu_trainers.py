@@ -177,11 +177,11 @@ def build_tune16(model: Path, rows: Path, settings: dict[str, Any], scratch: Pat
     """The project's own trainer, as the step train builds it."""
 
     from components.config import TrainConfig
-    from components.steps import Termination
+    from components.engine import attention
+    from components.runtime.steps import Termination
     from components.train import trainer
     from components.train.arguments import training_arguments
     from components.train.checkpoints import Checkpoints, Place
-    from components.train.engine import attention
 
     if settings["compute_dtype"] == "float16":
         attention._FIRST_CAPABILITY_WITH_FLASH = (99, 0)  # what a card before Ampere has
@@ -235,7 +235,7 @@ def build_trl(model: Path, rows: Path, settings: dict[str, Any], scratch: Path) 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTTrainer
 
-    from components.models import device
+    from components.models.loading import device
 
     dtype = getattr(torch, settings["compute_dtype"])
     base = AutoModelForCausalLM.from_pretrained(

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from components.config import PrepareConfig, QuantizeConfig
-from components.models import device
-from components.outputs import write_record
-from components.shapes import ModelShape, known_shape
+from components.models.loading import device
+from components.models.shapes import ModelShape, known_shape
+from components.runtime.outputs import write_record
 
 SHAPES = {
     "llama2-7b": "NousResearch/Llama-2-7b-chat-hf",

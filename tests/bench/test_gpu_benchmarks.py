@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from components.shapes import ModelShape
+from components.models.shapes import ModelShape
 from tests.bench import gpu_trainers, random_models
 
 TOY = ModelShape("LlamaForCausalLM", 64, 2, 4, 2, 128, 300, head_dim=16)

@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 
 import components
-from components.build import build
+from components.runtime.build import build
 
 
 def test_the_build_is_named_by_what_decides_a_result(tmp_path: Path) -> None:
     shutil.copytree(Path(components.__file__).parent, tmp_path / "components")
 
     def name() -> str:
-        command = [sys.executable, "-c", "from components.build import build; print(build())"]
+        command = [sys.executable, "-c", "from components.runtime.build import build; print(build())"]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
     assert name() == build()

@@ -17,16 +17,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components import s3
-from components.chat.votes import record_vote
-from components.chatapi import Endpoint, Sampling
 from components.config import PrepareConfig
 from components.convert import llamacpp
 from components.convert.tokenizer import stage
-from components.errors import Tune16Error
+from components.playground.chat.votes import record_vote
+from components.playground.client import Endpoint, Sampling
+from components.playground.serve.server import running
+from components.playground.serve.target import Target, find_target
 from components.prepare.dataset import prepare_dataset
-from components.serve.server import running
-from components.serve.target import Target, find_target
+from components.runtime.errors import Tune16Error
+from components.storage import s3
 from tests.browser import CHROMIUM, Page
 
 SCREENSHOTS = os.environ.get("TUNE16_SCREENSHOTS")

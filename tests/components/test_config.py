@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from components import config
-from components.errors import Tune16Error
 from components.knobs import knobs_page
+from components.runtime.errors import Tune16Error
 
 
 def test_reference_recipe_is_the_default() -> None:

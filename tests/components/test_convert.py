@@ -26,10 +26,10 @@ from components.convert import llamacpp
 from components.convert.converter import convert_model, read_rows, stage_adapter
 from components.convert.tokenizer import model_name, sentencepiece_model, stage
 from components.convert.trial import answer_losses, loaded, logits
-from components.errors import Tune16Error
 from components.merge.merger import merge_adapter
-from components.outputs import write_record
-from components.serve.target import write_inverse
+from components.playground.serve.target import write_inverse
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import write_record
 from tests.components.test_train import Made
 from tests.components.vocabularies import tokenizer as real_tokenizer
 

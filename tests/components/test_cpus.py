@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from components import cpus
+from components.runtime import cpus
 
 
 @pytest.mark.parametrize(

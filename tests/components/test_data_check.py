@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from components.config import PrepareConfig
-from components.errors import Tune16Error
-from components.outputs import REPORT
 from components.prepare import near_duplicates
 from components.prepare.checkup import check_data
 from components.prepare.content import KNOWN_TOKENS, mended
@@ -24,6 +22,8 @@ from components.prepare.readers import read_rows
 from components.prepare.rules import RULES
 from components.prepare.sensitive import find, quoted, redact
 from components.prepare.shingles import Words
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import REPORT
 from pipelines.cli import app
 from pipelines.demo.generate import ORDERS
 from tests.faults.rows import WELL_FORMED, make_rows, text, write_rows

@@ -15,8 +15,8 @@ from components.config import DeployConfig, Recipe, parse
 from components.deploy import deployer
 from components.deploy.deployer import deploy
 from components.deploy.objects import Placing, alias, describe
-from components.errors import Tune16Error
-from components.kubeapi import check_service_name, service_name
+from components.kubernetes.api import check_service_name, service_name
+from components.runtime.errors import Tune16Error
 from tests.servers import KubernetesApi
 
 PATH = "tune16/Llama-2 7B_chat"
@@ -502,7 +502,7 @@ def test_cpus_by_the_files_size() -> None:
 
 
 def test_where_a_service_without_a_port_may_answer() -> None:
-    from components.chatapi import Endpoint
+    from components.playground.client import Endpoint
 
     urls = [found.url for found in Endpoint("http://x-predictor.ns.svc").candidates()]
     assert urls == ["http://x-predictor.ns.svc", "http://x-predictor.ns.svc:8080", "https://x-predictor.ns.svc:8443"]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from components.config import QuantizeConfig, Recipe
-from components.disk import check_space, gguf_bytes, needed
-from components.errors import Tune16Error
+from components.models.shapes import known_shape
+from components.planning.disk import check_space, gguf_bytes, needed
 from components.quantize.checkpoint import quantize_checkpoint
-from components.shapes import known_shape
+from components.runtime.errors import Tune16Error
 
 GB = 1e9
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from components.config import EvaluateConfig, MergeConfig, PrepareConfig, QuantizeConfig, Recipe, TrainConfig, parse
-from components.errors import Tune16Error
 from components.evaluate.evaluation import evaluate_adapter
-from components.memory import plan
 from components.merge.merger import merge_adapter
+from components.models.shapes import known_shape
+from components.planning.memory import plan
 from components.preflight.checks import check
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint, quantize_teacher
-from components.shapes import known_shape
+from components.runtime.errors import Tune16Error
 from components.train.distillation import fit_teacher
 from components.train.launch import train
 

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from components.config import PrepareConfig, QuantizeConfig, TrainConfig
-from components.errors import Tune16Error
-from components.models import bound_float16, load_base
+from components.engine import attention, blocks, kernels, loss
+from components.engine.attention import Segments
+from components.engine.engine import Engine, Pass, unsupported
+from components.engine.packing import pack, packed_dataset
+from components.models.loading import bound_float16, load_base
+from components.models.shapes import read_shape
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
-from components.shapes import read_shape
-from components.train.engine import attention, blocks, kernels, loss
-from components.train.engine.attention import Segments
-from components.train.engine.engine import Engine, Pass, unsupported
-from components.train.engine.packing import pack, packed_dataset
+from components.runtime.errors import Tune16Error
 from components.train.launch import train
 from tests.conftest import ARCHITECTURES
 

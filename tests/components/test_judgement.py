@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components import versions
 from components.config import (
     ConvertConfig,
     EvaluateConfig,
@@ -29,16 +28,17 @@ from components.config import (
     override,
 )
 from components.convert.converter import convert_model
-from components.errors import Tune16Error
 from components.evaluate import batches
 from components.evaluate.decision import ChampionScore, Comparison, decide
 from components.evaluate.evaluation import evaluate_adapter
 from components.evaluate.scores import Estimate, Scores
 from components.merge.merger import merge_adapter
-from components.outputs import read_json, write_json
 from components.preflight.checks import check
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import read_json, write_json
+from components.storage import versions
 from components.train.launch import train
 from components.upload.publisher import publish
 

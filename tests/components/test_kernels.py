@@ -6,9 +6,9 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from components.train.engine import kernels
+from components.engine import kernels
 
-fast = pytest.importorskip("components.train.engine.triton_kernels")
+fast = pytest.importorskip("components.engine.triton_kernels")
 DTYPES = (torch.float32, torch.float16)
 
 

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from components import lease, s3
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
+from components.storage import lease, s3
 
 PREFIX = "somewhere/run"
 
@@ -39,7 +39,7 @@ def test_one_holder_at_a_time(bucket: str) -> None:
 def test_a_killed_process_of_this_machine_holds_nothing(bucket: str) -> None:
     script = f"""
 import time
-from components import lease
+from components.storage import lease
 with lease.held({PREFIX!r}, "x"):
     print("held", flush=True)
     time.sleep(60)

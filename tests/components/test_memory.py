@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.config import PreflightConfig, PrepareConfig, QuantizeConfig, Recipe, TrainConfig
-from components.errors import Tune16Error
-from components.gpus import GPUS, find_gpu, known_gpu
-from components.memory import GIBIBYTE, HOST_MEMORY, Step, keep_order, nearest, plan
-from components.shapes import known_shape
+from components.engine.limits import keep_order
+from components.models.shapes import known_shape
+from components.planning.gpus import GPUS, find_gpu, known_gpu
+from components.planning.memory import GIBIBYTE, HOST_MEMORY, Step, nearest, plan
+from components.runtime.errors import Tune16Error
 from tests.bench.random_models import SHAPES
 
 MEASURED = json.loads((Path(__file__).parents[1] / "bench" / "results" / "engine.json").read_text())

@@ -14,12 +14,14 @@ import jsonschema
 import pytest
 import torch
 
-from components import kubeapi, s3, s3errors
 from components.config import PrepareConfig, QuantizeConfig, TrainConfig
-from components.errors import Tune16Error
+from components.kubernetes import api as kubeapi
 from components.merge.merger import read_deltas
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
+from components.runtime.errors import Tune16Error
+from components.storage import retry as s3errors
+from components.storage import s3
 from components.train import nodes
 from components.train import scratch as scratch_module
 from components.train.jobs import PYTORCH_JOB

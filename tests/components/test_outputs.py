@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from components.config import MergeConfig
-from components.errors import Tune16Error, user_errors
-from components.outputs import new_folder, read_record, write_record
+from components.runtime.errors import Tune16Error, user_errors
+from components.runtime.outputs import new_folder, read_record, write_record
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:

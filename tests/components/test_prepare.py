@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from components.config import PrepareConfig
-from components.errors import Tune16Error
-from components.outputs import read_record
 from components.prepare.chat import ChatTemplate, choose_template
 from components.prepare.dataset import prepare_dataset
 from components.prepare.findings import Findings
 from components.prepare.formats import BadRowError, to_messages
 from components.prepare.readers import read_rows
 from components.prepare.tokens import IGNORED
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import read_record
 from tests.conftest import ARCHITECTURES
 
 TURNS = [("What is two and two?", "Four."), ("And three?", "Seven, naturally.")]

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from components.config import QuantizeConfig
-from components.errors import Tune16Error, is_disk_full
-from components.outputs import read_record
 from components.quantize.checkpoint import quantize_checkpoint
 from components.quantize.nf4 import _BOUNDARIES, quantize_nf4
+from components.runtime.errors import Tune16Error, is_disk_full
+from components.runtime.outputs import read_record
 from tests.conftest import ARCHITECTURES
 
 

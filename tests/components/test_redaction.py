@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 import pytest
 
-from components import report
-from components.errors import Tune16Error, user_errors
-from components.redaction import redacted
-from components.steps import say, step
+from components.runtime import report
+from components.runtime.errors import Tune16Error, user_errors
+from components.runtime.redaction import redacted
+from components.runtime.steps import say, step
 
 SECRET = 'Zx9/+q"T<7&canary'
 
@@ -113,7 +113,7 @@ def test_everything_that_is_printed(secret: str, capsys: pytest.CaptureFixture[s
 
 def test_the_traceback_of_our_own_bugs(secret: str) -> None:
     code = (
-        "import os\nfrom components.steps import step\n"
+        "import os\nfrom components.runtime.steps import step\n"
         "with step('merge'):\n    raise ZeroDivisionError(os.environ['HF_TOKEN'])"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)

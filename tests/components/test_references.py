@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from components import s3
 from components.config import PreflightConfig, Recipe, TrainConfig
-from components.errors import Tune16Error
-from components.models import load_base
+from components.models.loading import load_base
+from components.models.references import DATA_FILES, Reference, _inside, fetch, parse, pin, read_config
+from components.models.tensors import fetch_model, weight_files
 from components.preflight.checks import as_markdown, check
 from components.prepare.dataset import load_tokenizer
-from components.references import DATA_FILES, Reference, _inside, fetch, parse, pin, read_config
-from components.tensors import fetch_model, weight_files
+from components.runtime.errors import Tune16Error
+from components.storage import s3
 from tests.servers import make_certificate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from components.config import RegisterConfig, UploadConfig
-from components.errors import Tune16Error
 from components.register import registrar
 from components.register.registrar import Source, register, register_patiently
+from components.runtime.errors import Tune16Error
 from tests.servers import ApiError, ModelRegistryApi, Reply, make_certificate
 
 PATH = "tune16/Demo"
@@ -228,8 +228,8 @@ def test_by_hand(
 
     from components.__main__ import app
 
-    monkeypatch.setattr("components.versions.read_manifest", lambda path, version: manifest(version))
-    monkeypatch.setattr("components.versions.champion_version", lambda path: manifest()["version"])
+    monkeypatch.setattr("components.storage.versions.read_manifest", lambda path, version: manifest(version))
+    monkeypatch.setattr("components.storage.versions.champion_version", lambda path: manifest()["version"])
     done = CliRunner().invoke(app, ["register", "--path", PATH, "--server", registry.url])
     assert done.exit_code == 0, done.output
     assert registry.named("model_artifacts", "Demo")["storageKey"] == "tune16-connection"

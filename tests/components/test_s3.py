@@ -15,10 +15,12 @@ from urllib.request import proxy_bypass
 import pytest
 from botocore.exceptions import ClientError
 
-from components import multipart, s3, s3errors
-from components.errors import Tune16Error
-from components.proxies import spare_loopback
-from components.timeouts import limited
+from components.runtime.errors import Tune16Error
+from components.runtime.proxies import spare_loopback
+from components.runtime.timeouts import limited
+from components.storage import retry as s3errors
+from components.storage import s3
+from components.storage import transfer as multipart
 from pipelines.s3server import S3Server
 from tests.faults.proxy import Plan, proxy
 

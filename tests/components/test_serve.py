@@ -15,14 +15,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.chatapi import Endpoint, Sampling
 from components.convert import llamacpp
 from components.convert.tokenizer import stage
-from components.errors import Tune16Error
-from components.pieces import token_text
-from components.serve.api import Writer, _overlap
-from components.serve.server import check_port, running
-from components.serve.target import find_target
+from components.models.pieces import token_text
+from components.playground.client import Endpoint, Sampling
+from components.playground.serve.api import Writer, _overlap
+from components.playground.serve.server import check_port, running
+from components.playground.serve.target import find_target
+from components.runtime.errors import Tune16Error
 
 pytestmark = pytest.mark.slow
 ASK = [{"role": "user", "content": "two red lamps"}]

@@ -6,8 +6,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from components import signing
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
+from components.storage import signing
 
 
 @pytest.fixture

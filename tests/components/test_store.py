@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from components import lease, s3, versions
 from components.config import (
     ConvertConfig,
     EvaluateConfig,
@@ -16,10 +15,11 @@ from components.config import (
     TrainConfig,
     UploadConfig,
 )
-from components.errors import Tune16Error
-from components.outputs import write_record
+from components.models.references import parse, pin
 from components.preflight.checks import check
-from components.references import parse, pin
+from components.runtime.errors import Tune16Error
+from components.runtime.outputs import write_record
+from components.storage import lease, s3, versions
 from components.upload.publisher import publish, remove_leftovers
 from components.upload.retention import keep_versions, remove_old
 from tests.faults.outputs import write_outputs
@@ -284,7 +284,7 @@ def test_s3_references_are_fixed_by_content(bucket: str, make_model: Callable[..
     reference = pin(parse("s3:///models/tiny", "model"))
     assert str(reference).startswith(f"s3://{bucket}/models/tiny#")
     assert pin(parse(f"s3://{bucket}/models/tiny/", "model")) == reference
-    from components.references import fetch
+    from components.models.references import fetch
 
     got = fetch(parse(str(reference), "model"), folder.parent / "fetched", ["*"])
     assert (got / "config.json").read_bytes() == (folder / "config.json").read_bytes()

@@ -17,13 +17,13 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from components.config import PrepareConfig, QuantizeConfig
-from components.errors import Tune16Error
-from components.models import load_model
+from components.models.loading import load_model
 from components.prepare.chat import ChatTemplate, NotRenderedError, OwnTemplate, Sample, choose_template
 from components.prepare.checkup import check_data
 from components.prepare.dataset import prepare_dataset
 from components.prepare.inputs import load_tokenizer
 from components.quantize.checkpoint import quantize_checkpoint
+from components.runtime.errors import Tune16Error
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -11,10 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from components.config import PrepareConfig
-from components.errors import Tune16Error
 from components.prepare.checkup import check_data
 from components.prepare.dataset import prepare_dataset
 from components.prepare.formats import BadRowError, to_messages
+from components.runtime.errors import Tune16Error
 
 THINGS = ("apples", "boats", "clouds", "doors", "eels", "ferns", "goats", "hats")
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from components.errors import Tune16Error
-from components.tensors import StoredTensor, TensorWriter, read_header, rewrite, weight_files
+from components.models.tensors import StoredTensor, TensorWriter, read_header, rewrite, weight_files
+from components.runtime.errors import Tune16Error
 
 TENSORS = {
     "a": torch.randn(5, 7, dtype=torch.float32),

@@ -19,8 +19,8 @@ from urllib.parse import quote
 
 import yaml
 
-from components import s3
 from components.config import CONNECTION_VARIABLES, TOKEN_VARIABLES
+from components.storage import s3
 from pipelines.demo.generate import ORDERS
 from pipelines.s3server import S3Server
 from tests.faults.harness import report, write_model
@@ -38,7 +38,10 @@ _WRONG = "c4nary-that-is-wrong"
 _ANY = -1  # the doctor's exit code tells what the namespace lacks, which is not asked here
 _STEPS = ("-m", "components")
 _TUNE16 = ("-m", "pipelines.cli")
-_BUG = "import os\nfrom components.steps import step\nwith step('merge'):\n    raise RuntimeError(dict(os.environ))"
+_BUG = (
+    "import os\nfrom components.runtime.steps import step\n"
+    "with step('merge'):\n    raise RuntimeError(dict(os.environ))"
+)
 _BUG_OF_COMMAND = (
     "import os\nfrom pipelines import cli\ncli.find_recipe = lambda name: int(str(os.environ))\ncli.main()"
 )

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from components import s3, versions
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
+from components.storage import s3, versions
 from pipelines.s3server import S3Server
 from tests.faults.harness import report
 

@@ -13,10 +13,10 @@ import bitsandbytes  # noqa: F401  (all that children need is imported before th
 import datasets  # noqa: F401
 import peft  # noqa: F401
 
-from components import s3
 from components.config import TrainConfig
-from components.outputs import read_record
-from components.references import file_digest
+from components.models.references import file_digest
+from components.runtime.outputs import read_record
+from components.storage import s3
 from components.train.launch import train
 from components.train.seal import SEAL, step_of
 from components.train.trainer import train_adapter  # noqa: F401

@@ -21,14 +21,14 @@ import bitsandbytes  # noqa: F401  (all that children need is imported before th
 import torch
 from safetensors.torch import save_file
 
-from components import s3
 from components.config import MergeConfig, PrepareConfig, QuantizeConfig, TrainConfig
-from components.errors import user_errors
 from components.merge.merger import merge_adapter
-from components.outputs import new_folder, write_json, write_record
+from components.models.references import file_digest
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
-from components.references import file_digest
+from components.runtime.errors import user_errors
+from components.runtime.outputs import new_folder, write_json, write_record
+from components.storage import s3
 from components.train.checkpoints import Checkpoints, Place
 from pipelines.s3server import S3Server
 from tests.faults.harness import Moment, after, child, report, write_lesson

@@ -14,8 +14,8 @@ from typing import Any
 import bitsandbytes  # noqa: F401  (all that children need is imported before they are forked)
 import kfp  # noqa: F401
 
-from components import s3, versions
 from components.config import Recipe
+from components.storage import s3, versions
 from pipelines.finetune import finetune  # noqa: F401
 from pipelines.local import BUCKET, LOG, find_interrupted, run_locally
 from pipelines.s3server import S3Server

@@ -17,9 +17,9 @@ import datasets  # noqa: F401
 import peft  # noqa: F401
 
 from components.config import TrainConfig
-from components.outputs import read_record
-from components.references import file_digest
-from components.train.engine import trainer as engine_trainer
+from components.models.references import file_digest
+from components.runtime.outputs import read_record
+from components.train import engine_trainer
 from components.train.launch import train
 from components.train.trainer import train_adapter  # noqa: F401
 from tests.faults.harness import Moment, after, child, report, write_lesson

@@ -11,9 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from components import multipart, s3, versions
 from components.config import UploadConfig
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
+from components.storage import s3, versions
+from components.storage import transfer as multipart
 from components.upload.publisher import publish
 from pipelines.s3server import S3Server
 from tests.faults.harness import after, child, kills, report

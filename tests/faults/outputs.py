@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from components.config import PROMOTED, ConvertConfig, EvaluateConfig, MergeConfig, TrainConfig
-from components.outputs import write_record
+from components.runtime.outputs import write_record
 
 Outputs = tuple[Path, Path, Path]
 _SHAPE = {

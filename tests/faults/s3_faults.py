@@ -12,9 +12,11 @@ from typing import Any
 from botocore.config import Config
 from botocore.retries.standard import ExponentialBackoff
 
-from components import multipart, s3, s3errors, versions
 from components.config import UploadConfig
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
+from components.storage import retry as s3errors
+from components.storage import s3, versions
+from components.storage import transfer as multipart
 from components.upload.publisher import publish
 from pipelines.s3server import S3Server
 from tests.faults.harness import report

@@ -15,9 +15,9 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from components import s3, signing, versions
 from components.config import UploadConfig
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
+from components.storage import s3, signing, versions
 from components.upload.publisher import publish
 from pipelines.s3server import S3Server
 from tests.faults.harness import report

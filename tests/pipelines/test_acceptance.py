@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from components import records, s3
+from components.storage import records, s3
 from pipelines import acceptance
 from pipelines.s3server import S3Server
 from tests.conftest import BUCKET

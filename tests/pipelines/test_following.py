@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from components import records, s3
+from components.storage import records, s3
 from pipelines.s3server import S3Server
 from tests.conftest import BUCKET
 from tests.pipelines.conftest import Call, add_step_pod, secret
@@ -407,7 +407,7 @@ def test_a_pod_that_pulls_its_image_does_not_wait_for_a_node_any_more(
 
 
 def test_a_number_in_a_digest_is_no_status() -> None:
-    from components.pods import pull_fault
+    from components.kubernetes.pods import pull_fault
 
     message = f'failed to pull "quay.io/x@sha256:{"a4039" * 12}": dial tcp 10.0.0.1:443: i/o timeout'
     assert pull_fault(message)[0] == "its registry cannot be reached"

@@ -172,8 +172,8 @@ RECIPES = sorted((ROOT / "pipelines" / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_fills_the_form_and_fits(path: Path) -> None:
-    from components.memory import plan
-    from components.shapes import known_shape
+    from components.models.shapes import known_shape
+    from components.planning.memory import plan
 
     recipe = config.load_recipe(path)
     values = config.form_values(recipe)
@@ -184,3 +184,24 @@ def test_every_recipe_loads_fills_the_form_and_fits(path: Path) -> None:
         assert shape is not None
         teacher = known_shape(recipe.train.teacher) if recipe.train.teacher else None
         assert plan(shape, recipe, teacher=teacher).fits
+
+
+SHARED = ("runtime", "storage", "models", "planning", "engine", "kubernetes", "playground")
+
+
+def _packages_used(package: str) -> set[str]:
+    """The packages and modules of components that a package's files import."""
+    names = [name for path in (ROOT / "components" / package).rglob("*.py") for name in _imports(path, False)]
+    return {name.split(".")[1] for name in names if name.startswith("components.")} - {package}
+
+
+@pytest.mark.parametrize("package", SHARED)
+def test_what_is_shared_knows_no_step(package: str) -> None:
+    assert not _packages_used(package) & {*STEP_NAMES}
+    assert (ROOT / "components" / package / "__init__.py").read_text().startswith('"""')
+
+
+def test_the_engine_is_below_plan_and_training() -> None:
+    assert _packages_used("engine") <= {"models", "runtime"}
+    engine = [name for path in (ROOT / "components/engine").rglob("*.py") for name in _imports(path, False)]
+    assert not any(name.split(".")[0] == "trl" for name in engine)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from components.errors import Tune16Error
+from components.runtime.errors import Tune16Error
 from pipelines.naming import version_name
 from pipelines.schedules import Trigger, read_cron, read_interval
 from tests.pipelines.conftest import Call, add_step_pod, furnish

@@ -1,0 +1,192 @@
+"""The Kubernetes API in plain JSON, for kinds that the client has no classes for, and its refusals in our words."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import urllib3
+from kubernetes import client, config
+from kubernetes.client.rest import ApiException
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
+
+from components.runtime.errors import Tune16Error
+
+FIELD_MANAGER = "tune16"
+_LONGEST_LABEL = 63  # of a DNS name
+_LONGEST_NAME = 40  # of these, which the names of the service's parts and its host's label share
+
+_APPLY = "application/apply-patch+yaml"  # JSON is YAML
+Answer = TypeVar("Answer")
+
+_PATIENCE_SECONDS = 900  # for an API that is away or answers with passing faults
+_PASSING_FAULTS = {429, 500, 502, 503, 504}
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+def send(
+    api: client.ApiClient,
+    method: str,
+    path: str,
+    body: Any = None,
+    query: dict[str, Any] | None = None,
+    answer: str = "object",
+    timeout: tuple[float, float] = (10, 30),
+    content_type: str = "application/json",
+) -> Any:
+    """Send one request with a JSON body, and read the answer: JSON, or text where `answer` is ``str``.
+
+    `timeout` is in seconds, to connect and to read.
+
+    Raises:
+        kubernetes.client.rest.ApiException: the API refuses.
+        urllib3.exceptions.HTTPError: it gives no answer.
+    """
+    try:
+        return api.call_api(
+            path,
+            method,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": "*/*", "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+            response_type=answer,
+            _return_http_data_only=True,
+            _request_timeout=timeout,
+        )
+    except ApiException as error:
+        refuse_certificate(error)
+        raise
+
+
+def refuse_certificate(error: Any) -> None:
+    """Call a certificate that is not trusted by its name: the clients make of it a refusal with the status 0.
+
+    Raises:
+        urllib3.exceptions.SSLError: that is what it was.
+    """
+    if not error.status:
+        raise urllib3.exceptions.SSLError(str(error.reason)) from None
+
+
+def look(api: client.ApiClient, path: str, **query: Any) -> Any:
+    """GET what only adds to what is known; None where it is not there, may not be seen, or there is no answer."""
+    try:
+        return send(api, "GET", path, query=query)
+    except (ApiException, urllib3.exceptions.HTTPError):
+        return None
+
+
+def apply(api: client.ApiClient, path: str, body: dict[str, Any]) -> Any:
+    """Server-side apply of one object: its fields become ours, and fields that others set stay theirs.
+
+    Raises:
+        kubernetes.client.rest.ApiException: the API refuses; 409 where another manager has a field of ours.
+        urllib3.exceptions.HTTPError: it gives no answer.
+    """
+    return send(api, "PATCH", path, body, {"fieldManager": FIELD_MANAGER}, content_type=_APPLY)
+
+
+def connect(nobody: str) -> client.ApiClient:
+    """The API of the cluster that this runs in, or of KUBECONFIG.
+
+    Raises:
+        Tune16Error: this is no pod; `nobody` is the message.
+    """
+    try:
+        if "KUBECONFIG" in os.environ:
+            config.load_kube_config(os.environ["KUBECONFIG"])
+        else:
+            config.load_incluster_config()
+    except config.ConfigException:
+        raise Tune16Error(nobody) from None
+    return client.ApiClient()
+
+
+def own_pod(api: client.ApiClient) -> dict[str, Any]:
+    """The pod that this runs in.
+
+    Raises:
+        Tune16Error: it is none.
+        kubernetes.client.rest.ApiException: the API refuses.
+        urllib3.exceptions.HTTPError: it gives no answer.
+    """
+    name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+    if not name or not (os.environ.get("KFP_NAMESPACE") or _NAMESPACE_FILE.is_file()):
+        raise Tune16Error("This is no pod of a cluster, and this step is for one: it makes objects beside its own pod.")
+    namespace = os.environ.get("KFP_NAMESPACE") or _NAMESPACE_FILE.read_text().strip()
+    pod: dict[str, Any] = send(api, "GET", f"/api/v1/namespaces/{namespace}/pods/{name}")
+    return pod
+
+
+def main_container(pod: dict[str, Any]) -> dict[str, Any]:
+    """The container of a pipeline step's pod that the step itself runs in; the workflow's own stand beside it."""
+    found: dict[str, Any] = next(entry for entry in pod["spec"]["containers"] if entry["name"] == "main")
+    return found
+
+
+def service_name(path: str) -> str:
+    """A name that Kubernetes takes, from the last part of ``destination_path``."""
+    name = re.sub(r"[^a-z0-9]+", "-", path.rpartition("/")[2].lower()).strip("-")
+    name = name if name[:1].isalpha() else f"model-{name}"
+    return name[:_LONGEST_NAME].rstrip("-")
+
+
+def check_service_name(path: str, namespace: str) -> None:
+    """See that the endpoint of the model at `path` can have its address: KServe makes one label of both names.
+
+    Raises:
+        Tune16Error: it would have more than 63 letters.
+    """
+    label = f"{service_name(path)}-predictor-{namespace}"
+    if len(label) > _LONGEST_LABEL:
+        raise Tune16Error(
+            f"deploy.runtime: the endpoint's address would begin with {label!r}, {len(label)} letters of which DNS "
+            f"takes {_LONGEST_LABEL}. Shorten the last part of destination_path by {len(label) - _LONGEST_LABEL}."
+        )
+
+
+def patiently(request: Callable[[], Answer], pause: float) -> Answer:
+    """A request that may be repeated: what took hours does not end with an API that is away for some minutes."""
+    retrying = Retrying(
+        retry=retry_if_exception(passes), stop=stop_after_delay(_PATIENCE_SECONDS), wait=wait_fixed(pause), reraise=True
+    )
+    return retrying(request)
+
+
+def passes(error: BaseException) -> bool:
+    """Whether a request that failed so may work a little later."""
+    if isinstance(error, ApiException):
+        return error.status in _PASSING_FAULTS
+    reason = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
+    return isinstance(error, urllib3.exceptions.HTTPError) and not isinstance(reason, urllib3.exceptions.SSLError)
+
+
+@contextmanager
+def explained(setting: str) -> Iterator[None]:
+    """Refusals of the cluster's API as messages; `setting` is what asked for the cluster."""
+    try:
+        yield
+    except ApiException as error:
+        said = sentence(message(error))
+        remedy = " Apply manifests/base, which brings its Role." if " cannot " in said else ""
+        raise Tune16Error(f"{setting}: the cluster refuses: {error.status} {said}.{remedy}") from None
+    except urllib3.exceptions.HTTPError as error:
+        raise Tune16Error(f"{setting}: the cluster's API cannot be reached ({error}).") from None
+
+
+def sentence(text: str) -> str:
+    """What a controller says, in one line, without what ends it: our own sentence goes on behind it."""
+    return " ".join(text.split()).rstrip(" .;,:")
+
+
+def message(error: ApiException) -> str:
+    """What the API says, out of the Status object that it wraps it in."""
+    try:
+        text = json.loads(error.body)["message"]
+    except (TypeError, ValueError, KeyError):
+        text = error.body or error.reason
+    return " ".join(str(text).split())[:500]

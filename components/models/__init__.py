@@ -1,0 +1,9 @@
+"""Models as files and in memory.
+
+references  names of models and data sets, fixed and fetched
+tensors     safetensors, one tensor at a time
+shapes      a model's sizes
+loading     a base model on the device at hand
+stopping    where answers end: one rule for evaluation, publication and serving
+pieces      a token's text
+"""

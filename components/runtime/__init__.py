@@ -1,0 +1,11 @@
+"""What every step runs in.
+
+steps       where a step begins and ends, its lines, what SIGTERM does
+errors      a user's mistake becomes one line
+outputs     folders that appear whole or not at all, with the settings they were made with
+report      HTML pages
+progress    a line of training's log, written and read back
+redaction   secrets taken out of all that is printed or written
+build       which code ran
+cpus, proxies, timeouts   limits of this process
+"""

@@ -1,0 +1,107 @@
+"""What every step says of itself while it runs: one line for each thing that happened, in a pod and on a terminal."""
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from components.runtime.cpus import limit_threads
+from components.runtime.errors import user_errors
+from components.runtime.proxies import spare_loopback
+from components.runtime.redaction import redacted
+
+PARENT_VARIABLE = "TUNE16_PARENT"  # the process without which a step has nobody to work for: a run on this machine
+TERMINATED_EXIT_CODE = 143  # as a shell says of a process that SIGTERM has ended; 0 would be success to a pipeline
+
+
+@dataclass
+class Termination:
+    """Whether the process has been asked to end."""
+
+    is_asked: bool = False
+
+
+# What libraries say of themselves at each start, about arguments of ours or packages that we do without.
+_NOISE = (
+    r".*gradient_checkpointing.* is deprecated",
+    r"Could not find a config file in .* - will assume that the vocabulary was not modified",
+)
+_NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops", "accelerate.big_modeling")
+
+
+def say(step: str, text: str) -> None:
+    """Print one progress line, `<step>: <text>`, at once; `tune16 run` shows these lines and hides all others.
+
+    Secrets are taken out here too, for the processes of a training group, whose output nobody else protects.
+    """
+    print(redacted(f"{step}: {text}"), flush=True)
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Run one step: say when it starts and ends, and end it with one message and exit code 2 on a user's mistake.
+
+    SIGTERM ends it with exit code 143, and what it has begun to write is removed. Nothing depends on that: a pod may be
+    killed without any warning.
+    """
+    started = time.monotonic()
+    _end_with_parent()
+    limit_threads()
+    spare_loopback()
+    quieten()
+    say(name, "started")
+    with _on_sigterm(_end), user_errors():
+        yield
+    say(name, f"finished in {time.monotonic() - started:.1f} s")
+
+
+@contextmanager
+def deferred_termination() -> Iterator[Termination]:
+    """Let SIGTERM only be noted, for work that ends at a place of its own choice."""
+    termination = Termination()
+
+    def note(*_: object) -> None:
+        termination.is_asked = True
+
+    with _on_sigterm(note):
+        yield termination
+
+
+def quieten() -> None:
+    """Let libraries say nothing of themselves, in this process."""
+    for pattern in _NOISE:
+        warnings.filterwarnings("ignore", pattern)
+    for logger in _NOISY_LOGGERS:
+        logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def _end_with_parent() -> None:
+    """Die with the process that runs this pipeline: it is killed alone, and nobody would wait for its steps."""
+    if PARENT_VARIABLE in os.environ:
+        parent = os.pidfd_open(int(os.environ[PARENT_VARIABLE]))
+
+        def watch() -> None:
+            select.select([parent], [], [])  # readable once the process has ended
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(TERMINATED_EXIT_CODE)
+
+
+@contextmanager
+def _on_sigterm(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,10 @@
+"""S3, and what is kept there. No step is known here.
+
+s3          objects and folders
+transfer    one file, in parts
+retry       what is tried again, and what is said when that does not help
+lease       one holder at a time
+versions    a model's versions, their manifests, the champion log
+records     how runs ended
+signing     signatures of manifests
+"""
