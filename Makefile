@@ -4,6 +4,8 @@ PYTHON ?= python3
 RECIPE ?= demo
 BIN := .venv/bin
 # Images: where they are called, and what their build is told. PODMAN_FLAGS takes whatever else podman needs.
+# Of the tests: each takes one core and up to 3 GiB.
+WORKERS ?= 2
 REGISTRY ?= localhost/tune16
 VERSION := $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' components/images.py)
 IMAGE_ARGS = --build-arg VERSION=$(VERSION) $(foreach name,BASE_IMAGE ACCELERATOR TORCH_INDEX,$(if $($(name)),--build-arg $(name)=$($(name))))
@@ -21,8 +23,8 @@ help:  ## List the targets
 run: $(BIN)/ready llama  ## Run a recipe here from end to end: RECIPE=demo, another name, or a path
 	@$(BIN)/tune16 run $(RECIPE)
 
-test: $(BIN)/ready llama .venv/checkov/ready lint  ## Lint, types and all tests
-	@$(BIN)/pytest
+test: $(BIN)/ready llama .venv/checkov/ready lint  ## Lint, types and all tests, in WORKERS processes
+	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
 llama: $(BIN)/ready  ## Build llama.cpp for GGUF files, once; where that cannot be done, say so
 	@if ! command -v c++ > /dev/null; then \

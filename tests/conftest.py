@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; tests 
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is: its kernels run on a CPU
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: the workers share the cores
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -27,6 +30,13 @@ from transformers import (
 from pipelines.demo.base import _train_tokenizer
 from pipelines.demo.generate import CORPUS, ORDERS
 from pipelines.s3server import S3Server
+
+_LONGEST = ("tests/faults/test_scripts.py",)  # begun first, so that no worker ends with them alone
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
+
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "phi3")
 BUCKET = "tune16"

@@ -15,9 +15,9 @@ def test_the_build_is_named_by_what_decides_a_result(tmp_path: Path) -> None:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
     assert name() == build()
-    with (tmp_path / "components" / "chat" / "page.py").open("a") as page:
+    with (tmp_path / "components" / "playground" / "chat" / "page.py").open("a") as page:
         page.write("# another colour\n")
     assert name() == build()
-    with (tmp_path / "components" / "train" / "engine" / "loss.py").open("a") as loss:
+    with (tmp_path / "components" / "engine" / "loss.py").open("a") as loss:
         loss.write("# another loss\n")
     assert name() != build()

@@ -234,8 +234,8 @@ def test_the_servers_own_storage_is_the_connections(
     def look(**storage: Any) -> str:
         credentials = {"secretName": "tune16-connection"}
         server["spec"]["objectStorage"] = {"externalStorage": {"s3CredentialsSecret": credentials, **storage}}
-        found = json.loads(call("doctor", "demo", "--json")[1])
-        return next(str(finding["text"]) for finding in found if finding["check"] == "pipeline server")
+        *_, finding = examine(Road(Recipe()), ("login", "namespace", "pipeline server"))
+        return finding.text
 
     assert look(host="s3.svc", bucket="x") == "dspa is ready"
     assert "keeps its files in the bucket other, but the connection tune16-connection has x" in look(
