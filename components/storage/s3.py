@@ -27,7 +27,7 @@ from urllib3.exceptions import HTTPError
 from components.config import CONNECTION_VARIABLES, SESSION_TOKEN
 from components.runtime.errors import Tune16Error
 from components.runtime.timeouts import at_most
-from components.storage import transfer as multipart
+from components.storage import transfer
 from components.storage.retry import attempt, code_of, status_of
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def read_aged(bucket: str, key: str) -> tuple[bytes, float] | None:
                 return None
             raise
         content = answer["Body"].read()
-        multipart.check_etag(content, answer)
+        transfer.check_etag(content, answer)
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         return content, (now - answer["LastModified"]).total_seconds()
 
@@ -226,7 +226,7 @@ def create(bucket: str, key: str, content: bytes) -> bool:
         nonlocal num_tries
         num_tries += 1
         try:
-            multipart.check_etag(content, client().put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*"))
+            transfer.check_etag(content, client().put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*"))
         except ClientError as error:
             num_tries += error.response["ResponseMetadata"].get("RetryAttempts", 0)
             if status_of(error) == 412:
@@ -258,7 +258,7 @@ def write(bucket: str, key: str, content: bytes) -> None:
     """Write a small object, over what may be there."""
 
     def put() -> None:
-        multipart.check_etag(content, client().put_object(Bucket=bucket, Key=key, Body=content))
+        transfer.check_etag(content, client().put_object(Bucket=bucket, Key=key, Body=content))
 
     attempt(f"s3://{bucket}/{key}", put)
 
@@ -273,7 +273,7 @@ def upload(path: Path, bucket: str, key: str, advance: Callable[[int], None] | N
         advance: is told the bytes that are there.
         sha256: of the file, if known: kept with the object, and a large one that is there with it is not sent again.
     """
-    multipart.send(client(), path, bucket, key, sha256, advance or (lambda _: None))
+    transfer.send(client(), path, bucket, key, sha256, advance or (lambda _: None))
 
 
 def upload_folder(folder: Path, bucket: str, prefix: str) -> None:
@@ -289,7 +289,7 @@ def download(bucket: str, key: str, path: Path) -> None:
     def fetch() -> None:
         stored = client().head_object(Bucket=bucket, Key=key)
         client().download_file(bucket, key, str(path), Config=_TRANSFER)
-        multipart.check_file(path, stored)
+        transfer.check_file(path, stored)
 
     attempt(f"s3://{bucket}/{key}", fetch)
 
@@ -339,7 +339,7 @@ def abort_uploads(bucket: str, prefix: str, is_stale: Callable[[str], bool], old
     for found in stale:
         attempt(
             f"s3://{bucket}/{found['Key']}",
-            partial(multipart.abort, client(), bucket, found["Key"], found["UploadId"]),
+            partial(transfer.abort, client(), bucket, found["Key"], found["UploadId"]),
         )
     return len(stale)
 
@@ -394,7 +394,7 @@ def _check_rights_on_parts(bucket: str, prefix: str) -> None:
             _allowed("s3:ListMultipartUploadParts", lambda: client().list_parts(**upload))
     finally:
         if begun:
-            _allowed("s3:AbortMultipartUpload", lambda: multipart.abort(client(), bucket, key, begun["UploadId"]))
+            _allowed("s3:AbortMultipartUpload", lambda: transfer.abort(client(), bucket, key, begun["UploadId"]))
 
 
 def _allowed(right: str, call: Callable[[], Any]) -> Any:

@@ -20,8 +20,7 @@ from components.merge.merger import read_deltas
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.runtime.errors import Tune16Error
-from components.storage import retry as s3errors
-from components.storage import s3
+from components.storage import retry, s3
 from components.train import nodes
 from components.train import scratch as scratch_module
 from components.train.jobs import PYTORCH_JOB
@@ -288,7 +287,7 @@ def test_a_storage_that_is_away_for_a_while_ends_nothing(
     """The storage fails forty times in a row, where five tries would have to do, and the API drops some requests."""
     serve_train_jobs(api)
     for name in ("_FIRST_PAUSE_SECONDS", "_LONGEST_PAUSE_SECONDS"):
-        monkeypatch.setattr(s3errors, name, 0.05)
+        monkeypatch.setattr(retry, name, 0.05)
     monkeypatch.setattr(nodes, "ALIVE_SECONDS", 0)
     renew, faults = Scratch.renew, iter(range(40))
 
@@ -297,7 +296,7 @@ def test_a_storage_that_is_away_for_a_while_ends_nothing(
             if api.on_create and next(faults, None) is not None:
                 raise ConnectionResetError("away")
 
-        s3errors.attempt("s3://", ask)
+        retry.attempt("s3://", ask)
         renew(self)
 
     monkeypatch.setattr(Scratch, "renew", renew_later)
@@ -320,7 +319,7 @@ def test_a_pod_goes_on_while_the_storage_cannot_be_asked(bucket: str, monkeypatc
     with pytest.raises(JobEndedError, match="the step that began this job is gone"):
         scratch.check_alive()
     monkeypatch.setenv("AWS_S3_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(s3errors, "_NUM_TRIES", 1)
+    monkeypatch.setattr(retry, "_NUM_TRIES", 1)
     with pytest.raises(Tune16Error, match="cannot be reached") as error:
         scratch.check_alive()
     assert not isinstance(error.value, JobEndedError)

@@ -18,9 +18,7 @@ from botocore.exceptions import ClientError
 from components.runtime.errors import Tune16Error
 from components.runtime.proxies import spare_loopback
 from components.runtime.timeouts import limited
-from components.storage import retry as s3errors
-from components.storage import s3
-from components.storage import transfer as multipart
+from components.storage import retry, s3, transfer
 from pipelines.s3server import S3Server
 from tests.faults.proxy import Plan, proxy
 
@@ -29,7 +27,7 @@ PART = 5 * 2**20
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(multipart, "PART_BYTES", PART)
+    monkeypatch.setattr(transfer, "PART_BYTES", PART)
     path = tmp_path / "large"
     path.write_bytes(random.Random(1).randbytes(2 * PART + 1000))
     return path
@@ -37,7 +35,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def between(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    monkeypatch.setattr(s3errors, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_SECONDS", 0.01)
     with proxy(s3_server.endpoint) as server:
         monkeypatch.setenv("AWS_S3_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         yield server
@@ -78,8 +76,8 @@ def test_what_is_there_whole_is_not_sent_again(bucket: str, large: Path, monkeyp
 
 
 def test_a_failed_upload_leaves_no_parts(bucket: str, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3errors, "_FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(multipart, "_md5", lambda _: "0" * 32)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(transfer, "_md5", lambda _: "0" * 32)
     with pytest.raises(Tune16Error, match="bytes were changed on the way"):
         s3.upload(large, bucket, "k")
     assert s3.unfinished_keys(bucket, "") == [] and s3.list_objects(bucket, "") == []
@@ -137,7 +135,7 @@ def test_refusals_have_a_remedy(code: str, status: int, said: str) -> None:
         raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
 
     with pytest.raises(Tune16Error, match=said):
-        s3errors.attempt("s3://b/k", refuse)
+        retry.attempt("s3://b/k", refuse)
 
 
 def test_a_server_without_conditional_writes_is_told(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

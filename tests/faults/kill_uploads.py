@@ -13,8 +13,7 @@ from pathlib import Path
 
 from components.config import UploadConfig
 from components.runtime.errors import Tune16Error
-from components.storage import s3, versions
-from components.storage import transfer as multipart
+from components.storage import s3, transfer, versions
 from components.upload.publisher import publish
 from pipelines.s3server import S3Server
 from tests.faults.harness import after, child, kills, report
@@ -31,7 +30,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rng = random.Random(1)
-    multipart.PART_BYTES = 5 * 2**20  # the smallest that servers take
+    transfer.PART_BYTES = 5 * 2**20  # the smallest that servers take
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with S3Server(folder / "s3") as server, s3.environment(server.environment(BUCKET)):

@@ -14,9 +14,7 @@ from botocore.retries.standard import ExponentialBackoff
 
 from components.config import UploadConfig
 from components.runtime.errors import Tune16Error
-from components.storage import retry as s3errors
-from components.storage import s3, versions
-from components.storage import transfer as multipart
+from components.storage import retry, s3, transfer, versions
 from components.upload.publisher import publish
 from pipelines.s3server import S3Server
 from tests.faults.harness import report
@@ -68,8 +66,8 @@ def main() -> int:
 
 def _hurry() -> None:
     """Short pauses and time-outs, small parts: the same roads in less time."""
-    multipart.PART_BYTES = 5 * 2**20
-    s3errors._FIRST_PAUSE_SECONDS = 0.01
+    transfer.PART_BYTES = 5 * 2**20
+    retry._FIRST_PAUSE_SECONDS = 0.01
     s3._SETTLED_SECONDS = 0.05
     ExponentialBackoff.delay_amount = lambda *_: 0.01
     s3.Config = lambda **options: Config(**{**options, "read_timeout": 0.6, "connect_timeout": 2})  # type: ignore[misc]
