@@ -47,13 +47,13 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check the whole way of a run on the cluster, from the login to the GPU; with --run, make runs."""
-    from pipelines.doctor import Finding, Road, examine
+    from pipelines.doctor import Context, Finding, examine
 
     recipe = "demo" if run else recipe
     settings = override(find_recipe(recipe), [*(["train.num_gpus=0"] if cpu else []), *set_])
-    road = Road(settings, where.namespace, where.host, where.ca, where.timeout)
+    context = Context(settings, where.namespace, where.host, where.ca, where.timeout)
     findings: list[Finding] = []
-    for finding in examine(road):
+    for finding in examine(context):
         findings.append(finding)
         if not as_json:
             console.print(f"{_MARKS[finding.outcome]:>16}  {finding.check}: {escape(finding.text)}", soft_wrap=True)
@@ -135,10 +135,10 @@ def _plan(settings: Recipe) -> None:
 
 
 def _refuse_unready(connected: Connected, settings: Recipe) -> None:
-    from pipelines.doctor import Road, refuse_unready
+    from pipelines.doctor import Context, refuse_unready
 
     if connected.cluster is not None:
-        refuse_unready(Road(settings, found_cluster=connected.cluster, found_server=connected.server))
+        refuse_unready(Context(settings, found_cluster=connected.cluster, found_server=connected.server))
 
 
 def _put_demo(settings: Recipe, cluster: Cluster | None) -> None:

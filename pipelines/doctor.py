@@ -1,4 +1,4 @@
-"""`tune16 doctor`: looks along the whole road of a run, from the login to the GPU, before anyone waits for one.
+"""`tune16 doctor`: looks at all that a run needs on a cluster, from the login to the GPU, before anyone waits for one.
 
 Every check gives one finding: ok, a problem with what to do, or unknown where this account may not look or an earlier
 check failed. None of them changes anything but for a probe in the storage, which is removed at once.
@@ -66,8 +66,8 @@ class UnknownError(Tune16Error):
 
 
 @dataclass
-class Road:
-    """What is known of the road so far: each check adds what the later ones need."""
+class Context:
+    """What is known so far: each check adds what the later ones need."""
 
     recipe: Recipe
     namespace: str = ""
@@ -91,31 +91,31 @@ class Road:
             return self.cluster.get(path.replace("{namespace}", self.cluster.namespace))
 
 
-def examine(road: Road, names: Iterable[str] = ()) -> Iterator[Finding]:
+def examine(context: Context, names: Iterable[str] = ()) -> Iterator[Finding]:
     """Make all checks, or those of these `names`, in the order in which a run would meet them."""
     for name in names or _CHECKS:
         try:
-            yield Finding(name, "ok", _CHECKS[name](road))
+            yield Finding(name, "ok", _CHECKS[name](context))
         except (UnknownError, ForbiddenError) as error:
             yield Finding(name, "unknown", str(error))
         except Tune16Error as error:
             yield Finding(name, "problem", str(error))
 
 
-def refuse_unready(road: Road) -> None:
+def refuse_unready(context: Context) -> None:
     """Refuse a run that the namespace is known not to take; what may not be looked at passes.
 
     Raises:
         Tune16Error: the connection's Secret, GPU nodes, quota or images do not suit the recipe; one line for each.
     """
-    findings = examine(road, ("connection", "GPU", "quota", "queue", "images"))
+    findings = examine(context, ("connection", "GPU", "quota", "queue", "images"))
     problems = [f"{found.check}: {found.text}" for found in findings if found.outcome == "problem"]
     if problems:
         raise Tune16Error("\n".join([*problems, "Nothing was started. --unchecked starts it all the same."]))
 
 
-def _login(road: Road) -> str:
-    cluster = find_cluster(road.namespace, road.ca)
+def _login(context: Context) -> str:
+    cluster = find_cluster(context.namespace, context.ca)
     review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
     with explained(cluster, "ask who it is"):
         try:
@@ -126,45 +126,45 @@ def _login(road: Road) -> str:
                 raise
             cluster.get("/version")  # before Kubernetes 1.28
             name = "somebody"
-    road.found_cluster, road.user = cluster, name
+    context.found_cluster, context.user = cluster, name
     return f"{name} at {cluster.api.configuration.host}, by {cluster.origin}"
 
 
-def _namespace(road: Road) -> str:
+def _namespace(context: Context) -> str:
     try:
-        road.get("/api/v1/namespaces/{namespace}", "see the namespace")
+        context.get("/api/v1/namespaces/{namespace}", "see the namespace")
     except NotFoundError:
-        name = road.cluster.namespace
+        name = context.cluster.namespace
         raise Tune16Error(
             f"there is no namespace {name}. Create it (oc new-project {name}) or use --namespace."
         ) from None
-    return road.cluster.namespace
+    return context.cluster.namespace
 
 
-def _pipeline_server(road: Road) -> str:
-    host = road.host or given_host()
+def _pipeline_server(context: Context) -> str:
+    host = context.host or given_host()
     if host:
-        road.runner = _UPSTREAM_RUNNER
+        context.runner = _UPSTREAM_RUNNER
         raise UnknownError(f"{host} is named; the namespace's own was not looked at.")
-    server = server_object(road.cluster)
+    server = server_object(context.cluster)
     name = server["metadata"]["name"]
-    road.runner = f"pipeline-runner-{name}"
+    context.runner = f"pipeline-runner-{name}"
     why = not_ready(server)
     if why:
         raise Tune16Error(f"{name} is not ready: {why}. See `oc describe dspa {name}`.")
-    _check_same_storage(road, server)
+    _check_same_storage(context, server)
     if server["spec"].get("apiServer", {}).get("pipelineStore") != "kubernetes":
         return f"{name} is ready; it keeps pipelines in its database: submit uploads them, oc apply does not"
-    names = [entry["metadata"]["name"] for entry in applied.unlisted(road.cluster)]
+    names = [entry["metadata"]["name"] for entry in applied.unlisted(context.cluster)]
     if names:
         raise Tune16Error(
             f"{', '.join(names)}: applied before the server's webhook ran, so the server does not list it. Run: "
-            f"{applied.remedy(road.cluster, names)}. `tune16 submit` does it by itself."
+            f"{applied.remedy(context.cluster, names)}. `tune16 submit` does it by itself."
         )
     return f"{name} is ready"
 
 
-def _check_same_storage(road: Road, server: Json) -> None:
+def _check_same_storage(context: Context, server: Json) -> None:
     """See that the server keeps its files where the connection is: a wrong bucket it makes by itself, without a word.
 
     Raises:
@@ -172,11 +172,11 @@ def _check_same_storage(road: Road, server: Json) -> None:
     """
     storage = server["spec"].get("objectStorage", {}).get("externalStorage", {})
     try:
-        values = connection_values(road.cluster, road.recipe.cluster.connection)
+        values = connection_values(context.cluster, context.recipe.cluster.connection)
     except Tune16Error:
         return  # told by its own check
     secret = storage.get("s3CredentialsSecret", {}).get("secretName")
-    if secret != road.recipe.cluster.connection:
+    if secret != context.recipe.cluster.connection:
         return  # another storage, and meant to be one
     scheme, port = storage.get("scheme", "https"), storage.get("port")
     host = _place(f"{scheme}://{storage.get('host')}{f':{port}' if port else ''}")
@@ -196,18 +196,18 @@ def _place(address: str) -> str:
     return f"{parts.hostname}:{parts.port}" if parts.port and parts.port != usual else str(parts.hostname)
 
 
-def _api(road: Road) -> str:
-    address = find_server(road.found_cluster, road.host, road.ca)
-    server = PipelineServer(address, road.timeout)
+def _api(context: Context) -> str:
+    address = find_server(context.found_cluster, context.host, context.ca)
+    server = PipelineServer(address, context.timeout)
     server.check()
-    road.found_server = server
+    context.found_server = server
     return f"{address.url} answers and takes the token"
 
 
-def _connection(road: Road) -> str:
-    name = road.recipe.cluster.connection
+def _connection(context: Context) -> str:
+    name = context.recipe.cluster.connection
     try:
-        road._connection = connection_values(road.cluster, name)
+        context._connection = connection_values(context.cluster, name)
     except NotFoundError:
         raise Tune16Error(
             f"there is no Secret {name}. Make the S3 connection in the dashboard and name its Secret in "
@@ -216,40 +216,40 @@ def _connection(road: Road) -> str:
     return f"the Secret {name} has all keys"
 
 
-def _storage(road: Road) -> str:
-    values = _known(road._connection, "the connection")
-    with _as_the_steps(road):
+def _storage(context: Context) -> str:
+    values = _known(context._connection, "the connection")
+    with _as_the_steps(context):
         try:
-            s3.check_writable(values["AWS_S3_BUCKET"], road.recipe.upload.path)
+            s3.check_writable(values["AWS_S3_BUCKET"], context.recipe.upload.path)
         except Tune16Error:
-            if is_inside_only(values["AWS_S3_ENDPOINT"]) and not road.cluster.inside:
+            if is_inside_only(values["AWS_S3_ENDPOINT"]) and not context.cluster.inside:
                 raise UnknownError(f"{values['AWS_S3_ENDPOINT']} answers inside the cluster only.") from None
             raise
-    return f"s3://{values['AWS_S3_BUCKET']}/{road.recipe.upload.path} can be written"
+    return f"s3://{values['AWS_S3_BUCKET']}/{context.recipe.upload.path} can be written"
 
 
-def _model(road: Road) -> str:
+def _model(context: Context) -> str:
     """Model and data set, with the tokens and the storage that the steps would have."""
-    if road.recipe.setup:
-        return f"made by `tune16 submit {road.recipe.setup}`"
-    with _as_the_steps(road):
-        found = [pin(parse(road.recipe.preflight.model, "model")), pin(parse(road.recipe.preflight.data, "data"))]
+    if context.recipe.setup:
+        return f"made by `tune16 submit {context.recipe.setup}`"
+    with _as_the_steps(context):
+        found = [pin(parse(context.recipe.preflight.model, "model")), pin(parse(context.recipe.preflight.data, "data"))]
     return " and ".join(str(reference) for reference in found)
 
 
-def _as_the_steps(road: Road) -> AbstractContextManager[None]:
+def _as_the_steps(context: Context) -> AbstractContextManager[None]:
     """With the storage and the tokens that the steps would have, and none of this login's own beside them."""
-    values = dict(road._connection or {})
+    values = dict(context._connection or {})
     with suppress(NotFoundError, ForbiddenError, UnknownError):  # an open model needs none, and a gated one says so
-        values |= road.cluster.read_secret(road.recipe.cluster.tokens, TOKEN_VARIABLES)
+        values |= context.cluster.read_secret(context.recipe.cluster.tokens, TOKEN_VARIABLES)
     return s3.environment(values)
 
 
-def _gpu(road: Road) -> str:
-    if not road.recipe.train.num_gpus:
+def _gpu(context: Context) -> str:
+    if not context.recipe.train.num_gpus:
         return "none is asked for: training and evaluation run on the CPU"
-    nodes = road.get("/api/v1/nodes", "list the nodes")["items"]
-    cluster, wanted, num_nodes = road.recipe.cluster, road.recipe.train.num_gpus, road.recipe.train.num_nodes
+    nodes = context.get("/api/v1/nodes", "list the nodes")["items"]
+    cluster, wanted, num_nodes = context.recipe.cluster, context.recipe.train.num_gpus, context.recipe.train.num_nodes
     with_gpu = [node for node in nodes if int(node["status"].get("allocatable", {}).get(GPU, 0)) >= wanted]
     if not with_gpu:
         raise Tune16Error(f"no node offers {wanted} {GPU}. Add a GPU node, or ask for NVIDIA's GPU operator.")
@@ -258,11 +258,11 @@ def _gpu(road: Road) -> str:
     ]
     if not selected:
         raise Tune16Error(f"no GPU node has the labels {cluster.node_selector}. Correct cluster.node_selector.")
-    needed = road.recipe.preflight.gpu_memory * 1024
+    needed = context.recipe.preflight.gpu_memory * 1024
     large = [node for node in selected if _gpu_memory(node, needed) >= needed]
     if not large:
         raise Tune16Error(
-            f"no GPU has {road.recipe.preflight.gpu_memory} GiB: the largest has "
+            f"no GPU has {context.recipe.preflight.gpu_memory} GiB: the largest has "
             f"{max(_gpu_memory(node, needed) for node in selected) / 1024:.1f}. Lower preflight.gpu_memory."
         )
     refused = {node["metadata"]["name"]: _refusing_taint(node, cluster.tolerations) for node in large}
@@ -275,18 +275,18 @@ def _gpu(road: Road) -> str:
     return f"{len(free)} fitting: {', '.join(sorted(free)[:3])}"
 
 
-def _disk(road: Road) -> str:
+def _disk(context: Context) -> str:
     """Whether there are nodes with as much ephemeral storage as the largest step holds at once."""
-    if road.recipe.setup:
+    if context.recipe.setup:
         return "the demo's model takes little"
-    with _as_the_steps(road):
+    with _as_the_steps(context):
         try:
-            shape, teacher = find_shapes(road.recipe)
+            shape, teacher = find_shapes(context.recipe)
         except Tune16Error:
             raise UnknownError("not looked at, because the model's sizes cannot be seen.") from None
-    amounts = needed(shape, road.recipe, teacher)
+    amounts = needed(shape, context.recipe, teacher)
     step = max(amounts, key=lambda name: amounts[name])
-    nodes = road.get("/api/v1/nodes", "list the nodes")["items"]
+    nodes = context.get("/api/v1/nodes", "list the nodes")["items"]
     disks = [node["status"].get("allocatable", {}).get("ephemeral-storage") for node in nodes]
     known = [int(parse_quantity(disk)) for disk in disks if disk]
     if not known:
@@ -299,12 +299,12 @@ def _disk(road: Road) -> str:
     return f"up to {size(amounts[step])} (the step {step}); the largest node has {size(max(known))}"
 
 
-def _quota(road: Road) -> str:
+def _quota(context: Context) -> str:
     """What the quotas allow at most is a limit; what others use of it now only makes a step wait."""
-    quotas = road.get("/api/v1/namespaces/{namespace}/resourcequotas", "read the quotas")["items"]
+    quotas = context.get("/api/v1/namespaces/{namespace}/resourcequotas", "read the quotas")["items"]
     cpu = max((parse_quantity(needs[0]), step) for step, needs in RESOURCES.items())
     memory = max((parse_quantity(needs[1]), step) for step, needs in RESOURCES.items())
-    num_gpus = road.recipe.train.num_gpus * road.recipe.train.num_nodes
+    num_gpus = context.recipe.train.num_gpus * context.recipe.train.num_nodes
     needed = {"cpu": cpu, "memory": memory, GPU: (num_gpus, "train"), "pods": (1, "train")}
     waits = ""
     for quota in quotas:
@@ -327,31 +327,31 @@ def _quota(road: Road) -> str:
     return f"{len(quotas)} quotas allow enough{waits}" if quotas else "none"
 
 
-def _images(road: Road) -> str:
-    names = sorted(set(_deployed_images(road) or images.IMAGE_OF_STEP.values()))
+def _images(context: Context) -> str:
+    names = sorted(set(_deployed_images(context) or images.IMAGE_OF_STEP.values()))
     for name in names:
         registry, _, rest = name.partition("/")
         repository, _, tag = rest.partition("@") if "@" in rest else rest.partition(":")
         if registry == _INTERNAL_REGISTRY:
-            _check_internal_image(road, repository, tag)
+            _check_internal_image(context, repository, tag)
         else:
-            _check_external_image(registry, repository, tag, _pull_credentials(road, registry))
+            _check_external_image(registry, repository, tag, _pull_credentials(context, registry))
     return ", ".join(names)
 
 
-def _queue(road: Road) -> str:
+def _queue(context: Context) -> str:
     """Whether Kueue's queue, where the GPU steps are put into one, is there and can ever admit them."""
-    queue = _queue_of_train(road)
+    queue = _queue_of_train(context)
     if not queue:
         return "the GPU steps stand in none"
     cpu, memory = RESOURCES["train"]
-    num_pods = road.recipe.train.num_nodes
+    num_pods = context.recipe.train.num_nodes
     needs = {
         "cpu": num_pods * float(parse_quantity(cpu)),
         "memory": num_pods * float(parse_quantity(memory)),
-        GPU: float(num_pods * road.recipe.train.num_gpus),
+        GPU: float(num_pods * context.recipe.train.num_gpus),
     }
-    why = why_never_admitted(road.cluster.look, road.cluster.namespace, queue, needs)
+    why = why_never_admitted(context.cluster.look, context.cluster.namespace, queue, needs)
     if why is None:
         raise UnknownError(f"{queue} or its ClusterQueue may not be seen by this account.")
     if why:
@@ -359,36 +359,36 @@ def _queue(road: Road) -> str:
     return f"{queue} can admit the step train"
 
 
-def _queue_of_train(road: Road) -> str:
+def _queue_of_train(context: Context) -> str:
     """The queue in which the pipeline's newest version puts the step train; empty for none."""
-    version = newest_version(road.found_server) if road.found_server else None
+    version = newest_version(context.found_server) if context.found_server else None
     platform = (version or {}).get("pipeline_spec", {}).get("platform_spec", {}).get("platforms", {})
     executors = platform.get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
     return str(executors.get("exec-train", {}).get("podMetadata", {}).get("labels", {}).get(QUEUE_LABEL, ""))
 
 
-def _registry(road: Road) -> str:
+def _registry(context: Context) -> str:
     """The model registry, asked with this login's token; the steps have their own account's."""
-    server = road.recipe.register.server
+    server = context.recipe.register.server
     if not server:
         return "none is named in register.server"
     try:
-        check_registry(server, road.cluster.token)
+        check_registry(server, context.cluster.token)
     except Tune16Error as error:
-        if is_inside_only(server) and not road.cluster.inside:
+        if is_inside_only(server) and not context.cluster.inside:
             raise UnknownError(f"{server} answers inside the cluster only.") from None
         raise error from None
     return f"{server} answers"
 
 
-def _serving(road: Road) -> str:
+def _serving(context: Context) -> str:
     """Whether the cluster has what the step deploy applies, and what that runs on."""
-    runtime = road.recipe.deploy.runtime
+    runtime = context.recipe.deploy.runtime
     if not runtime:
         return "nothing is to be deployed"
     path = "/apis/serving.kserve.io/v1alpha1/namespaces/{namespace}/servingruntimes"
     try:
-        found = road.get(path, "see the serving runtimes")["items"]
+        found = context.get(path, "see the serving runtimes")["items"]
     except NotFoundError:
         raise Tune16Error(
             "this cluster has no KServe. Ask its administrator for single-model serving, or name no serving_runtime."
@@ -403,30 +403,30 @@ def _serving(road: Road) -> str:
     return f"{wanted or 'a vLLM runtime'} is there"
 
 
-def _runner(road: Road) -> str:
+def _runner(context: Context) -> str:
     """The rights of the steps' own account."""
-    account = road.runner
-    if not _may(road, account, {"group": "", "resource": "secrets", "subresource": "", "verb": "get"}):
+    account = context.runner
+    if not _may(context, account, {"group": "", "resource": "secrets", "subresource": "", "verb": "get"}):
         raise Tune16Error(
             f"the account {account} may not get secrets: the operator has not made its Role yet, which it does as the "
             "pipeline server becomes ready. Look again then; upstream's account has it from its installation."
         )
     resources = [("", "pods", "get")]
-    if road.recipe.train.num_nodes > 1:
+    if context.recipe.train.num_nodes > 1:
         resources += [("trainer.kubeflow.org", "trainjobs", "create"), ("", "pods/log", "get")]
-    if road.recipe.deploy.runtime:
+    if context.recipe.deploy.runtime:
         resources += [("serving.kserve.io", "inferenceservices", "patch")]
     for group, resource, verb in resources:
         name, _, sub = resource.partition("/")
         attributes = {"group": group, "resource": name, "subresource": sub, "verb": verb}
-        if not _may(road, account, attributes):
+        if not _may(context, account, attributes):
             raise Tune16Error(
                 f"the account {account} may not {verb} {resource}. Apply manifests/base, which brings its Role."
             )
     return f"{account} has the rights that the steps need"
 
 
-_CHECKS: dict[str, Callable[[Road], str]] = {
+_CHECKS: dict[str, Callable[[Context], str]] = {
     "login": _login,
     "namespace": _namespace,
     "pipeline server": _pipeline_server,
@@ -478,11 +478,11 @@ def _plain(kind: str, amount: Any) -> str:
     return f"{float(amount) / 2**30:.1f} GiB" if kind == "memory" else f"{float(amount):g}"
 
 
-def _deployed_images(road: Road) -> list[str]:
+def _deployed_images(context: Context) -> list[str]:
     """The images of the pipeline's newest version on the server, which an overlay may have changed."""
-    if road.found_server is None:
+    if context.found_server is None:
         return []
-    version = newest_version(road.found_server)
+    version = newest_version(context.found_server)
     if version is None:
         return []
     return [
@@ -490,11 +490,11 @@ def _deployed_images(road: Road) -> list[str]:
     ]
 
 
-def _check_internal_image(road: Road, repository: str, tag: str) -> None:
+def _check_internal_image(context: Context, repository: str, tag: str) -> None:
     namespace, _, name = repository.partition("/")
     path = f"/apis/image.openshift.io/v1/namespaces/{namespace}/imagestreamtags/{name}:{tag}"
     try:
-        road.get(path, f"read the image {name}:{tag}")
+        context.get(path, f"read the image {name}:{tag}")
     except NotFoundError:
         raise Tune16Error(
             f"{repository}:{tag} is not in the cluster's registry. Build it there (manifests/components/builds), push "
@@ -517,12 +517,12 @@ def _check_external_image(registry: str, repository: str, tag: str, credentials:
         raise UnknownError(f"{registry} does not say whether it has {repository}:{tag} (status {status}).")
 
 
-def _pull_credentials(road: Road, registry: str) -> Credentials | None:
+def _pull_credentials(context: Context, registry: str) -> Credentials | None:
     """User and password for a registry, from the pull secrets of the steps' account; None where none can be seen."""
-    account = road.cluster.look(f"/api/v1/namespaces/{{namespace}}/serviceaccounts/{road.runner}") or {}
+    account = context.cluster.look(f"/api/v1/namespaces/{{namespace}}/serviceaccounts/{context.runner}") or {}
     for entry in account.get("imagePullSecrets") or []:
         with suppress(NotFoundError, ForbiddenError, ValueError, AttributeError):  # or it is no such Secret
-            found = road.cluster.read_secret(entry["name"], {_PULL_CONFIG})
+            found = context.cluster.read_secret(entry["name"], {_PULL_CONFIG})
             auths = json.loads(found.get(_PULL_CONFIG, "{}")).get("auths", {})
             auth = auths.get(registry) or auths.get(f"https://{registry}")
             if auth:
@@ -531,17 +531,17 @@ def _pull_credentials(road: Road, registry: str) -> Credentials | None:
     return None
 
 
-def _may(road: Road, account: str, attributes: dict[str, str]) -> bool:
+def _may(context: Context, account: str, attributes: dict[str, str]) -> bool:
     """Whether the account may do something: asked for oneself where this is that account, else for it by name."""
-    namespace = road.cluster.namespace
+    namespace = context.cluster.namespace
     spec: Json = {"resourceAttributes": {**attributes, "namespace": namespace}}
     path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
     review: Json = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": spec}
     user = f"system:serviceaccount:{namespace}:{account}"
-    if road.user != user:
+    if context.user != user:
         path = f"/apis/authorization.k8s.io/v1/namespaces/{namespace}/localsubjectaccessreviews"
         review["kind"], review["metadata"] = "LocalSubjectAccessReview", {"namespace": namespace}
         spec["user"] = user
         spec["groups"] = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
-    with explained(road.cluster, "review the rights of accounts"):
-        return bool(road.cluster.send("POST", path, review)["status"]["allowed"])
+    with explained(context.cluster, "review the rights of accounts"):
+        return bool(context.cluster.send("POST", path, review)["status"]["allowed"])

@@ -184,14 +184,14 @@ class _Listener:
         self._line += safe
         *lines, self._line = self._line.split("\n")
         for line in lines:
-            self._hear(line.removeprefix(_INDENT))
+            self._read_line(line.removeprefix(_INDENT))
         return len(text)
 
     def flush(self) -> None:
         """Write through to the log."""
         self._log.flush()
 
-    def _hear(self, line: str) -> None:
+    def _read_line(self, line: str) -> None:
         if line.startswith("error: "):
             self.error = line.removeprefix("error: ")
         elif self.error and line.startswith("  "):

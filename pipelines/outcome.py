@@ -5,19 +5,19 @@ do.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from components.config import CONNECTION_VARIABLES, PROMOTED, SESSION_TOKEN
 from components.runtime.errors import Tune16Error
 from components.storage import s3
 from components.storage.records import Outcome, read_outcome, read_report
-from pipelines.cluster import Cluster, ForbiddenError, NotFoundError
+from pipelines.cluster import Cluster
 from pipelines.server import Json, PipelineServer
 from pipelines.steplogs import StepLog
+from pipelines.submission import pipeline_spec
 
 _VERDICT = re.compile(r"evaluate: (?P<verdict>promoted|kept|inconclusive): (?P<reason>.+)")
 _PUBLISHED = re.compile(r"upload: (?P<address>s3://\S+) is champion")
@@ -139,8 +139,6 @@ class Bucket:
         reference = run.get("pipeline_version_reference") or {}
         if named or not reference.get("pipeline_version_id"):
             return named
-        from pipelines.submission import pipeline_spec
-
         version = self._server.read_version(reference["pipeline_id"], reference["pipeline_version_id"])
         fields = pipeline_spec(version)["root"]["inputDefinitions"]["parameters"]
         return str(fields.get("with_connection_secret", {}).get("defaultValue", ""))
@@ -153,17 +151,17 @@ class Bucket:
         return self._values[name]
 
 
-def find_ending(bucket: Bucket, run: Json, read_log: Any) -> Ending:
+def find_ending(bucket: Bucket, run: Json, read_log: Callable[[str], StepLog]) -> Ending:
     """How a run ended, from the bucket, else from the logs of its steps.
 
     Args:
         bucket: where runs leave it.
         run: the run as the API describes it.
-        read_log: gives the :class:`StepLog` of a step.
+        read_log: gives the log of a step.
     """
     try:
         outcome = bucket.outcome(run)
-    except (ForbiddenError, NotFoundError, Tune16Error) as error:
+    except Tune16Error as error:
         return _from_logs(read_log("evaluate"), read_log("upload"), str(error))
     if outcome is None or outcome.evaluation is None:
         return _from_logs(read_log("evaluate"), read_log("upload"), "")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; tests of the Hub's road set it back
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; tests of the Hub set it back
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is: its kernels run on a CPU
 

@@ -203,4 +203,4 @@ def unsupported(base: Any, shape: ModelShape, max_tokens: int) -> str:
     layers = [layer for layer in base.modules() if hasattr(layer, "lora_A") or isinstance(layer, torch.nn.Linear)]
     if not all(is_supported(layer) for layer in layers):
         return "there are layers or adapters that are not plain LoRA on 4-bit, 8-bit or 16-bit linear layers"
-    return shape.plain_road(max_tokens)
+    return shape.why_plain(max_tokens)

@@ -90,11 +90,11 @@ def apply(api: client.ApiClient, path: str, body: dict[str, Any]) -> Any:
     return send(api, "PATCH", path, body, {"fieldManager": FIELD_MANAGER}, content_type=_APPLY)
 
 
-def connect(nobody: str) -> client.ApiClient:
+def connect(otherwise: str) -> client.ApiClient:
     """The API of the cluster that this runs in, or of KUBECONFIG.
 
     Raises:
-        Tune16Error: this is no pod; `nobody` is the message.
+        Tune16Error: this is no pod; `otherwise` is the message.
     """
     try:
         if "KUBECONFIG" in os.environ:
@@ -102,7 +102,7 @@ def connect(nobody: str) -> client.ApiClient:
         else:
             config.load_incluster_config()
     except config.ConfigException:
-        raise Tune16Error(nobody) from None
+        raise Tune16Error(otherwise) from None
     return client.ApiClient()
 
 

@@ -44,13 +44,13 @@ class ModelShape:
     head_dim: int
     tied_embeddings: bool = False
     window: int | None = None  # tokens that attention looks back, where it does not see all
-    oddity: str = ""  # what the engine does not compute
+    unsupported_feature: str = ""  # what the engine does not compute
 
-    def plain_road(self, max_tokens: int) -> str:
+    def why_plain(self, max_tokens: int) -> str:
         """Why the engine cannot train it on rows of so many tokens; empty if it can."""
         if self.window and self.window < max_tokens:
             return f"the model looks back {self.window:,} tokens only, and rows have up to {max_tokens:,}"
-        return self.oddity
+        return self.unsupported_feature
 
     @property
     def query(self) -> int:
@@ -124,13 +124,13 @@ def read_shape(config: dict[str, Any], where: str) -> ModelShape:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
-            oddity=_oddity(config),
+            unsupported_feature=_unsupported_feature(config),
         )
     except KeyError as error:
         raise Tune16Error(f"{where}: its config.json has no {error}.") from None
 
 
-def _oddity(config: dict[str, Any]) -> str:
+def _unsupported_feature(config: dict[str, Any]) -> str:
     rotary = config.get("rope_parameters") or {}
     if rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         return "the model rotates only a part of each head"

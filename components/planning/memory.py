@@ -86,7 +86,9 @@ class MemoryPlan:
         """How a step is run, in sentences."""
         facts = [f"a step is {self.num_passes} x {self.pass_tokens:,} tokens"]
         if self.num_blocks:
-            facts.append(f"{self.num_kept} of {self.num_blocks} half layers keep their activations")
+            facts.append(
+                f"{self.num_kept} of {self.num_blocks} half layers keep activations, the others compute them again"
+            )
         if self.host:
             facts.append(f"{self.host / GIBIBYTE:.1f} GiB of activations wait in the host's memory")
         if self.tokens_per_second:
@@ -106,7 +108,7 @@ def plan(shape: ModelShape, recipe: Recipe, gpu: Gpu | None = None, teacher: Mod
     assert bool(teacher) == bool(recipe.train.teacher), "a teacher has a shape"
     if teacher:
         return _plan_distillation(shape, teacher, recipe, available)
-    if recipe.train.engine == "trl" or shape.plain_road(recipe.prepare.max_tokens):
+    if recipe.train.engine == "trl" or shape.why_plain(recipe.prepare.max_tokens):
         return _plan_plain(shape, recipe, available)
     number = 4 if recipe.train.compute_dtype == "float32" else 2
     step = Step(shape, recipe.quantize, recipe.train, recipe.prepare.max_tokens, gpu or Gpu.usual(), number)
@@ -355,7 +357,7 @@ def _plan_plain(shape: ModelShape, recipe: Recipe, available: int) -> MemoryPlan
 
 
 def _plan_distillation(shape: ModelShape, teacher: ModelShape, recipe: Recipe, available: int) -> MemoryPlan:
-    """The plan of TRL's DistillationTrainer: the student as on the plain road, and the teacher, which only looks.
+    """The plan of TRL's DistillationTrainer: the student as on the plain path, and the teacher, which only looks.
 
     TRL computes both models' logits in tiles of 32,768 words, which exist in float32 and once more in the computation's
     format while the loss goes backward. tests/bench/results/distillation.json has measured peaks beside these.

@@ -66,7 +66,7 @@ def check(recipe: Recipe, path: str = "") -> Preflight:
         teacher = pin(parse(recipe.train.teacher, "model"))
         say("preflight", f"teacher {teacher}")
         teacher_shape = _shape(teacher)
-        _check_same_words(model, teacher)
+        _check_same_vocabulary(model, teacher)
     disk = needed(shape, recipe, teacher_shape)
     largest = max(disk, key=lambda name: disk[name])
     say("preflight", f"disk: {size(disk[largest])} at most are held at once, by the step {largest}")
@@ -86,7 +86,7 @@ def _shape(model: Reference) -> ModelShape:
         return read_shape(read_config(model, Path(scratch)), where=str(model))
 
 
-def _check_same_words(student: Reference, teacher: Reference) -> None:
+def _check_same_vocabulary(student: Reference, teacher: Reference) -> None:
     """A teacher's probabilities are of its own tokens.
 
     Raises:
@@ -94,12 +94,12 @@ def _check_same_words(student: Reference, teacher: Reference) -> None:
     """
     from transformers import AutoTokenizer
 
-    words = []
+    vocabularies = []
     for model in (student, teacher):
         with tempfile.TemporaryDirectory() as scratch:
             folder = fetch(model, Path(scratch), TOKENIZER_FILES)
-            words.append(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
-    if words[0] != words[1]:
+            vocabularies.append(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
+    if vocabularies[0] != vocabularies[1]:
         raise Tune16Error(
             f"train.teacher: {teacher} has another vocabulary than {student}. Take a teacher of the same family."
         )

@@ -116,7 +116,7 @@ def register(manifest: dict[str, Any], path: str, source: Source, config: Regist
         if model is None or registry.get_model_version(model, manifest["version"]) is None:
             _create(registry, manifest, path, source)
         version = _checked_version(registry, manifest, path, source)
-        _crown(registry, path, manifest["version"])
+        _mark_champion(registry, path, manifest["version"])
         found = registry.get_registered_model(_name(path))
     assert found is not None
     registered = Registered(_registry_name(config.server), found.name, found.id, version.name, version.id)
@@ -266,7 +266,7 @@ def _checked_version(registry: "ModelRegistry", manifest: dict[str, Any], path: 
     return version
 
 
-def _crown(registry: "ModelRegistry", path: str, champion: str) -> None:
+def _mark_champion(registry: "ModelRegistry", path: str, champion: str) -> None:
     """Say of the model which version is champion, and of that version that it is."""
     model = registry.get_registered_model(_name(path))
     assert model is not None

@@ -156,7 +156,7 @@ class EngineTrainer(Resumable, SFTTrainer):
         return Pass.of(tokens, labels, positions, inputs["lengths"], self.args.device)
 
 
-def fewest(number: int) -> int:
+def least_over_processes(number: int) -> int:
     """The smallest of this number in all processes: their cards may differ, their steps must not."""
     if not distributed.is_initialized():
         return number

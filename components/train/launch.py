@@ -75,10 +75,10 @@ def train(
     elif config.num_gpus > 1:
         train_in_processes(weights, rows, output, config, Group(), path)
     else:
-        from components.train.trainer import Lesson, train_adapter
+        from components.train.trainer import TrainingInputs, train_adapter
 
         _check_gpus(config.num_gpus)
-        return train_adapter(Lesson(weights, rows, config, teacher), output, Place.of(output, path))
+        return train_adapter(TrainingInputs(weights, rows, config, teacher), output, Place.of(output, path))
     metrics: dict[str, float] = read_record(output, "train")["metrics"]
     return metrics
 
@@ -149,14 +149,14 @@ def _work(
     }
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    from components.train.trainer import Lesson, train_adapter
+    from components.train.trainer import TrainingInputs, train_adapter
 
     with tempfile.TemporaryDirectory() as scratch:
         if rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (until the process ends)
             output = Path(scratch) / "adapter"
         try:
-            train_adapter(Lesson(weights, rows, config), output, place)
+            train_adapter(TrainingInputs(weights, rows, config), output, place)
         except Exception as error:
             if not (message := message_of(error)):
                 raise

@@ -32,7 +32,7 @@ from components.runtime.steps import TERMINATED_EXIT_CODE, deferred_termination,
 from components.storage.retry import patience
 from components.train.arguments import sequences_per_step, training_arguments
 from components.train.checkpoints import Checkpoints, Place
-from components.train.engine_trainer import EngineTrainer, fewest
+from components.train.engine_trainer import EngineTrainer, least_over_processes
 from components.train.progress import ProgressLines
 from components.train.report import write_report
 from components.train.state import Resumable, agree_on_newest, agreed, is_first, read_passes
@@ -41,7 +41,7 @@ _MAX_EVALUATED_ROWS = 200
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingInputs:
     """What a run is made of: the outputs of the steps quantize and prepare, a teacher's weights, and the settings.
 
     Raises:
@@ -102,7 +102,7 @@ class Lesson:
         }
 
 
-def train_adapter(lesson: Lesson, output: Path, place: Place) -> dict[str, float]:
+def train_adapter(lesson: TrainingInputs, output: Path, place: Place) -> dict[str, float]:
     """Train an adapter, from the newest whole checkpoint of this very run if there is one.
 
     Args:
@@ -146,7 +146,7 @@ def train_adapter(lesson: Lesson, output: Path, place: Place) -> dict[str, float
     return metrics
 
 
-def _train(lesson: Lesson, checkpoints: Checkpoints, scratch: Path) -> Resumable:
+def _train(lesson: TrainingInputs, checkpoints: Checkpoints, scratch: Path) -> Resumable:
     """Put the trainer together and let it train to its last step, or until one of the processes is asked to end."""
     for line in card_facts():
         say("train", line)
@@ -173,11 +173,11 @@ def _outlasting(config: TrainConfig) -> AbstractContextManager[None]:
     return patience() if config.num_nodes > 1 else nullcontext()
 
 
-def _sft_trainer(lesson: Lesson, arguments: SFTConfig, newest: Path | None) -> Resumable:
+def _sft_trainer(lesson: TrainingInputs, arguments: SFTConfig, newest: Path | None) -> Resumable:
     """The trainer on the answers of the data, with the engine where it can take this model."""
     base = load_base(lesson.weights, lesson.dtype)
     has_bfloat16 = int(lesson.dtype == torch.bfloat16)
-    if fewest(has_bfloat16) != has_bfloat16:
+    if least_over_processes(has_bfloat16) != has_bfloat16:
         raise Tune16Error("train.compute_dtype: the nodes' cards differ, and some have no bfloat16. Set it to float16.")
     shared: dict[str, Any] = {
         "processing_class": AutoTokenizer.from_pretrained(lesson.rows / "tokenizer", trust_remote_code=False),
@@ -199,7 +199,7 @@ class PlainTrainer(Resumable, SFTTrainer):
     """TRL's own trainer, with checkpoints."""
 
 
-def _schedule(trainer: Trainer, lesson: Lesson) -> None:
+def _schedule(trainer: Trainer, lesson: TrainingInputs) -> None:
     """Set when the trainer logs and looks at the rows held out."""
     trainer.remove_callback(PrinterCallback)  # ProgressLines says it in a line
     steps = math.ceil(len(trainer.train_dataset) / sequences_per_step(trainer.args))
@@ -220,7 +220,7 @@ def _rows(data: Path, arguments: TrainingArguments) -> tuple[Dataset, Dataset]:
     return rows, held_out.select(range(min(len(held_out), _MAX_EVALUATED_ROWS)))
 
 
-def _distillation_trainer(lesson: Lesson, arguments: DistillationConfig, newest: Path | None) -> Resumable:
+def _distillation_trainer(lesson: TrainingInputs, arguments: DistillationConfig, newest: Path | None) -> Resumable:
     """The trainer that learns from a teacher.
 
     Raises:
@@ -254,7 +254,7 @@ def _distillation_trainer(lesson: Lesson, arguments: DistillationConfig, newest:
 
 
 def _engine_trainer(
-    base: Any, lesson: Lesson, arguments: SFTConfig, step: Step, shared: dict[str, Any], newest: Path | None
+    base: Any, lesson: TrainingInputs, arguments: SFTConfig, step: Step, shared: dict[str, Any], newest: Path | None
 ) -> EngineTrainer:
     """The engine's trainer: on a GPU a step is split into the passes that the memory plan finds fastest.
 
@@ -264,7 +264,7 @@ def _engine_trainer(
     config = lesson.config
     tokens, planned = config.micro_batch * step.max_tokens, None
     if torch.cuda.is_available():
-        planned = _plan(step, fewest(available_memory()), read_passes(newest) if newest else None)
+        planned = _plan(step, least_over_processes(available_memory()), read_passes(newest) if newest else None)
         tokens, arguments.gradient_accumulation_steps = planned.pass_tokens, planned.num_passes
         for line in (planned if _card() else replace(planned, step_seconds=None)).lines():
             say("train", line)
@@ -299,7 +299,7 @@ def _plan(step: Step, available: int, begun_with: tuple[int, int] | None) -> Mem
     return planned
 
 
-def _step(lesson: Lesson) -> Step:
+def _step(lesson: TrainingInputs) -> Step:
     """A training step on this quantised model, as the memory plan sees it."""
     content = read_json(lesson.weights / "config.json")
     content.pop("quantization_config", None)

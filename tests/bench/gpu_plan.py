@@ -215,13 +215,13 @@ def compare_losses(steps: int = 200, layers: int = 8) -> dict[str, Any]:
     """The same rows and the same start, plain and fused, in bfloat16; 8 layers of Llama-2-7b, every row by itself."""
     shape = shape_of("llama2-7b")
     losses: dict[str, list[float]] = {}
-    for road in ("plain", "tune16"):
+    for kind in ("plain", "tune16"):
         model = make_model(shape, torch.bfloat16, layers)
         torch.manual_seed(0)
         adapted = adapt(model, 64, 0.0)
         batches, found = chats(2048, 4000), []
         source = [next(batches) for _ in range(20)]  # seen again and again, so that there is something to learn
-        engine = Engine(adapted) if road == "tune16" else None
+        engine = Engine(adapted) if kind == "tune16" else None
         trained = [engine.values] if engine else [p for p in adapted.parameters() if p.requires_grad]
         optimizer = bnb.optim.PagedAdamW8bit(trained, lr=2e-4)
         for index in range(steps):
@@ -232,7 +232,7 @@ def compare_losses(steps: int = 200, layers: int = 8) -> dict[str, Any]:
                 found.append(_plain_step(adapted, batch) / 2048)
             optimizer.step()
             engine.gradients.zero_() if engine else optimizer.zero_grad()
-        losses[road] = torch.stack(found).tolist()
+        losses[kind] = torch.stack(found).tolist()
         del model, adapted, engine, optimizer, trained
         clean()
     apart = [abs(a - b) / a for a, b in zip(losses["plain"], losses["tune16"], strict=True)]

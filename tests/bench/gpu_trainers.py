@@ -192,7 +192,7 @@ def build_tune16(model: Path, rows: Path, settings: dict[str, Any], scratch: Pat
         compute_dtype=settings["compute_dtype"],
         num_evaluations=1,
     )
-    lesson = trainer.Lesson(model, rows, config)
+    lesson = trainer.TrainingInputs(model, rows, config)
     built = trainer._sft_trainer(
         lesson, training_arguments(config, lesson.dtype, lesson.max_tokens, scratch / "out"), None
     )

@@ -11,7 +11,7 @@ import pytest
 
 from components.config import Recipe
 from pipelines import doctor
-from pipelines.doctor import Road, examine
+from pipelines.doctor import Context, examine
 from pipelines.s3server import S3Server
 from tests.conftest import BUCKET
 from tests.pipelines.conftest import GPU_NODE, NAMESPACE, Call, secret
@@ -40,8 +40,8 @@ def examined(
         content: dict[str, Any] = {"preflight": {"model": str(make_model("llama")), "data": str(orders)}}
         for step, values in settings.items():
             content[step] = {**content.get(step, {}), **values}
-        road = Road(Recipe.model_validate(content), host=pipelines_api.url)
-        return {finding.check: finding for finding in examine(road)}
+        context = Context(Recipe.model_validate(content), host=pipelines_api.url)
+        return {finding.check: finding for finding in examine(context)}
 
     return examine_all
 
@@ -234,7 +234,7 @@ def test_the_servers_own_storage_is_the_connections(
     def look(**storage: Any) -> str:
         credentials = {"secretName": "tune16-connection"}
         server["spec"]["objectStorage"] = {"externalStorage": {"s3CredentialsSecret": credentials, **storage}}
-        *_, finding = examine(Road(Recipe()), ("login", "namespace", "pipeline server"))
+        *_, finding = examine(Context(Recipe()), ("login", "namespace", "pipeline server"))
         return finding.text
 
     assert look(host="s3.svc", bucket="x") == "dspa is ready"
@@ -282,7 +282,7 @@ def test_the_queue_of_the_gpu_steps(
     message: str,
 ) -> None:
     change(kubernetes_api)
-    monkeypatch.setattr(doctor, "_queue_of_train", lambda road: queue)
+    monkeypatch.setattr(doctor, "_queue_of_train", lambda context: queue)
     finding = examined()["queue"]
     assert (finding.outcome, message in finding.text) == (outcome, True), finding
 
