@@ -86,9 +86,7 @@ class MemoryPlan:
         """How a step is run, in sentences."""
         facts = [f"a step is {self.num_passes} x {self.pass_tokens:,} tokens"]
         if self.num_blocks:
-            facts.append(
-                f"{self.num_kept} of {self.num_blocks} half layers keep activations, the others compute them again"
-            )
+            facts.append(f"{self.num_kept} of {self.num_blocks} half layers keep their activations")
         if self.host:
             facts.append(f"{self.host / GIBIBYTE:.1f} GiB of activations wait in the host's memory")
         if self.tokens_per_second:
