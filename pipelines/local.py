@@ -80,7 +80,8 @@ def run_locally(recipe: Recipe, folder: Path, show: Callable[[str, str], None]) 
     run = LocalRun(folder)
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_at(folder), storage(folder / "s3"), s3.environment({PARENT_VARIABLE: str(os.getpid())}):
+    variables = {PARENT_VARIABLE: str(os.getpid()), "TQDM_DISABLE": "1"}  # no bars that redraw themselves in a log
+    with _alone_at(folder), storage(folder / "s3"), s3.environment(variables):
         _recall(run)
         _write_state(folder, recipe, finished=False)
         with (folder / LOG).open("a", encoding="utf-8") as log:

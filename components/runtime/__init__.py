@@ -9,3 +9,9 @@ redaction   secrets taken out of all that is printed or written
 build       which code ran
 cpus, proxies, timeouts   limits of this process
 """
+
+import logging
+
+# They speak at each start of packages and devices that we do without. This package is imported before them.
+for _name in ("bitsandbytes.backends.cpu.ops", "accelerate.big_modeling"):
+    logging.getLogger(_name).setLevel(logging.ERROR)

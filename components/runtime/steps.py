@@ -1,6 +1,5 @@
 """What every step says of itself while it runs: one line for each thing that happened, in a pod and on a terminal."""
 
-import logging
 import os
 import select
 import signal
@@ -28,12 +27,11 @@ class Termination:
     is_asked: bool = False
 
 
-# What libraries say of themselves at each start, about arguments of ours or packages that we do without.
+# What libraries warn of at each start, about arguments of ours.
 _NOISE = (
     r".*gradient_checkpointing.* is deprecated",
     r"Could not find a config file in .* - will assume that the vocabulary was not modified",
 )
-_NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops", "accelerate.big_modeling")
 
 
 def say(step: str, text: str) -> None:
@@ -75,11 +73,9 @@ def deferred_termination() -> Iterator[Termination]:
 
 
 def quieten() -> None:
-    """Let libraries say nothing of themselves, in this process."""
+    """Let libraries warn of nothing that is ours to decide, in this process."""
     for pattern in _NOISE:
         warnings.filterwarnings("ignore", pattern)
-    for logger in _NOISY_LOGGERS:
-        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def _end_with_parent() -> None:
