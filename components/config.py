@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from components.runtime.errors import Tune16Error
 
 # The keys of an OpenShift AI connection, and the variables that the steps read.
+GPU = "nvidia.com/gpu"  # what a pod asks the cluster for, and the key of the taint of GPU nodes
 CONNECTION_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -415,7 +416,7 @@ class ClusterConfig(StepConfig):
 
     node_selector: dict[str, str] = Field({}, description="Labels of the nodes that GPU steps may run on.")
     tolerations: list[dict[str, Any]] = Field(
-        [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}],
         description="Taints that GPU steps tolerate, as in a pod.",
     )
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from kubernetes.utils.quantity import parse_quantity
 
 from components import images
-from components.config import TOKEN_VARIABLES, Recipe
+from components.config import GPU, TOKEN_VARIABLES, Recipe
 from components.deploy.objects import SERVED_BY
 from components.kubernetes.kueue import QUEUE_LABEL, why_never_admitted
 from components.models.references import parse, pin
@@ -45,7 +45,6 @@ from pipelines.submission import newest_version, pipeline_spec
 
 Known = TypeVar("Known")
 
-GPU = "nvidia.com/gpu"
 _PULL_CONFIG = ".dockerconfigjson"  # of a pull secret
 _UPSTREAM_RUNNER = "pipeline-runner"
 _GPU_MEMORY_LABEL = "nvidia.com/gpu.memory"  # MiB, set by NVIDIA's GPU feature discovery

@@ -6,7 +6,7 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
-from components.config import CONNECTION_VARIABLES, PROMOTED, SESSION_TOKEN, TOKEN_VARIABLES, Recipe, form_help
+from components.config import CONNECTION_VARIABLES, GPU, PROMOTED, SESSION_TOKEN, TOKEN_VARIABLES, Recipe, form_help
 from components.convert.component import convert
 from components.deploy.component import deploy
 from components.evaluate.component import evaluate
@@ -160,6 +160,6 @@ def finetune(
     # GPUs of one pod exchange gradients through shared memory, of which a container has 64 MiB by itself.
     kubernetes.empty_dir_mount(trained, "shm", "/dev/shm", medium="Memory", size_limit="2Gi")
     for task, num_gpus in ((trained, fixed.outputs["gpus"]), (evaluated, fixed.outputs["evaluation_gpus"])):
-        task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(num_gpus)
+        task.set_accelerator_type(GPU).set_accelerator_limit(num_gpus)
         kubernetes.add_node_selector_json(task, node_selector_json=with_node_selector)
         kubernetes.add_toleration_json(task, toleration_json=with_tolerations)

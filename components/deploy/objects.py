@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from components.config import CONNECTION_VARIABLES, SESSION_TOKEN
+from components.config import CONNECTION_VARIABLES, GPU, SESSION_TOKEN
 from components.kubernetes import api as kubeapi
 from components.models.references import parse
 from components.runtime.errors import Tune16Error
@@ -97,7 +97,7 @@ def _llama_cpp(manifest: Json, path: str, runtime: str) -> Json:
         )
     cache = context(manifest) * manifest["cache_bytes_per_token"]
     memory = f"{(sizes[models[0]] * 5 // 4 + cache) // 2**30 + 2}Gi"  # the file, keys and values, Python
-    gpu = {"nvidia.com/gpu": "1"} if runtime.endswith("gpu") else {}
+    gpu = {GPU: "1"} if runtime.endswith("gpu") else {}
     return {
         "model": {
             "modelFormat": {"name": "gguf"},
@@ -150,7 +150,7 @@ def _vllm_model(manifest: Json, *arguments: str) -> Json:
     return {
         "modelFormat": {"name": "vLLM"},
         "args": [f"--max-model-len={context(manifest)}", *arguments],
-        "resources": _resources("4", "24Gi", {"nvidia.com/gpu": "1"}),
+        "resources": _resources("4", "24Gi", {GPU: "1"}),
     }
 
 

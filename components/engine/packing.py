@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from components.engine.limits import round_up
+from components.models.labels import IGNORED
 
-IGNORED = -100
 _FULL = 0.98  # a pass with this share of tokens is closed
 _WINDOW = 64  # passes that are filled together: more fill better, fewer mix rows of all lengths better
 

@@ -11,12 +11,12 @@ from sacrebleu.metrics.chrf import CHRF
 
 from components.config import EvaluateConfig
 from components.evaluate.batches import in_batches, tokens_at_once
+from components.models.labels import IGNORED
 from components.models.loading import device
 from components.runtime.errors import Tune16Error
 from components.runtime.report import significant
 from components.runtime.steps import say
 
-_IGNORED = -100
 _LOGIT_TOKENS = 512  # tokens whose logits are held at once
 _RESAMPLES = 1000
 _CONFIDENCE = 0.95
@@ -88,7 +88,7 @@ def score_losses(model: Any, rows: list[dict[str, Any]], batch_size: int) -> Row
     def score(numbers: list[int]) -> list[tuple[float, int]]:
         input_ids, attention, labels = _pad([rows[number] for number in numbers])
         hidden = causal.model(input_ids=input_ids, attention_mask=attention, use_cache=False).last_hidden_state
-        row_of, place = (labels[:, 1:] != _IGNORED).nonzero(as_tuple=True)
+        row_of, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         losses = _token_losses(causal.lm_head, hidden[row_of, place], labels[row_of, place + 1])
         row_of = row_of.cpu()
         sums = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, row_of, losses)
@@ -112,7 +112,7 @@ def _pad(batch: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor | None
     longest = max(len(row["input_ids"]) for row in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     attention = torch.zeros_like(ids)
-    labels = torch.full_like(ids, _IGNORED)
+    labels = torch.full_like(ids, IGNORED)
     for number, row in enumerate(batch):
         length = len(row["input_ids"])
         ids[number, :length] = torch.tensor(row["input_ids"])

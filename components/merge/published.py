@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from components.models.labels import IGNORED
 from components.models.loading import load_model
 from components.models.stopping import as_list
 from components.models.tensors import weight_bytes
@@ -23,7 +24,6 @@ _MOST_ROWS, _FEWEST_ROWS = 32, 2
 _WORK = 8e12  # bytes of weights times tokens: some minutes on two cores
 _ANSWER_SHARE = 0.25  # of the tokens, for answers
 _FEWEST_ENDS = 5  # answers that were to end, and have had twice the time: one alone may go on by a turn of phrase
-_IGNORED = -100
 
 
 def check_published(merged: Path, data: Path, evaluation: Path) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def _loss(model: Any, row: dict[str, Any]) -> tuple[float, int]:
     """Summed negative log-likelihood in nats of a row's answers, and their number of tokens."""
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=_IGNORED, reduction="sum")
-    return float(losses), int((labels != _IGNORED).sum())
+    losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return float(losses), int((labels != IGNORED).sum())
 
 
 @torch.inference_mode()

@@ -6,4 +6,5 @@ shapes      a model's sizes
 loading     a base model on the device at hand
 stopping    where answers end: one rule for evaluation, publication and serving
 pieces      a token's text
+labels      what each token has to predict
 """

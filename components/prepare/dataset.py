@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config import PrepareConfig
+from components.models.labels import IGNORED
 from components.models.references import file_digest
 from components.prepare import report
 from components.prepare.chat import ChatTemplate, Template
@@ -22,7 +23,7 @@ from components.prepare.conversations import conversations
 from components.prepare.findings import Findings
 from components.prepare.inputs import find_files, load_tokenizer
 from components.prepare.rowfiles import RowFile
-from components.prepare.tokens import IGNORED, PlacedRow, TokenRow, Tokens
+from components.prepare.tokens import PlacedRow, TokenRow, Tokens
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import new_folder, write_record
 from components.runtime.steps import say

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers.models import BPE
 
+from components.models.labels import IGNORED
 from components.prepare.chat import Messages, NotRenderedError, Sample, Template
 from components.prepare.findings import Findings, Place
 from components.prepare.sensitive import quoted
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FIRST_ROWS, _EVERY_ROW = 2000, 50  # rows whose text is compared with what their tokens say
-IGNORED = -100  # the label of tokens that are not trained on, as in torch's cross-entropy
 
 Ids = npt.NDArray[np.int32]
 

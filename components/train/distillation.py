@@ -12,10 +12,9 @@ import torch
 from trl import DistillationTrainer
 from trl.trainer.utils import pad
 
+from components.models.labels import IGNORED
 from components.runtime.errors import Tune16Error
 from components.train.state import Resumable
-
-_IGNORED = -100  # the label of tokens that are not learnt
 
 
 class GivenAnswersTrainer(Resumable, DistillationTrainer):
@@ -37,7 +36,7 @@ class GivenAnswersTrainer(Resumable, DistillationTrainer):
         Prompts and answers are padded apart; so a batch is as wide as its longest row and no wider.
         """
         rows = [torch.tensor(row["input_ids"]) for row in inputs]
-        learnt = [(torch.tensor(row["labels"]) != _IGNORED).long() for row in inputs]
+        learnt = [(torch.tensor(row["labels"]) != IGNORED).long() for row in inputs]
         fill = self._tokenizer.pad_token_id
         batch = {
             "prompt_ids": pad([ids[:1] for ids in rows], fill, "left"),

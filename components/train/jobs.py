@@ -5,14 +5,13 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from components.config import TrainConfig
+from components.config import GPU, TrainConfig
 from components.kubernetes.api import main_container
 from components.kubernetes.kueue import QUEUE_LABEL
 
 Json = dict[str, Any]
 
 _RUNTIME = "torch-distributed"  # the ClusterTrainingRuntime that comes with OpenShift AI
-_GPU = "nvidia.com/gpu"
 _CA_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
 _OF_THE_STEP_ALONE = ("KFP_", "ARGO_", "PET_")  # variables that mean the step's own pod
 _TEMPLATE = "ARGO_TEMPLATE"  # the variable in which Argo Workflows tells a pod's containers what it was made of
@@ -95,7 +94,7 @@ def describe(kind: Kind, job: str, pod: Json, source: str, config: TrainConfig, 
 def resources_of(pod: Json, config: TrainConfig) -> Json:
     """What each pod of the job asks for: as much as the step's own pod, and the GPUs."""
     own = main_container(pod).get("resources", {})
-    gpus = {_GPU: str(config.num_gpus)} if config.num_gpus else {}
+    gpus = {GPU: str(config.num_gpus)} if config.num_gpus else {}
     return {name: {**own.get(name, {}), **gpus} for name in ("requests", "limits")}
 
 
