@@ -162,7 +162,7 @@ class Watch:
         for step in failed_steps(run):
             log = read_log(self._cluster, self._server, run, step, pods)
             before, error = log.failure(step, _LINES_BEFORE_ERROR)
-            happened = what_happened(pods, step, workflow) if self._cluster else ""
+            happened = what_happened(pods, step, workflow, bool(log.lines)) if self._cluster else ""
             lines = before + error
             if not error:
                 lines += [f"error: {line}" for line in log.complaints()[-1:]] if not happened else []

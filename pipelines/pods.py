@@ -66,8 +66,15 @@ def newest(pods: Iterable[StepPod], step: str) -> StepPod | None:
     return max(found, key=lambda pod: (not pod.is_driver, found.index(pod)), default=None)
 
 
-def what_happened(pods: Iterable[StepPod], step: str, workflow: Json | None) -> str:
-    """What became of a step's pod that did not end by itself; empty where it did, or nobody knows."""
+def what_happened(pods: Iterable[StepPod], step: str, workflow: Json | None, has_log: bool) -> str:
+    """What became of a step's pod that did not end by itself; empty where it did, or where that cannot be known.
+
+    Args:
+        pods: all pods of the run.
+        step: the step.
+        workflow: the run's workflow, where it is there still.
+        has_log: whether a log of the pod has been kept: then it may have ended long ago, and been removed since.
+    """
     pod = newest(pods, step)
     if pod is not None:
         return end_of_pod(pod.body)
@@ -80,7 +87,9 @@ def what_happened(pods: Iterable[StepPod], step: str, workflow: Json | None) -> 
     said = next((message for message in reversed(messages) if message), "")
     if said == "pod deleted":
         return "its pod was deleted"
-    return f"its pod is gone: {said}" if said else "its pod is gone: it was deleted or evicted, or its node was lost"
+    if said or has_log:
+        return f"its pod is gone: {said}" if said else ""
+    return "its pod is gone: it was deleted or evicted, or its node was lost"
 
 
 def workflow_messages(workflow: Json | None) -> dict[str, str]:

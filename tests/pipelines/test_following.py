@@ -284,6 +284,17 @@ def test_logs_of_pods_that_are_gone(
     assert "kept no log" in call("runs", "logs", run_id, "--step", "train")[1]
 
 
+def test_a_pod_that_was_removed_long_after_its_end_is_not_called_deleted(
+    call: Call, started: dict[str, Any], pipelines_api: PipelineApi
+) -> None:
+    log = LAUNCHER + "train: started\nTraceback (most recent call last):\nRuntimeError: a bug\n" + LAUNCHER_ENDS
+    pipelines_api.kept_logs[started["run_id"], "wf-train-executor"] = log
+    pipelines_api.set_tasks(started["run_id"], {"train": "FAILED"}, "FAILED")
+    code, _, err = call("runs", "show", started["run_id"], "--wait")
+    assert code == 1 and "RuntimeError: a bug" in err and "its pod is gone" not in err
+    assert err.splitlines()[-1].endswith("error: Component failed to execute: exit status 2")
+
+
 def test_a_log_among_the_artifacts(
     call: Call, started: dict[str, Any], pipelines_api: PipelineApi, s3_server: S3Server, bucket: str
 ) -> None:
