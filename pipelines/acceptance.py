@@ -26,6 +26,7 @@ from components.kubernetes.pods import duration
 from components.runtime.errors import Tune16Error
 from components.storage import s3
 from components.storage.records import read_outcome
+from components.train.jobs import PYTORCH_JOB, TRAIN_JOB, Kind
 from pipelines.cli_where import Connected
 from pipelines.cluster import Cluster
 from pipelines.following import Watch
@@ -38,7 +39,6 @@ from pipelines.submission import ensure_version, submit
 POLL_SECONDS = 5.0
 STUCK_SECONDS = 900.0  # that a step may wait for the same reason
 _ROOT = "tune16-check"
-_TRAINERS = (("trainer.kubeflow.org/v1alpha1", "trainjobs"), ("kubeflow.org/v1", "pytorchjobs"))
 _STEPS_BEFORE_KILL = 4
 _KILLED_EPOCHS, _KILLED_CHECKPOINT_MINUTES = 20, 0.05
 
@@ -127,9 +127,9 @@ class Acceptance:
 
     def _pipeline(self) -> str:
         server = self.connected.server
-        before = len(server.list_all_versions())
+        before = {entry["pipeline_version_id"] for entry in server.list_all_versions()}
         version = ensure_version(server, self.connected.cluster, self._made, uploaded=False)  # a new one is undone
-        is_ours = len(server.list_all_versions()) > before
+        is_ours = version["pipeline_version_id"] not in before
         with TemporaryDirectory() as folder:
             from pipelines.local import put_demo
 
@@ -208,16 +208,15 @@ class Acceptance:
                 self.connected.server.delete_schedule(entry["recurring_run_id"])
 
     def _two_nodes(self) -> str:
-        served = [
-            kind
-            for group_version, kind in _TRAINERS
-            if kind
-            in [entry["name"] for entry in (self._cluster.look(f"/apis/{group_version}") or {}).get("resources", [])]
-        ]
+        served = [kind for kind in (TRAIN_JOB, PYTORCH_JOB) if self._is_served(kind)]
         if not served:
             raise SkippedError("the cluster has neither TrainJob nor PyTorchJob.")
         run = self._run_to_its_end("train.num_nodes=2", self._place("two-nodes"))
-        return f"{served[0]}: {self._verdict(run)} in {duration(took(run) or 0)}"
+        return f"{served[0].name}: {self._verdict(run)} in {duration(took(run) or 0)}"
+
+    def _is_served(self, kind: Kind) -> bool:
+        found = self._cluster.look(f"/apis/{kind.group}/{kind.version}") or {}
+        return any(entry["name"] == kind.plural for entry in found.get("resources", []))
 
     def _endpoint(self) -> str:
         runtime = SERVED_BY["llama.cpp"]
@@ -354,7 +353,7 @@ class Acceptance:
             with told(f"the run {run['display_name']}"):
                 self._remove_run(run)
         with told(f"s3://{s3.default_bucket()}/{self.folder}/"):
-            self._remove_folder(f"{self.folder}/")
+            s3.delete_folder(s3.default_bucket(), f"{self.folder}/", first="")
         if left:
             raise Tune16Error(f"left behind: {'; '.join(left)}")
         return f"{len(self._runs)} runs and s3://{s3.default_bucket()}/{self.folder}/ are gone"
@@ -365,14 +364,7 @@ class Acceptance:
             if not has_ended(server.read_run(run["run_id"])):
                 server.stop_run(run["run_id"])
         server.delete_run(run["run_id"])
-        self._remove_folder(f"tune16/{run['run_id']}/")
-
-    @staticmethod
-    def _remove_folder(prefix: str) -> None:
-        bucket = s3.default_bucket()
-        s3.abort_uploads(bucket, prefix, lambda _: True)
-        for stored in s3.list_objects(bucket, prefix):
-            s3.delete(bucket, stored.key)
+        s3.delete_folder(s3.default_bucket(), f"tune16/{run['run_id']}/", first="")
 
 
 def as_json(results: list[Result], connected: Connected) -> Json:

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from components.config import CONNECTION_VARIABLES, Recipe, override
+from components.kubernetes.certificates import is_inside_only
 from components.kubernetes.pods import duration
 from components.runtime.errors import USER_ERROR_EXIT_CODE, Tune16Error
 from components.storage import s3
@@ -19,7 +20,7 @@ from pipelines.cli_runs import follow
 from pipelines.cli_where import Connected, Where, console, notes, show_result, somewhere
 from pipelines.cluster import Cluster, ForbiddenError, NotFoundError
 from pipelines.options import AsJson, RecipeName, Settings, find_recipe, find_shapes
-from pipelines.outcome import connection_values, is_inside_only
+from pipelines.outcome import connection_values
 
 _MARKS = {"ok": "[green]ok[/]", "problem": "[red]problem[/]", "unknown": "[yellow]unknown[/]"}
 _OUTCOMES = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "skipped": "[yellow]skipped[/]"}

@@ -50,7 +50,7 @@ def list_runs(
         return
     table = Table("run", "state", "verdict", "started", "took", "id")
     for run, verdict in zip(found, verdicts, strict=True):
-        state = _state(connected, run)
+        state = state_in_words(connected, run)
         seconds = took(run)
         times = (local_time(run.get("created_at")), duration(seconds) if seconds is not None else "")
         table.add_row(run["display_name"], state, verdict, *times, run["run_id"])
@@ -88,7 +88,7 @@ def stop(where: Where, run: RunId) -> None:
     connected = where.connect()
     content = find_run(connected, run)
     if has_ended(content):
-        raise Tune16Error(f"{content['display_name']} has ended already: {_state(connected, content)}.")
+        raise Tune16Error(f"{content['display_name']} has ended already: {state_in_words(connected, content)}.")
     connected.server.stop_run(content["run_id"])
     console.print(f"{content['display_name']} is being stopped")
 
@@ -100,7 +100,7 @@ def retry(where: Where, run: RunId) -> None:
     connected = where.connect()
     content = find_run(connected, run)
     if not has_ended(content) or content.get("state") == SUCCEEDED:
-        raise Tune16Error(f"{content['display_name']} has not failed: {_state(connected, content)}.")
+        raise Tune16Error(f"{content['display_name']} has not failed: {state_in_words(connected, content)}.")
     connected.server.retry_run(content["run_id"])
     console.print(f"{content['display_name']} goes on")
 
@@ -121,8 +121,7 @@ def logs(
     begun = [name for name in CONFIG_OF_STEP if name in {*begun, *watch.steps_with_pods()}]
     if step and step not in begun:
         raise Tune16Error(f"The step '{step}' has not run in this run. These have: {', '.join(begun) or 'none yet'}.")
-    for name in [step] if step else begun:
-        log = watch.log(content, name)
+    for name, log in watch.logs(content, [step] if step else begun):
         for line in log.lines if everything else log.own(name):
             console.print(f"[bold cyan]{name:>9}[/] {escape(line)}", soft_wrap=True)
         if log.remark:
@@ -145,7 +144,8 @@ def report(
     console.print(str(target), soft_wrap=True)
 
 
-def _state(connected: Connected, run: Json) -> str:
+def state_in_words(connected: Connected, run: Json) -> str:
+    """A run's state in a word, as its workflow knows it where the server does not."""
     return Watch(connected.server, connected.cluster, run["run_id"]).state(run)
 
 

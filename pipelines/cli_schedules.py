@@ -10,9 +10,8 @@ from rich.table import Table
 
 from components.runtime.errors import Tune16Error
 from pipelines.cli_cluster import Unchecked, Uploaded, prepare
-from pipelines.cli_runs import VerdictOf
+from pipelines.cli_runs import VerdictOf, state_in_words
 from pipelines.cli_where import Connected, Where, WithDefault, console, show_result, somewhere
-from pipelines.following import Watch
 from pipelines.options import AsJson, RecipeName, Settings
 from pipelines.runs import local_time
 from pipelines.schedules import describe, find_schedule, last_run, next_run, read_cron, read_interval, schedule
@@ -54,12 +53,12 @@ def list_schedules(where: Where, as_json: AsJson = False) -> None:
     """List the schedules, with the last run and the next one of each."""
     connected = where.connect()
     found, now = connected.server.list_schedules(), datetime.now(UTC)
-    runs = _runs_of(connected, found)
+    runs, verdict_of = _runs_of(connected, found), VerdictOf(connected)
     table = Table("schedule", "state", "when", "next run", "last run", "outcome", "id")
     for entry in found:
         last, due = last_run(entry, runs), next_run(entry, runs, now)
         entry["next_run_at"] = due.isoformat() if due else ""
-        outcome = _outcome(connected, last) if last else ""
+        outcome = (verdict_of(last) or state_in_words(connected, last)) if last else ""
         entry["last_run"] = {"name": last["display_name"], "outcome": outcome} if last else None
         times = (local_time(entry["next_run_at"]), local_time(last["created_at"]) if last else "")
         table.add_row(
@@ -81,11 +80,6 @@ def _runs_of(connected: Connected, schedules: list[Json]) -> list[Json]:
         if len(runs) < limit or all(last_run(entry, runs) for entry in schedules):
             break
     return runs
-
-
-def _outcome(connected: Connected, run: Json) -> str:
-    """How a run ended, in a word: its verdict where it has one."""
-    return VerdictOf(connected)(run) or Watch(connected.server, connected.cluster, run["run_id"]).state(run)
 
 
 @schedules.command()

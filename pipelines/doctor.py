@@ -16,7 +16,8 @@ from kubernetes.utils.quantity import parse_quantity
 
 from components import images
 from components.config import GPU, TOKEN_VARIABLES, Recipe
-from components.deploy.objects import SERVED_BY
+from components.deploy.objects import NO_KSERVE, SERVED_BY
+from components.kubernetes.certificates import is_inside_only
 from components.kubernetes.kueue import QUEUE_LABEL, why_never_admitted
 from components.models.references import parse, pin
 from components.planning.disk import needed
@@ -37,7 +38,7 @@ from pipelines.cluster import (
     server_object,
 )
 from pipelines.options import find_shapes
-from pipelines.outcome import connection_values, is_inside_only
+from pipelines.outcome import connection_values
 from pipelines.registry import Credentials, image_status
 from pipelines.resources import RESOURCES
 from pipelines.server import Json, PipelineServer
@@ -389,9 +390,7 @@ def _serving(context: Context) -> str:
     try:
         found = context.get(path, "see the serving runtimes")["items"]
     except NotFoundError:
-        raise Tune16Error(
-            "this cluster has no KServe. Ask its administrator for single-model serving, or name no serving_runtime."
-        ) from None
+        raise Tune16Error(NO_KSERVE) from None
     names = {entry["metadata"]["name"] for entry in found}
     formats = {name["name"] for entry in found for name in entry["spec"].get("supportedModelFormats", [])}
     wanted = SERVED_BY.get(runtime)

@@ -1,7 +1,7 @@
 """Following a run: what each step does at this moment, and in words why it waits or has failed."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from components.kubernetes.pods import Waiting, duration, why_it_waits
@@ -153,7 +153,13 @@ class Watch:
 
     def log(self, run: Json, step: str) -> StepLog:
         """The log of a step, from wherever it is kept."""
-        return read_log(self._cluster, self._server, run, step, self._pods())
+        return next(log for _, log in self.logs(run, [step]))
+
+    def logs(self, run: Json, steps: Iterable[str]) -> Iterator[tuple[str, StepLog]]:
+        """The logs of several steps, each with its step, from wherever they are kept."""
+        pods = self._pods()
+        for step in steps:
+            yield step, read_log(self._cluster, self._server, run, step, pods)
 
     def failures(self, run: Json) -> Iterator[tuple[str, str]]:
         """Lines on each step that failed, with the step's name: its own last lines, and the error at the end."""

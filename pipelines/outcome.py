@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from components.config import CONNECTION_VARIABLES, PROMOTED, SESSION_TOKEN
+from components.kubernetes.certificates import is_inside_only
 from components.runtime.errors import Tune16Error
 from components.storage import s3
 from components.storage.records import Outcome, read_outcome, read_report
 from pipelines.cluster import Cluster
+from pipelines.runs import has_ended
 from pipelines.server import Json, PipelineServer
 from pipelines.steplogs import StepLog
 from pipelines.submission import pipeline_spec
@@ -73,12 +74,6 @@ def connection_values(cluster: Cluster, name: str) -> dict[str, str]:
     return {SESSION_TOKEN: "", **values}
 
 
-def is_inside_only(address: str) -> bool:
-    """Whether an address is one of a cluster's own, which mean nothing outside."""
-    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
-    return host.endswith((".svc", ".svc.cluster.local"))
-
-
 class Bucket:
     """The bucket in which runs leave what they did, as it can be read from here.
 
@@ -103,7 +98,7 @@ class Bucket:
         if not path:
             return None  # of a release that left nothing
         with self._reached(run):
-            return read_outcome(path, run["run_id"], run.get("finished_at", "") if _has_end(run) else "")
+            return read_outcome(path, run["run_id"], run.get("finished_at", "") if has_ended(run) else "")
 
     def report(self, run: Json) -> bytes:
         """The report of a run's evaluation.
@@ -184,7 +179,3 @@ def _from_logs(evaluate: StepLog, upload: StepLog, why: str) -> Ending:
 
 def _parameter(run: Json, name: str) -> str:
     return str(((run.get("runtime_config") or {}).get("parameters") or {}).get(name) or "")
-
-
-def _has_end(run: Json) -> bool:
-    return run.get("state") in ("SUCCEEDED", "FAILED", "CANCELED")

@@ -78,10 +78,9 @@ def what_happened(pods: Iterable[StepPod], step: str, workflow: Json | None, has
     pod = newest(pods, step)
     if pod is not None:
         return end_of_pod(pod.body)
-    nodes = ((workflow or {}).get("status") or {}).get("nodes", {}).values()
     messages = [
         sentence(str(node.get("message") or ""))
-        for node in nodes
+        for node in _nodes(workflow)
         if step_of_node(str(node.get("name", "")))[0] == step and node.get("type") == "Pod"
     ]
     said = next((message for message in reversed(messages) if message), "")
@@ -95,7 +94,7 @@ def what_happened(pods: Iterable[StepPod], step: str, workflow: Json | None, has
 def workflow_messages(workflow: Json | None) -> dict[str, str]:
     """What the workflow says of steps that have no pod yet, such as that a quota is used up."""
     found: dict[str, str] = {}
-    for node in ((workflow or {}).get("status") or {}).get("nodes", {}).values():
+    for node in _nodes(workflow):
         step, _ = step_of_node(str(node.get("name", "")))
         if step and node.get("phase") == "Pending" and node.get("message"):
             found[step] = sentence(str(node["message"]))
@@ -106,3 +105,7 @@ def was_stopped(workflow: Json | None) -> bool:
     """Whether somebody has stopped the workflow: the pipeline server sets its deadline to zero."""
     spec = (workflow or {}).get("spec", {})
     return spec.get("activeDeadlineSeconds") == 0 or bool(spec.get("shutdown"))
+
+
+def _nodes(workflow: Json | None) -> list[Json]:
+    return list(((workflow or {}).get("status") or {}).get("nodes", {}).values())

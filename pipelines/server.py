@@ -39,7 +39,6 @@ _log = logging.getLogger(__name__)
 _ATTEMPTS = 4
 _LOOKS = 5  # for what may have got through although its answer was lost
 PAUSE_SECONDS = 0.5  # before the second try; it doubles with each further one
-_PASSING_FAULTS = {429, 500, 502, 503, 504}
 _PAGE_SIZE = 100
 _MAX_PAGES = 20  # of artifacts: nobody waits for more
 
@@ -361,7 +360,7 @@ class PipelineServer:
 def _passes(error: BaseException) -> bool:
     """Whether a fault may be gone at the next try."""
     if isinstance(error, ApiException):
-        return error.status in _PASSING_FAULTS
+        return error.status in kubeapi.PASSING_FAULTS
     return isinstance(error, urllib3.exceptions.HTTPError) and not isinstance(error, urllib3.exceptions.SSLError)
 
 

@@ -20,6 +20,7 @@ from components.config import DeployConfig
 from components.deploy.objects import (
     ALIAS,
     API,
+    NO_KSERVE,
     OWNER,
     VERSION,
     Json,
@@ -44,9 +45,6 @@ _STOPPED = "serving.kserve.io/stop"  # the dashboard sets it
 _HOPELESS = {"InvalidSpec"}  # transitions that no waiting ends
 _REFUSED, _REFUSED_LOOKS = "KServe takes no such InferenceService", 3  # one after the other
 _LOG_LINES = 3
-_NO_KSERVE = (
-    "this cluster has no KServe. Ask its administrator for single-model serving, or leave serving_runtime empty."
-)
 _REMEMBERED = "inferenceservice.json"
 _TOKEN_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
@@ -101,7 +99,7 @@ class _Service:
             kubeapi.apply(self.api, self._path, body)
         except ApiException as error:
             if error.status == 404:
-                raise Tune16Error(f"deploy.runtime: {_NO_KSERVE}") from None
+                raise Tune16Error(f"deploy.runtime: {NO_KSERVE}") from None
             if error.status != 409:
                 raise
             raise Tune16Error(

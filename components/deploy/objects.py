@@ -14,6 +14,9 @@ API = "serving.kserve.io/v1beta1"
 OWNER = "tune16.dev/path"
 VERSION = "tune16.dev/version"
 ALIAS = "tune16.dev/alias"
+NO_KSERVE = (
+    "this cluster has no KServe. Ask its administrator for single-model serving, or leave serving_runtime empty."
+)
 
 _USUAL_CONTEXT = 4096  # tokens; a model trained on longer rows gets twice those
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for

@@ -23,7 +23,7 @@ _APPLY = "application/apply-patch+yaml"  # JSON is YAML
 Answer = TypeVar("Answer")
 
 _PATIENCE_SECONDS = 900  # for an API that is away or answers with passing faults
-_PASSING_FAULTS = {429, 500, 502, 503, 504}
+PASSING_FAULTS = {429, 500, 502, 503, 504}  # statuses that may be others a little later
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -160,7 +160,7 @@ def patiently(request: Callable[[], Answer], pause: float) -> Answer:
 def passes(error: BaseException) -> bool:
     """Whether a request that failed so may work a little later."""
     if isinstance(error, ApiException):
-        return error.status in _PASSING_FAULTS
+        return error.status in PASSING_FAULTS
     reason = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
     return isinstance(error, urllib3.exceptions.HTTPError) and not isinstance(reason, urllib3.exceptions.SSLError)
 

@@ -12,5 +12,11 @@ def service_ca(address: str) -> str:
 
     The environment may name another file, in SSL_CERT_FILE.
     """
-    inside = (urlsplit(address).hostname or "").endswith((".svc", ".svc.cluster.local"))
-    return os.environ.get("SSL_CERT_FILE") or (str(_SERVICE_CA) if inside and _SERVICE_CA.is_file() else "")
+    is_ours = is_inside_only(address) and _SERVICE_CA.is_file()
+    return os.environ.get("SSL_CERT_FILE") or (str(_SERVICE_CA) if is_ours else "")
+
+
+def is_inside_only(address: str) -> bool:
+    """Whether an address is one of a cluster's own services, which mean nothing outside."""
+    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    return host.endswith((".svc", ".svc.cluster.local"))

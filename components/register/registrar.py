@@ -17,7 +17,7 @@ from urllib.parse import urlencode, urlsplit
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from components.config import RegisterConfig
-from components.kubernetes.api import sentence
+from components.kubernetes.api import PASSING_FAULTS, sentence
 from components.kubernetes.certificates import service_ca
 from components.runtime.errors import Tune16Error
 from components.runtime.steps import say
@@ -36,7 +36,6 @@ _AUTHOR = "Tune16"
 _ARCHIVED = "ARCHIVED"  # the client's states are text, too
 POLL_SECONDS = 5.0
 _TIMEOUT_SECONDS = 60  # for one call of the client, which is a few requests
-_PASSING_FAULTS = {429, 500, 502, 503, 504}
 
 
 class UnavailableError(Tune16Error):
@@ -337,7 +336,7 @@ def _explained(server: str) -> Iterator[None]:
     try:
         yield
     except ApiException as error:
-        kind = UnavailableError if error.status in _PASSING_FAULTS else Tune16Error
+        kind = UnavailableError if error.status in PASSING_FAULTS else Tune16Error
         raise kind(f"{server}: {_refusal(error.status, str(error.body or error.reason))}") from None
     except aiohttp.ClientConnectorCertificateError as error:
         raise Tune16Error(f"{server}: its certificate is not trusted ({error}). Set SSL_CERT_FILE to its CA.") from None

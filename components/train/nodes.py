@@ -153,6 +153,7 @@ class _Job:
         self._name = body["metadata"]["name"]
         self._queue = body["metadata"]["labels"].get(QUEUE_LABEL, "")
         self._num_said = 0
+        self._pods: list[Json] = []  # as they were when the state was asked for
 
     def state(self) -> tuple[str, str]:
         """``queued``, ``waiting``, ``running``, ``complete`` or ``failed``, and why.
@@ -170,16 +171,17 @@ class _Job:
                 f"{self.title} was deleted by somebody while it ran. Retry the run: it goes on from its newest "
                 "checkpoint."
             ) from None
+        self._pods = self._list_pods()
         state, why = _state(job)
         if state == "queued":
             return state, kueue_waiting(_look, self._namespace, job["metadata"].get("uid", ""), self._queue)
-        waiting = next(filter(None, (why_it_waits(_look, pod) for pod in self._pods())), None)
+        waiting = next(filter(None, (why_it_waits(_look, pod) for pod in self._pods)), None)
         return ("waiting", waiting.reason) if state in ("waiting", "running") and waiting else (state, why)
 
     def new_lines(self) -> list[str]:
         """The whole lines that the first pod has printed since the last call."""
         name, value = self._kind.first
-        pod = next((pod for pod in self._pods() if pod["metadata"].get("labels", {}).get(name) == value), None)
+        pod = next((pod for pod in self._pods if pod["metadata"].get("labels", {}).get(name) == value), None)
         text = self._log(pod) if pod else ""
         lines = text[: text.rfind("\n") + 1].splitlines()
         said, self._num_said = self._num_said, len(lines)
@@ -188,13 +190,13 @@ class _Job:
     def last_words(self) -> list[str]:
         """How each pod ended, and its last lines, whatever they begin with: the logs go with the job."""
         words = []
-        for pod in self._pods():
+        for pod in self._pods:
             lines = [line for line in self._log(pod).splitlines() if line.strip()][-_LAST_LINES:]
             ended = end_of_pod(pod, self._kind.container)
             words += [f"{pod['metadata']['name']}: {line}" for line in [*lines, *([ended] if ended else [])]]
         return words
 
-    def _pods(self) -> list[Json]:
+    def _list_pods(self) -> list[Json]:
         query = {"labelSelector": self._kind.pods.format(job=self._name)}
         pods: list[Json] = _patiently("GET", f"/api/v1/namespaces/{self._namespace}/pods", query=query)["items"]
         return pods
