@@ -50,7 +50,7 @@ def heal(cluster: Cluster, is_wanted: Callable[[Json], bool]) -> bool:
             cluster.send("PATCH", f"{path}/{name}", label, content_type=_MERGE_PATCH)
     except (ApiException, urllib3.exceptions.HTTPError) as error:
         raise Tune16Error(
-            f"{_explain(cluster, names)} This account cannot do it ({getattr(error, 'status', error)})."
+            f"{explain(cluster, names)} This account cannot do it ({getattr(error, 'status', error)})."
         ) from None
     for _ in range(_LOOKS):
         if not {entry["metadata"]["name"] for entry in unlisted(cluster)} & set(names):
@@ -62,15 +62,12 @@ def heal(cluster: Cluster, is_wanted: Callable[[Json], bool]) -> bool:
     )
 
 
-def remedy(cluster: Cluster, names: list[str]) -> str:
-    """The command that lets the webhook see versions again."""
-    return f"oc label pipelineversion {' '.join(names)} {_TOUCHED}=again --overwrite -n {cluster.namespace}"
-
-
-def _explain(cluster: Cluster, names: list[str]) -> str:
+def explain(cluster: Cluster, names: list[str]) -> str:
+    """Why the server does not list versions, and the command that lets the webhook see them again."""
+    touch = f"oc label pipelineversion {' '.join(names)} {_TOUCHED}=again --overwrite -n {cluster.namespace}"
     return (
         f"{', '.join(names)}: was applied before the pipeline server's webhook ran, so the server does not list it. "
-        f"Run: {remedy(cluster, names)}."
+        f"Run: {touch}."
     )
 
 

@@ -157,10 +157,7 @@ def _pipeline_server(context: Context) -> str:
         return f"{name} is ready; it keeps pipelines in its database: submit uploads them, oc apply does not"
     names = [entry["metadata"]["name"] for entry in applied.unlisted(context.cluster)]
     if names:
-        raise Tune16Error(
-            f"{', '.join(names)}: applied before the server's webhook ran, so the server does not list it. Run: "
-            f"{applied.remedy(context.cluster, names)}. `tune16 submit` does it by itself."
-        )
+        raise Tune16Error(f"{applied.explain(context.cluster, names)} `tune16 submit` does it by itself.")
     return f"{name} is ready"
 
 
