@@ -14,24 +14,24 @@ from pathlib import Path
 _PIP = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes"]
 
 
-def main(index: str, locks: list[Path], without: str, options: list[str]) -> None:
-    """Install `locks` but for the package `without`, with further `options` of pip."""
+def main(index: str, locks: list[Path], without: str) -> None:
+    """Install `locks` but for the package `without`."""
     for lock in locks:
         text = lock.read_text()
-        torch = _entry(text, r"torch==\S*\+cpu")
+        torch = entry(text, r"torch==\S*\+cpu")
         if torch:
-            _install(torch, ["--extra-index-url", index, *options])
-        left_out = _entry(text, rf"{re.escape(without)}==\S*") if without else ""
-        _install(text.replace(torch, "").replace(left_out, ""), options)
+            _install(torch, "--extra-index-url", index)
+        left_out = entry(text, rf"{re.escape(without)}==\S*") if without else ""
+        _install(text.replace(torch, "").replace(left_out, ""))
 
 
-def _entry(lock: str, requirement: str) -> str:
+def entry(lock: str, requirement: str) -> str:
     """A package's lines in a lock, its version and hashes; empty where it is not there."""
     found = re.search(rf"^{requirement}.*\n(?:[ \t]+--hash=.*\n?)*", lock, re.MULTILINE)
     return found[0] if found else ""
 
 
-def _install(requirements: str, options: list[str]) -> None:
+def _install(requirements: str, *options: str) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(requirements)
         file.flush()
@@ -45,5 +45,5 @@ if __name__ == "__main__":
     parser.add_argument("index")
     parser.add_argument("locks", type=Path, nargs="+")
     parser.add_argument("--without", default="")
-    known, rest = parser.parse_known_args()
-    main(known.index, known.locks, known.without, rest)
+    given = parser.parse_args()
+    main(given.index, given.locks, given.without)

@@ -13,6 +13,8 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
+from install import entry  # beside this script, in the repository and in the images
+
 PACKAGE = "llama-cpp-python"
 # Below vendor/llama.cpp in the archive: the two scripts, what they import, and vocabularies for the tests.
 WANTED = (
@@ -35,7 +37,7 @@ def main(lock: Path) -> None:
     """Install llama-cpp-python as `lock` has it, with the converter; what else it needs is installed already."""
     with tempfile.TemporaryDirectory() as scratch:
         requirement = Path(scratch) / "llama.txt"
-        requirement.write_text(_entry(lock))
+        requirement.write_text(_wanted(lock))
         source = ["--no-deps", "--no-binary", PACKAGE, "--require-hashes", "--requirement", str(requirement)]
         _build(source)
         subprocess.run([*_PIP, "download", *source, "--dest", scratch], check=True)
@@ -60,11 +62,11 @@ def _build(source: list[str]) -> None:
         sys.exit("".join(last))
 
 
-def _entry(lock: Path) -> str:
+def _wanted(lock: Path) -> str:
     """The package's lines in the lock: its version and hashes."""
-    found = re.search(rf"^{PACKAGE}==.*(?:\n\s+--hash=.*)+\n", lock.read_text(), re.MULTILINE)
-    assert found, f"{lock} has no {PACKAGE}"
-    return found[0]
+    found = entry(lock.read_text(), f"{PACKAGE}==")
+    assert "--hash=" in found, f"{lock} has no {PACKAGE}, or not its hashes"
+    return found
 
 
 def _extract(archive: Path, folder: Path) -> None:
