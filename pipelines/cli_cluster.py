@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from components.config import CONNECTION_VARIABLES, Recipe, override
-from components.kubernetes.certificates import is_inside_only
+from components.kubernetes.account import is_inside_only
 from components.kubernetes.pods import duration
 from components.runtime.errors import USER_ERROR_EXIT_CODE, Tune16Error
 from components.storage import s3

@@ -20,11 +20,10 @@ from kubernetes.client.rest import ApiException
 from kubernetes.config.config_exception import ConfigException
 from kubernetes.config.incluster_config import InClusterConfigLoader
 
+from components.kubernetes import account
 from components.kubernetes import api as kubeapi
-from components.kubernetes.api import sentence
+from components.kubernetes.api import conditions, sentence
 from components.runtime.errors import Tune16Error
-
-_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 PIPELINE_SERVER = ("datasciencepipelinesapplications.opendatahub.io", "v1", "datasciencepipelinesapplications")
 _CONSOLE_LINK = ("console.openshift.io", "v1", "consolelinks")
@@ -129,10 +128,11 @@ def find_cluster(namespace: str = "", ca: str = "") -> Cluster:
     try:
         own, origin = _load_kubeconfig(settings)
     except (ConfigException, OSError) as error:
-        if not (_ACCOUNT / "token").is_file():
+        if not account.token():
             raise Tune16Error(f"Nobody is logged in to a cluster ({error}). Log in with `oc login`.") from None
-        InClusterConfigLoader(str(_ACCOUNT / "token"), str(_ACCOUNT / "ca.crt")).load_and_set(settings)
-        own, origin = (_ACCOUNT / "namespace").read_text().strip(), _INSIDE
+        files = (str(account.FOLDER / name) for name in ("token", "ca.crt"))
+        InClusterConfigLoader(*files).load_and_set(settings)
+        own, origin = account.namespace(), _INSIDE
     token = os.environ.get("TUNE16_TOKEN")
     if token:
         settings.api_key["authorization"] = f"Bearer {token}"
@@ -159,9 +159,8 @@ def find_server(cluster: Cluster | None, host: str = "", ca: str = "") -> Server
                 "There is no pipeline server to speak to. Log in with `oc login`, or name one with --host."
             )
         host = _server_in_namespace(cluster)
-    service_ca = _ACCOUNT / "service-ca.crt"
-    if not ca and cluster is not None and cluster.inside and service_ca.is_file():
-        ca = str(service_ca)
+    if not ca and cluster is not None and cluster.inside:
+        ca = account.service_ca(host)
     url = (host if "://" in host else f"https://{host}").rstrip("/")
     is_private = urlsplit(url).scheme == "https" or urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
     token = os.environ.get("TUNE16_TOKEN", "") or (cluster.token if cluster and is_private else "")
@@ -196,19 +195,18 @@ def server_object(cluster: Cluster) -> dict[str, Any]:
 
 def not_ready(server: dict[str, Any]) -> str:
     """Why a DataSciencePipelinesApplication is not ready; empty if it is."""
-    conditions = server.get("status", {}).get("conditions", [])
-    ready = next((condition for condition in conditions if condition["type"] == "Ready"), None)
+    said = conditions(server)
+    ready = said.pop("Ready", None)
     if ready is None:
         return "its operator has not looked at it yet"
     if ready["status"] == "True":
         return ""
-    said = sentence(str(ready.get("message") or ""))
     others = [
-        f"{found['type']}: {sentence(str(found.get('message') or '')) or found.get('reason')}"
-        for found in conditions
-        if found["type"] != "Ready" and found["status"] != "True"
+        f"{name}: {sentence(str(found.get('message') or '')) or found.get('reason')}"
+        for name, found in said.items()
+        if found["status"] != "True"
     ]
-    return said or "; ".join(others) or str(ready.get("reason"))
+    return sentence(str(ready.get("message") or "")) or "; ".join(others) or str(ready.get("reason"))
 
 
 def find_dashboard(cluster: Cluster | None) -> str:

@@ -17,9 +17,10 @@ from kubernetes.utils.quantity import parse_quantity
 from components import images
 from components.config import GPU, TOKEN_VARIABLES, Recipe
 from components.deploy.objects import NO_KSERVE, SERVED_BY
-from components.kubernetes.certificates import is_inside_only
+from components.kubernetes.account import is_inside_only
 from components.kubernetes.kueue import QUEUE_LABEL, why_never_admitted
-from components.models.references import parse, pin
+from components.models.fetching import pin
+from components.models.references import parse
 from components.planning.disk import needed
 from components.register.registrar import check_registry
 from components.runtime.errors import Tune16Error

@@ -52,7 +52,8 @@ def find_shape(model: str) -> ModelShape:
     """
     shape = known_shape(model)
     if shape is None:
-        from components.models.references import parse, read_config
+        from components.models.fetching import read_config
+        from components.models.references import parse
 
         with tempfile.TemporaryDirectory() as scratch:
             reference = parse(model, "model")

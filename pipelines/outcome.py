@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from components.config import CONNECTION_VARIABLES, PROMOTED, SESSION_TOKEN
-from components.kubernetes.certificates import is_inside_only
+from components.kubernetes.account import is_inside_only
 from components.runtime.errors import Tune16Error
 from components.storage import s3
 from components.storage.records import Outcome, read_outcome, read_report

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlencode
 
 import urllib3
@@ -26,19 +26,18 @@ from kfp_server_api import (
     RecurringRunServiceApi,
     RunServiceApi,
 )
-from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from components.kubernetes import api as kubeapi
 from components.runtime.errors import Tune16Error
+from components.runtime.retry import Answer, retry
 from pipelines.cluster import ServerAddress, unreachable
 
-Answer = TypeVar("Answer")
 Json = dict[str, Any]
 
 _log = logging.getLogger(__name__)
-_ATTEMPTS = 4
 _LOOKS = 5  # for what may have got through although its answer was lost
-PAUSE_SECONDS = 0.5  # before the second try; it doubles with each further one
+_TRY_SECONDS = 60.0  # also where --timeout is short: it is of one request
+PAUSE_SECONDS = 0.5  # before the second look; it doubles with each further one
 _PAGE_SIZE = 100
 _MAX_PAGES = 20  # of artifacts: nobody waits for more
 
@@ -322,14 +321,12 @@ class PipelineServer:
 
     def _repeat(self, request: Callable[[], Answer]) -> Answer:
         with self._explained():
-            retrying = Retrying(
-                retry=retry_if_exception(_passes),
-                stop=stop_after_attempt(_ATTEMPTS),
-                wait=wait_exponential_jitter(multiplier=PAUSE_SECONDS, max=8, jitter=PAUSE_SECONDS),
-                before_sleep=before_sleep_log(_log, logging.INFO),
-                reraise=True,
+            return retry(
+                request,
+                _passes,
+                seconds=_TRY_SECONDS,
+                before_pause=lambda fault: _log.info("%s: again after %r", self.url, fault),
             )
-            return retrying(request)
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **query: Any) -> Json:
         try:

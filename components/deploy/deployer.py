@@ -9,7 +9,6 @@ import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import urllib3
@@ -29,6 +28,7 @@ from components.deploy.objects import (
     describe,
     owner,
 )
+from components.kubernetes import account
 from components.kubernetes import api as kubeapi
 from components.kubernetes.pods import why_it_waits
 from components.playground.client import Endpoint, Sampling
@@ -46,7 +46,6 @@ _HOPELESS = {"InvalidSpec"}  # transitions that no waiting ends
 _REFUSED, _REFUSED_LOOKS = "KServe takes no such InferenceService", 3  # one after the other
 _LOG_LINES = 3
 _REMEMBERED = "inferenceservice.json"
-_TOKEN_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def _wait_for_the_one_before(service: _Service, annotations: Json) -> str:
     while name and time.monotonic() - started < min(GOING_BACK_SECONDS, PATIENCE_SECONDS):
         with suppress(ApiException, urllib3.exceptions.HTTPError):
             found = service.read()
-            if found and _condition(found).get("status") == "True":
+            if found and kubeapi.conditions(found).get("Ready", {}).get("status") == "True":
                 url, why = _question(found, name)
                 if url:
                     return f"{version} serves on."
@@ -288,16 +287,11 @@ def _not_ready(found: Json, service: _Service) -> str:
     if pod and waiting:
         words = service.last_words(pod)
         return f"{waiting.reason}{f'; its log ends: {words}' if words else ''}"
-    ready = _condition(found)
+    ready = kubeapi.conditions(found).get("Ready", {})
     if ready.get("status") == "True":
         return ""
     said = kubeapi.sentence(str(ready.get("message") or ready.get("reason") or ""))
     return failure or said or "the cluster has not looked at it yet"
-
-
-def _condition(service: Json) -> Json:
-    conditions = service.get("status", {}).get("conditions", [])
-    return next((dict(entry) for entry in conditions if entry["type"] == "Ready"), {})
 
 
 def _failure(service: Json) -> str:
@@ -323,17 +317,13 @@ def _question(service: Json, served: str) -> tuple[str, str]:
     if not url:
         return "", "it has no address"
     reasons = []
-    for endpoint in Endpoint(url, _token()).candidates():
+    for endpoint in Endpoint(url, account.token()).candidates():
         place, why = _ask(endpoint, served)
         if place:
             return place, ""
         reasons.append(why)
     # A port that is not there says less than a server that answers.
     return "", next((why for why in reasons if "cannot be reached" not in why), reasons[0])
-
-
-def _token() -> str:
-    return _TOKEN_FILE.read_text().strip() if _TOKEN_FILE.is_file() else ""
 
 
 def _ask(endpoint: Endpoint, served: str) -> tuple[str, str]:

@@ -3,5 +3,5 @@
 api           one request, and its refusals in our words
 pods          why a pod does not run yet, and how it ended
 kueue         why a queue does not admit a job, and its place there
-certificates  the CA of the cluster's own services
+account       what a pod runs as: token, namespace, the CA of the cluster's own services
 """

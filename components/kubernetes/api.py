@@ -5,26 +5,22 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import urllib3
 from kubernetes import client, config
 from kubernetes.client.rest import ApiException
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
+from components.kubernetes import account
 from components.runtime.errors import Tune16Error
+from components.runtime.retry import OUTAGE_SECONDS, Answer, retry
 
 FIELD_MANAGER = "tune16"
 _LONGEST_LABEL = 63  # of a DNS name
 _LONGEST_NAME = 40  # of these, which the names of the service's parts and its host's label share
 
 _APPLY = "application/apply-patch+yaml"  # JSON is YAML
-Answer = TypeVar("Answer")
-
-_PATIENCE_SECONDS = 900  # for an API that is away or answers with passing faults
 PASSING_FAULTS = {429, 500, 502, 503, 504}  # statuses that may be others a little later
-_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 def send(
@@ -115,11 +111,16 @@ def own_pod(api: client.ApiClient) -> dict[str, Any]:
         urllib3.exceptions.HTTPError: it gives no answer.
     """
     name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
-    if not name or not (os.environ.get("KFP_NAMESPACE") or _NAMESPACE_FILE.is_file()):
+    namespace = os.environ.get("KFP_NAMESPACE") or account.namespace()
+    if not name or not namespace:
         raise Tune16Error("This is no pod of a cluster, and this step is for one: it makes objects beside its own pod.")
-    namespace = os.environ.get("KFP_NAMESPACE") or _NAMESPACE_FILE.read_text().strip()
     pod: dict[str, Any] = send(api, "GET", f"/api/v1/namespaces/{namespace}/pods/{name}")
     return pod
+
+
+def conditions(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the controllers say of an object in its status, by type."""
+    return {entry["type"]: entry for entry in found.get("status", {}).get("conditions", [])}
 
 
 def main_container(pod: dict[str, Any]) -> dict[str, Any]:
@@ -151,10 +152,7 @@ def check_service_name(path: str, namespace: str) -> None:
 
 def patiently(request: Callable[[], Answer], pause: float) -> Answer:
     """A request that may be repeated: what took hours does not end with an API that is away for some minutes."""
-    retrying = Retrying(
-        retry=retry_if_exception(passes), stop=stop_after_delay(_PATIENCE_SECONDS), wait=wait_fixed(pause), reraise=True
-    )
-    return retrying(request)
+    return retry(request, passes, outage=OUTAGE_SECONDS, pause=pause)
 
 
 def passes(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kubernetes.utils.quantity import parse_quantity
 
-from components.kubernetes.api import sentence
+from components.kubernetes.api import conditions, sentence
 
 Json = dict[str, Any]
 Look = Callable[..., Any]  # asks for a path of the Kubernetes API; None where that has no answer
@@ -46,10 +46,10 @@ def find_workload(look: Look, namespace: str, uid: str) -> Json | None:
 
 def why_not_admitted(workload: Json) -> str:
     """What Kueue says of a Workload that it does not admit; empty where it says nothing."""
-    conditions = {entry["type"]: entry for entry in workload.get("status", {}).get("conditions", [])}
+    said = conditions(workload)
     for name in ("QuotaReserved", "Admitted"):
-        if conditions.get(name, {}).get("status") == "False":
-            return sentence(str(conditions[name].get("message") or conditions[name].get("reason") or ""))
+        if said.get(name, {}).get("status") == "False":
+            return sentence(str(said[name].get("message") or said[name].get("reason") or ""))
     return ""
 
 
@@ -95,11 +95,11 @@ def _local_queues(look: Look, namespace: str) -> tuple[dict[str, Json] | None, s
 
 
 def _inactive(queue: Json) -> str:
-    for condition in queue.get("status", {}).get("conditions", []):
-        if condition["type"] == "Active" and condition["status"] == "False":
-            why = sentence(str(condition.get("message") or condition.get("reason")))
-            return f"the queue {queue['metadata']['name']} is not active: {why}"
-    return ""
+    active = conditions(queue).get("Active", {})
+    if active.get("status") != "False":
+        return ""
+    why = sentence(str(active.get("message") or active.get("reason")))
+    return f"the queue {queue['metadata']['name']} is not active: {why}"
 
 
 def _too_small(cluster_queue: Json, needs: dict[str, float]) -> str:

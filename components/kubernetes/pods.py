@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from components.kubernetes import kueue
-from components.kubernetes.api import sentence
+from components.kubernetes.api import conditions, sentence
 from components.kubernetes.kueue import Look
 
 Json = dict[str, Any]
@@ -62,8 +62,7 @@ def why_it_waits(look: Look, pod: Json) -> Waiting | None:
     status = pod.get("status", {})
     if status.get("phase", "Pending") not in ("Pending", "Running"):
         return None
-    conditions = {entry["type"]: entry for entry in status.get("conditions", [])}
-    scheduled = conditions.get("PodScheduled", {})
+    scheduled = conditions(pod).get("PodScheduled", {})
     since = _seconds_since(scheduled.get("lastTransitionTime") or pod["metadata"].get("creationTimestamp"))
     if scheduled.get("status") == "False":
         gates = [gate["name"] for gate in pod["spec"].get("schedulingGates", [])]

@@ -17,7 +17,8 @@ import torch
 
 from components.config import MergeConfig
 from components.merge.published import check_published
-from components.models.references import companions, parse, read_config
+from components.models.fetching import companions, read_config
+from components.models.references import parse
 from components.models.stopping import GENERATION_CONFIG, generation_settings
 from components.models.tensors import INDEX_FILE, StoredTensor, fetch_model, read_header, rewrite, weight_bytes
 from components.planning.disk import check_space

@@ -1,6 +1,7 @@
 """Models as files and in memory.
 
-references  names of models and data sets, fixed and fetched
+references  names of models and data sets
+fetching    references are fixed to their content, and fetched: hub, https, S3, this disk
 tensors     safetensors, one tensor at a time
 shapes      a model's sizes
 loading     a base model on the device at hand

@@ -18,7 +18,8 @@ from typing import Any, Self
 
 import torch
 
-from components.models.references import TOKENIZER_FILES, Reference, fetch, fetch_more, read_document
+from components.models.fetching import TOKENIZER_FILES, fetch, fetch_more, read_document
+from components.models.references import Reference
 from components.runtime.errors import Tune16Error
 from components.runtime.steps import say
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
-from components.kubernetes.certificates import service_ca
+from components.kubernetes.account import service_ca
 from components.runtime.errors import Tune16Error
 
 Messages = list[dict[str, str]]

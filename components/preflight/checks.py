@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from components.config import Recipe
-from components.models.references import TOKENIZER_FILES, Reference, fetch, parse, pin, read_config
+from components.models.fetching import TOKENIZER_FILES, fetch, pin, read_config
+from components.models.references import Reference, parse
 from components.models.shapes import ModelShape, read_shape
 from components.planning.disk import needed
 from components.planning.memory import MemoryPlan, nearest, plan

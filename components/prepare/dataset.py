@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from components.config import PrepareConfig
 from components.models.labels import IGNORED
-from components.models.references import file_digest
 from components.prepare import report
 from components.prepare.chat import ChatTemplate, Template
 from components.prepare.check import Checked, check_rows
@@ -27,6 +26,7 @@ from components.prepare.tokens import PlacedRow, TokenRow, Tokens
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import new_folder, write_record
 from components.runtime.steps import say
+from components.storage.files import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from components.models.references import DATA_FILES, DATA_SUFFIXES, TOKENIZER_FILES, fetch, parse, read_config
+from components.models.fetching import TOKENIZER_FILES, fetch, read_config
+from components.models.references import DATA_FILES, DATA_SUFFIXES, parse
 from components.prepare.chat import Template, choose_template
 from components.prepare.tokens import Limits
 from components.runtime.errors import Tune16Error

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from components.config import QuantizeConfig
-from components.models.references import companions, parse, read_config
+from components.models.fetching import companions, read_config
+from components.models.references import parse
 from components.models.shapes import read_shape
 from components.models.tensors import INDEX_FILE, StoredTensor, fetch_model, rewrite, weight_bytes
 from components.planning.disk import check_space, quantized_bytes

@@ -10,27 +10,21 @@ import os
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
-
 from components.config import RegisterConfig
+from components.kubernetes import account
 from components.kubernetes.api import PASSING_FAULTS, sentence
-from components.kubernetes.certificates import service_ca
 from components.runtime.errors import Tune16Error
+from components.runtime.retry import OUTAGE_SECONDS, Answer, retry
 from components.runtime.steps import say
 from components.runtime.timeouts import at_most
 from components.storage import s3
-from components.storage.retry import OUTAGE_SECONDS
 
 if TYPE_CHECKING:
     from model_registry import ModelRegistry
 
-Answer = TypeVar("Answer")
-
-_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _CHAMPION, _CONTENT = "champion", "content_sha256"
 _AUTHOR = "Tune16"
 _ARCHIVED = "ARCHIVED"  # the client's states are text, too
@@ -78,19 +72,20 @@ def register_patiently(manifest: dict[str, Any], path: str, source: Source, conf
     Raises:
         Tune16Error: as there.
     """
+    told: list[str] = []
 
-    def tell(state: RetryCallState) -> None:
-        if state.attempt_number == 1 and state.outcome:
-            say("register", f"waiting: {state.outcome.exception()}")
+    def tell(fault: BaseException) -> None:
+        if not told:
+            told.append(str(fault))
+            say("register", f"waiting: {fault}")
 
-    retrying = Retrying(
-        retry=retry_if_exception_type(UnavailableError),
-        stop=stop_after_delay(OUTAGE_SECONDS),
-        wait=wait_fixed(POLL_SECONDS),
-        before_sleep=tell,
-        reraise=True,
+    return retry(
+        lambda: register(manifest, path, source, config),
+        lambda fault: isinstance(fault, UnavailableError),
+        outage=OUTAGE_SECONDS,
+        pause=POLL_SECONDS,
+        before_pause=tell,
     )
-    return retrying(register, manifest, path, source, config)
 
 
 def register(manifest: dict[str, Any], path: str, source: Source, config: RegisterConfig) -> Registered:
@@ -158,8 +153,7 @@ def check_registry(server: str, token: str) -> None:
 
 def _token() -> str:
     """The bearer token: TUNE16_TOKEN, else the pod's own account's; empty where there is neither."""
-    own = _ACCOUNT / "token"
-    return os.environ.get("TUNE16_TOKEN") or (own.read_text().strip() if own.is_file() else "")
+    return os.environ.get("TUNE16_TOKEN") or account.token()
 
 
 def _connect(server: str, token: str) -> "ModelRegistry":
@@ -183,7 +177,7 @@ def _connect(server: str, token: str) -> "ModelRegistry":
         author=_AUTHOR,
         is_secure=scheme == "https",  # the client checks no certificate where this is false
         user_token=token if scheme == "https" else "none",  # a token goes over TLS only
-        custom_ca=service_ca(server) or None,
+        custom_ca=account.service_ca(server) or None,
         log_level=logging.ERROR,
         async_runner=_run,
     )
@@ -293,7 +287,6 @@ def _uri(manifest: dict[str, Any]) -> str:
 
 def _artifact(manifest: dict[str, Any], path: str, source: Source) -> dict[str, str]:
     """What the artifact says beside its address: format, connection, and the run that the dashboard links to."""
-    namespace = _ACCOUNT / "namespace"
     return {
         "model_format_name": "vLLM",
         "model_format_version": "1",
@@ -301,7 +294,7 @@ def _artifact(manifest: dict[str, Any], path: str, source: Source) -> dict[str, 
         "storage_path": f"{path}/{manifest['version']}/merged",
         "model_source_kind": "kfp",
         "model_source_class": "pipelinerun",
-        "model_source_group": namespace.read_text().strip() if namespace.is_file() else "local",
+        "model_source_group": account.namespace() or "local",
         "model_source_id": source.run_id,
         "model_source_name": source.run_name,
     }

@@ -3,6 +3,7 @@
 steps       where a step begins and ends, its lines, what SIGTERM does
 errors      a user's mistake becomes one line
 outputs     folders that appear whole or not at all, with the settings they were made with
+retry       what may work a little later is tried again
 report      HTML pages
 progress    a line of training's log, written and read back
 redaction   secrets taken out of all that is printed or written

@@ -2,7 +2,8 @@
 
 s3          objects and folders
 transfer    one file, in parts
-retry       what is tried again, and what is said when that does not help
+files       SHA-256, lists of files, safe names
+retry       which faults of S3 are tried again, and what is said when that does not help
 lease       one holder at a time
 versions    a model's versions, their manifests, the champion log
 records     how runs ended

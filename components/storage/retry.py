@@ -1,13 +1,9 @@
 """What can go wrong between this machine and S3: what is tried again, and what is said when that does not help."""
 
 import builtins
-import itertools
 import os
-import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import (
@@ -23,15 +19,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from components.runtime.errors import Tune16Error
-from components.runtime.timeouts import at_most
-
-Answer = TypeVar("Answer")
-
-_NUM_TRIES = 5  # each of which is up to four requests, since botocore tries again by itself
-_FIRST_PAUSE_SECONDS = 0.5  # at most, by chance; doubled from try to try
-_LONGEST_PAUSE_SECONDS = 15.0
-_PATIENCE_SECONDS = 60.0  # no new try after that: a server that swallows requests costs a minute each
-OUTAGE_SECONDS = 900.0  # that work of hours waits for a storage or an API that has gone away
+from components.runtime.retry import Answer, retry
 
 _NO_BUCKET = "there is no such bucket. Create it, or correct AWS_S3_BUCKET."
 _NO_OBJECT = "there is no such object. Check the address."
@@ -92,23 +80,6 @@ _TRANSIENT = (
 )
 
 
-_outage_seconds = 0.0  # of the whole process: uploads and downloads have threads of their own
-
-
-@contextmanager
-def patience(seconds: float = OUTAGE_SECONDS) -> Iterator[None]:
-    """Let this process wait so many seconds for a storage that is away, where it would give up after five tries.
-
-    What took hours does not end with an outage of minutes.
-    """
-    global _outage_seconds
-    before, _outage_seconds = _outage_seconds, seconds
-    try:
-        yield
-    finally:
-        _outage_seconds = before
-
-
 def attempt(address: str, call: Callable[[], Answer]) -> Answer:
     """Do something with S3, again after a pause where a fault may pass; pauses grow and are a matter of chance.
 
@@ -119,18 +90,8 @@ def attempt(address: str, call: Callable[[], Answer]) -> Answer:
     Raises:
         Tune16Error: it failed for good; says why, and what to do.
     """
-    started = time.monotonic()
     with explained(address):
-        for number in itertools.count():
-            try:
-                return call()
-            except Exception as error:
-                waited = time.monotonic() - started
-                has_tries = number < _NUM_TRIES - 1 and waited <= at_most(_PATIENCE_SECONDS)
-                if not _may_pass(error) or not (has_tries or waited < _outage_seconds):
-                    raise
-            time.sleep(random.uniform(0, min(_FIRST_PAUSE_SECONDS * 2**number, _LONGEST_PAUSE_SECONDS)))
-        raise AssertionError
+        return retry(call, _may_pass)
 
 
 def code_of(error: ClientError) -> str:
@@ -143,7 +104,7 @@ def status_of(error: ClientError) -> int:
     return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: BaseException) -> bool:
     if isinstance(error, ClientError):
         return (status_of(error) >= 500 and status_of(error) != 501) or code_of(error) in _TRANSIENT_CODES
     return isinstance(error, _TRANSIENT) and not isinstance(error, SSLError)

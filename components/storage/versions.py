@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from components.models.references import file_digest
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import new_folder
 from components.runtime.steps import say
 from components.storage import s3, signing
+from components.storage.files import first_difference, is_safe_name
 from components.storage.lease import own_name
 
 MANIFEST = "manifest.json"
@@ -177,11 +177,10 @@ def _check_names(names: list[str], where: str) -> None:
     """
     seen: set[str] = set()
     for name in names:
-        parts = PurePosixPath(name).parts
-        if not parts or name != "/".join(parts) or name.startswith("/") or {"..", "."} & set(parts):
+        if not is_safe_name(name):
             raise Tune16Error(f"{where}: its manifest names {name!r}, outside the folder or not a plain name.")
-        if "\\" in name or any(ord(letter) < 32 for letter in name) or parts[0] in (MANIFEST, SIGNATURE):
-            raise Tune16Error(f"{where}: its manifest names {name!r}, which is no name for a file of a model.")
+        if PurePosixPath(name).parts[0] in (MANIFEST, SIGNATURE):
+            raise Tune16Error(f"{where}: its manifest names {name!r}, which is not a file of the model.")
         if name in seen or any(str(folder) in seen for folder in PurePosixPath(name).parents):
             raise Tune16Error(f"{where}: its manifest names {name!r} twice, or something inside of a file.")
         seen.add(name)
@@ -269,12 +268,11 @@ def _check_copy(folder: Path, path: str, manifest: dict[str, Any], part: str) ->
         raise Tune16Error(f"{folder / min(links)}: is a link, and {where} has none. Download it again.")
     if added := {name for name, file in found.items() if not file.is_dir()} - files.keys():
         raise Tune16Error(f"{folder / min(added)}: was not published with {where}. Download it again.")
-    for name, file in files.items():
-        target = folder / name
-        if not target.is_file():
-            raise Tune16Error(f"{target}: is missing. Download {where} again.")
-        if target.stat().st_size != file["size"] or file_digest(target) != file["sha256"]:
-            raise _changed(f"{where}/{file['path']}")
+    match first_difference(folder, [{**file, "path": name} for name, file in files.items()]):
+        case name, "missing":
+            raise Tune16Error(f"{folder / name}: is missing. Download {where} again.")
+        case name, _:
+            raise _changed(f"{where}/{files[name]['path']}")
 
 
 def _changed(address: str) -> Tune16Error:
@@ -288,12 +286,3 @@ def remove(path: str, version: str) -> int:
     """Remove a version, its manifest first, so that no reader takes the rest for one; returns the number of files."""
     assert is_version(version), version
     return s3.delete_folder(s3.default_bucket(), f"{path}/{version}/", first=MANIFEST)
-
-
-def describe_files(folder: Path) -> list[dict[str, Any]]:
-    """Path, size in bytes and SHA-256 of every file below `folder`, as the manifest lists them."""
-    return [
-        {"path": str(file.relative_to(folder)), "size": file.stat().st_size, "sha256": file_digest(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    ]

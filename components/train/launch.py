@@ -18,6 +18,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from components.config import TrainConfig
+from components.kubernetes.account import is_step_of_pipeline
 from components.runtime.cpus import num_threads
 from components.runtime.errors import USER_ERROR_EXIT_CODE, Tune16Error, message_of
 from components.runtime.outputs import read_record
@@ -167,7 +168,7 @@ def _work(
 
 def _check_gpus(wanted: int) -> None:
     found = torch.cuda.device_count()
-    if found < wanted and (found or "KFP_POD_NAME" in os.environ):  # a laptop may train on its CPU, a cluster's pod not
+    if found < wanted and (found or is_step_of_pipeline()):  # a laptop may train on its CPU, a cluster's pod not
         raise Tune16Error(f"train.num_gpus: is {wanted}, but there are {found} GPUs here.")
 
 

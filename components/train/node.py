@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from components.runtime.errors import Tune16Error
+from components.runtime.retry import patience
 from components.runtime.steps import TERMINATED_EXIT_CODE, say
-from components.storage.retry import patience
 from components.train.launch import Group, train_in_processes
 from components.train.scratch import ALIVE_SECONDS, JobEndedError, Scratch
 

@@ -24,8 +24,8 @@ from components.kubernetes.kueue import waiting as kueue_waiting
 from components.kubernetes.pods import end_of_pod, why_it_waits
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import new_folder
+from components.runtime.retry import patience
 from components.runtime.steps import say
-from components.storage.retry import patience
 from components.train.jobs import PYTORCH_JOB, TRAIN_JOB, Json, Kind, describe, resources_of
 from components.train.scratch import ALIVE_SECONDS, Scratch, new_job
 
@@ -248,8 +248,8 @@ def _follow(job: _Job, scratch: Scratch) -> None:
 
 def _state(job: Json) -> tuple[str, str]:
     """``queued``, ``running``, ``complete`` or ``failed``, and the reason, as the job itself says."""
-    conditions = job.get("status", {}).get("conditions", [])
-    active = {entry["type"]: entry.get("message", "") for entry in conditions if entry["status"] == "True"}
+    said = kubeapi.conditions(job).items()
+    active = {name: entry.get("message", "") for name, entry in said if entry["status"] == "True"}
     for name, state in (
         ("Complete", "complete"),
         ("Succeeded", "complete"),

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.config import TrainConfig
-from components.models.references import fetch, parse, pin
+from components.models.fetching import fetch, pin
+from components.models.references import parse
 from components.runtime.errors import Tune16Error
+from components.runtime.retry import OUTAGE_SECONDS
 from components.storage import s3
-from components.storage.retry import OUTAGE_SECONDS
 
 ALIVE_SECONDS = 60.0
 _ORPHANED_SECONDS = 2 * OUTAGE_SECONDS  # the step may have had to wait for the storage before it renewed ``alive``

@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from components.models.references import file_digest
 from components.runtime.outputs import read_json, write_json
-from components.storage.versions import describe_files
+from components.storage.files import describe_files, first_difference
 
 SEAL = "checkpoint.json"
 
@@ -34,7 +33,7 @@ def check(path: Path, step: int, made_of: dict[str, Any]) -> None:
     """
     try:
         content = read_json(path / SEAL)
-        files = [(str(file["path"]), file["size"], file["sha256"]) for file in content["files"]]
+        difference = first_difference(path, content["files"])
         other, its_step = dict(content["made_of"]), int(content["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"its {SEAL} cannot be read ({type(error).__name__})") from None
@@ -43,10 +42,10 @@ def check(path: Path, step: int, made_of: dict[str, Any]) -> None:
         raise DamagedError(f"it belongs to another run, with other {', '.join(names)}")
     if its_step != step:
         raise DamagedError(f"it is of step {its_step:,}")
-    for name, size, sha256 in files:
-        if not (path / name).is_file():
+    match difference:
+        case name, "missing":
             raise DamagedError(f"its file {name} is missing")
-        if (path / name).stat().st_size != size or file_digest(path / name) != sha256:
+        case name, _:
             raise DamagedError(f"its file {name} is damaged: the SHA-256 differs")
 
 

@@ -19,7 +19,7 @@ from components.config import QuantizeConfig, TrainConfig
 from components.engine.engine import unsupported
 from components.engine.packing import packed_dataset
 from components.models.loading import available_memory, bound_float16, card_facts, choose_dtype, load_base
-from components.models.references import file_digest, parse
+from components.models.references import parse
 from components.models.shapes import read_shape
 from components.models.tensors import weight_files
 from components.planning.gpus import Gpu, known_gpu
@@ -28,8 +28,9 @@ from components.runtime.build import build
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import new_folder, read_json, read_record, write_record
 from components.runtime.report import significant
+from components.runtime.retry import patience
 from components.runtime.steps import TERMINATED_EXIT_CODE, deferred_termination, say
-from components.storage.retry import patience
+from components.storage.files import file_digest
 from components.train.arguments import sequences_per_step, training_arguments
 from components.train.checkpoints import Checkpoints, Place
 from components.train.engine_trainer import EngineTrainer, least_over_processes

@@ -23,6 +23,7 @@ from components.runtime.errors import Tune16Error
 from components.runtime.outputs import EVALUATION, REPORT, read_json, read_record, write_json
 from components.runtime.steps import say
 from components.storage import s3, versions
+from components.storage.files import describe_files
 from components.storage.lease import Lease, TakenOverError, held
 from components.upload.retention import remove_old
 
@@ -62,7 +63,7 @@ def _publish(merged: Path, gguf: Path, evaluation: Path, path: str, lease: Lease
         return published
     with tempfile.TemporaryDirectory(dir=merged.parent) as scratch:
         folder = _lay_out(merged, gguf, evaluation, settings, Path(scratch))
-        files = versions.describe_files(folder)
+        files = describe_files(folder)
         content = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         version = _unfinished(path, content) or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{content[:8]}"
         remove_leftovers(path, but=version)

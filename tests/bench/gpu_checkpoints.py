@@ -91,8 +91,8 @@ def _start(folder: Path, name: str, minutes: float) -> tuple[subprocess.Popen[by
 def _run(folder: Path, name: str, minutes: float) -> dict[str, Any]:
     process, log = _start(folder, name, minutes)
     assert process.wait() == 0, log.read_text()[-4000:]
-    from components.models.references import file_digest
     from components.runtime.outputs import read_record
+    from components.storage.files import file_digest
 
     record, text = read_record(folder / name, "train"), log.read_text()
     found = {

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from components.config import PrepareConfig, QuantizeConfig, TrainConfig
-from components.models.references import file_digest
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import read_record
 from components.runtime.steps import TERMINATED_EXIT_CODE
 from components.storage import s3
+from components.storage.files import file_digest
 from components.train.checkpoints import FOLDER_VARIABLE, Checkpoints, Place
 from components.train.launch import train
 from components.train.progress import ProgressLines

@@ -19,6 +19,7 @@ from components.kubernetes import api as kubeapi
 from components.merge.merger import read_deltas
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
+from components.runtime import retry as again
 from components.runtime.errors import Tune16Error
 from components.storage import retry, s3
 from components.train import nodes
@@ -287,7 +288,7 @@ def test_a_storage_that_is_away_for_a_while_ends_nothing(
     """The storage fails forty times in a row, where five tries would have to do, and the API drops some requests."""
     serve_train_jobs(api)
     for name in ("_FIRST_PAUSE_SECONDS", "_LONGEST_PAUSE_SECONDS"):
-        monkeypatch.setattr(retry, name, 0.05)
+        monkeypatch.setattr(again, name, 0.05)
     monkeypatch.setattr(nodes, "ALIVE_SECONDS", 0)
     renew, faults = Scratch.renew, iter(range(40))
 
@@ -319,7 +320,7 @@ def test_a_pod_goes_on_while_the_storage_cannot_be_asked(bucket: str, monkeypatc
     with pytest.raises(JobEndedError, match="the step that began this job is gone"):
         scratch.check_alive()
     monkeypatch.setenv("AWS_S3_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(retry, "_NUM_TRIES", 1)
+    monkeypatch.setattr(again, "_NUM_TRIES", 1)
     with pytest.raises(Tune16Error, match="cannot be reached") as error:
         scratch.check_alive()
     assert not isinstance(error.value, JobEndedError)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import shutil
 import ssl
 import threading
@@ -15,11 +16,13 @@ import pytest
 import torch
 
 from components.config import PreflightConfig, Recipe, TrainConfig
+from components.models.fetching import _inside, fetch, pin, read_config
 from components.models.loading import load_base
-from components.models.references import DATA_FILES, Reference, _inside, fetch, parse, pin, read_config
+from components.models.references import DATA_FILES, Reference, parse
 from components.models.tensors import fetch_model, weight_files
 from components.preflight.checks import as_markdown, check
 from components.prepare.dataset import load_tokenizer
+from components.runtime import retry
 from components.runtime.errors import Tune16Error
 from components.storage import s3
 from tests.servers import make_certificate
@@ -252,7 +255,7 @@ def test_such_names_in_an_index_on_the_web_are_refused(name: str, hub: str, tmp_
     with pytest.raises(Tune16Error, match="outside its folder. Refused"):
         fetch(parse(f"{hub}/files", "model"), tmp_path / "model", MODEL_FILES)
     (tmp_path / "hub" / "model.safetensors.index.json").write_text("[" * 100_000)
-    with pytest.raises(Tune16Error, match="is no index of safetensors files"):
+    with pytest.raises(Tune16Error, match="is not an index of safetensors files"):
         fetch(parse(f"{hub}/files", "model"), tmp_path / "model", MODEL_FILES)
 
 
@@ -369,8 +372,10 @@ class Turncoat(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def _serving(context: ssl.SSLContext | None = None, **attributes: object) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Turncoat,), attributes))
+def _serving(
+    context: ssl.SSLContext | None = None, handler: type[Turncoat] = Turncoat, **attributes: object
+) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), attributes))
     if context:
         server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -379,9 +384,38 @@ def _serving(context: ssl.SSLContext | None = None, **attributes: object) -> Ite
     server.server_close()
 
 
-def test_a_download_that_ends_early_is_refused(tmp_path: Path) -> None:
+def test_a_download_that_ends_early_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_SECONDS", 0.01)
     with _serving() as address, pytest.raises(Tune16Error, match=r"cannot be reached \(.*incomplete|without sending"):
         fetch(parse(f"{address}/rows.jsonl", "data"), tmp_path / "x", DATA_FILES)
+
+
+@pytest.mark.parametrize("fault", ["a broken connection", "503"])
+def test_a_download_goes_on_where_it_was_broken_off(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_SECONDS", 0.01)
+    content, asked = random.Random(1).randbytes(3 << 20), []
+
+    class Breaking(Turncoat):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Range", ""))
+            if fault == "503" and len(asked) == 1:
+                self.send_error(503)
+                return
+            start = int(asked[-1].removeprefix("bytes=").removesuffix("-") or 0)
+            self.send_response(206 if start else 200)
+            self.send_header("ETag", '"one"')
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:] if len(asked) > 1 else content[: 5 << 19])
+            if len(asked) == 1:
+                self.close_connection = True
+
+    with _serving(handler=Breaking) as address:
+        path = fetch(parse(f"{address}/rows.jsonl", "data"), tmp_path / "x", DATA_FILES)
+    assert path.read_bytes() == content
+    assert asked == ["", "" if fault == "503" else f"bytes={2 << 20}-"]
 
 
 def test_https_does_not_lead_to_http(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

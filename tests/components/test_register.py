@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from components.config import RegisterConfig, UploadConfig
+from components.kubernetes import account
 from components.register import registrar
 from components.register.registrar import Source, register, register_patiently
 from components.runtime.errors import Tune16Error
@@ -124,7 +125,7 @@ def test_over_tls_with_the_accounts_token_and_ca(tmp_path: Path, monkeypatch: py
     ca, certificate, key = make_certificate(tmp_path)
     for name in ("AWS_S3_BUCKET", "AWS_S3_ENDPOINT"):
         monkeypatch.setenv(name, "bucket")
-    monkeypatch.setattr(registrar, "_ACCOUNT", tmp_path)
+    monkeypatch.setattr(account, "FOLDER", tmp_path)
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     with ModelRegistryApi(tls=(certificate, key)) as registry:
         config = RegisterConfig(server=registry.url)

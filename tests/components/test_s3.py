@@ -15,6 +15,7 @@ from urllib.request import proxy_bypass
 import pytest
 from botocore.exceptions import ClientError
 
+from components.runtime import retry as again
 from components.runtime.errors import Tune16Error
 from components.runtime.proxies import spare_loopback
 from components.runtime.timeouts import limited
@@ -35,7 +36,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def between(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    monkeypatch.setattr(retry, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(again, "_FIRST_PAUSE_SECONDS", 0.01)
     with proxy(s3_server.endpoint) as server:
         monkeypatch.setenv("AWS_S3_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         yield server
@@ -76,7 +77,7 @@ def test_what_is_there_whole_is_not_sent_again(bucket: str, large: Path, monkeyp
 
 
 def test_a_failed_upload_leaves_no_parts(bucket: str, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(again, "_FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(transfer, "_md5", lambda _: "0" * 32)
     with pytest.raises(Tune16Error, match="bytes were changed on the way"):
         s3.upload(large, bucket, "k")
@@ -116,7 +117,7 @@ def test_a_conditional_write_whose_answer_was_lost_is_ours(bucket: str, between:
 def test_a_fault_that_stays_is_told(
     bucket: str, between: object, fault: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "_NUM_TRIES", 2)  # each of which is several of the client's own
+    monkeypatch.setattr(again, "_NUM_TRIES", 2)  # each of which is several of the client's own
     between.plan = Plan(fault, 1.0, 1000)  # type: ignore[attr-defined]
     with pytest.raises(Tune16Error, match=said):
         s3.read(bucket, "k")

@@ -15,11 +15,13 @@ from components.config import (
     TrainConfig,
     UploadConfig,
 )
-from components.models.references import parse, pin
+from components.models.fetching import pin
+from components.models.references import parse
 from components.preflight.checks import check
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import write_record
 from components.storage import lease, s3, versions
+from components.storage.files import describe_files
 from components.upload.publisher import publish, remove_leftovers
 from components.upload.retention import keep_versions, remove_old
 from tests.faults.outputs import write_outputs
@@ -37,7 +39,7 @@ def test_published_versions_are_downloaded_whole(bucket: str, outputs: tuple[Pat
     manifest = publish(*outputs, UploadConfig(path=PATH))
     assert versions.read_champion(PATH) == versions.Champion(1, manifest["version"])
     folder = versions.download(PATH, manifest["version"], tmp_path / "copy")
-    assert versions.describe_files(folder) == manifest["files"]
+    assert describe_files(folder) == manifest["files"]
     part = versions.download(PATH, manifest["version"], tmp_path / "part", part="adapter")
     assert (part / "adapter_model.safetensors").read_bytes() == b"adapter"
     assert json.loads((folder / "config.json").read_text())["train"]["rank"] == 64
@@ -284,7 +286,7 @@ def test_s3_references_are_fixed_by_content(bucket: str, make_model: Callable[..
     reference = pin(parse("s3:///models/tiny", "model"))
     assert str(reference).startswith(f"s3://{bucket}/models/tiny#")
     assert pin(parse(f"s3://{bucket}/models/tiny/", "model")) == reference
-    from components.models.references import fetch
+    from components.models.fetching import fetch
 
     got = fetch(parse(str(reference), "model"), folder.parent / "fetched", ["*"])
     assert (got / "config.json").read_bytes() == (folder / "config.json").read_bytes()

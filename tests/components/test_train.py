@@ -14,12 +14,12 @@ from components.evaluate.evaluation import evaluate_adapter
 from components.evaluate.scores import bootstrap, score_losses
 from components.merge.merger import merge_adapter, merge_weights, read_deltas
 from components.models.loading import choose_dtype, load_base
-from components.models.references import file_digest
 from components.models.shapes import read_shape
 from components.planning import memory
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.runtime.errors import Tune16Error
+from components.storage.files import file_digest
 from components.train.launch import train
 from tests.conftest import ARCHITECTURES
 

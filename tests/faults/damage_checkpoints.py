@@ -14,9 +14,9 @@ import datasets  # noqa: F401
 import peft  # noqa: F401
 
 from components.config import TrainConfig
-from components.models.references import file_digest
 from components.runtime.outputs import read_record
 from components.storage import s3
+from components.storage.files import file_digest
 from components.train.launch import train
 from components.train.seal import SEAL, step_of
 from components.train.trainer import train_adapter  # noqa: F401

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 
 from components.config import MergeConfig, PrepareConfig, QuantizeConfig, TrainConfig
 from components.merge.merger import merge_adapter
-from components.models.references import file_digest
 from components.prepare.dataset import prepare_dataset
 from components.quantize.checkpoint import quantize_checkpoint
 from components.runtime.errors import user_errors
 from components.runtime.outputs import new_folder, write_json, write_record
 from components.storage import s3
+from components.storage.files import file_digest
 from components.train.checkpoints import Checkpoints, Place
 from pipelines.s3server import S3Server
 from tests.faults.harness import Moment, after, child, report, write_lesson

@@ -13,8 +13,9 @@ from botocore.config import Config
 from botocore.retries.standard import ExponentialBackoff
 
 from components.config import UploadConfig
+from components.runtime import retry as again
 from components.runtime.errors import Tune16Error
-from components.storage import retry, s3, transfer, versions
+from components.storage import s3, transfer, versions
 from components.upload.publisher import publish
 from pipelines.s3server import S3Server
 from tests.faults.harness import report
@@ -67,7 +68,7 @@ def main() -> int:
 def _hurry() -> None:
     """Short pauses and time-outs, small parts: the same roads in less time."""
     transfer.PART_BYTES = 5 * 2**20
-    retry._FIRST_PAUSE_SECONDS = 0.01
+    again._FIRST_PAUSE_SECONDS = 0.01
     s3._SETTLED_SECONDS = 0.05
     ExponentialBackoff.delay_amount = lambda *_: 0.01
     s3.Config = lambda **options: Config(**{**options, "read_timeout": 0.6, "connect_timeout": 2})  # type: ignore[misc]

@@ -21,8 +21,8 @@ from kfp.local.subprocess_task_handler import SubprocessTaskHandler, run_local_s
 
 from components import images
 from components.config import CONNECTION_VARIABLES
-from components.models.references import file_digest
 from components.runtime.errors import USER_ERROR_EXIT_CODE
+from components.storage.files import file_digest
 from pipelines.local import LocalRun, run_locally
 from pipelines.options import find_recipe
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from components.config import CONNECTION_VARIABLES
+from components.runtime import retry
 from pipelines import applied, cli, cli_runs, cli_where, server
 from tests.servers import KubernetesApi, PipelineApi
 
@@ -103,6 +104,7 @@ def call(
     monkeypatch.setenv("TUNE16_HOST", pipelines_api.url)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(server, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(cli_runs, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(applied, "PAUSE_SECONDS", 0.01)
     for console in (cli.console, cli_where.console, cli_where.notes):

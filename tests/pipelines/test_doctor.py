@@ -35,6 +35,7 @@ def examined(
     for name in s3_server.environment(BUCKET):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pipelines.server.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("components.runtime.retry._FIRST_PAUSE_SECONDS", 0.01)
 
     def examine_all(**settings: Any) -> Findings:
         content: dict[str, Any] = {"preflight": {"model": str(make_model("llama")), "data": str(orders)}}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from components.kubernetes import account
 from components.runtime.errors import Tune16Error
 from pipelines.naming import version_name
 from pipelines.schedules import Trigger, read_cron, read_interval
@@ -287,7 +288,7 @@ def test_in_a_pod_the_account_is_used(
         for name, content in {"token": "good", "namespace": "tune16", "service-ca.crt": "x"}.items():
             (tmp_path / name).write_text(content)
         Path(ca).rename(tmp_path / "ca.crt")
-        monkeypatch.setattr(cluster, "_ACCOUNT", tmp_path)
+        monkeypatch.setattr(account, "FOLDER", tmp_path)
         monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
