@@ -5,7 +5,6 @@ run's folder. Training itself goes on from its newest checkpoint, in the run's b
 """
 
 import contextlib
-import io
 import os
 import re
 import shutil
@@ -19,8 +18,10 @@ from typing import IO, Any
 from kfp import local
 
 from components.config import CONFIG_OF_STEP, Recipe, form_values
+from components.runtime import lines
 from components.runtime.build import build
 from components.runtime.errors import Tune16Error
+from components.runtime.lines import Line
 from components.runtime.outputs import EVALUATION, new_folder, read_json, write_json
 from components.runtime.redaction import redacted
 from components.runtime.steps import PARENT_VARIABLE
@@ -34,10 +35,8 @@ REPORT = "report.html"
 _STATE = "run.json"  # what the run was asked for, and whether it has come to its end
 _LOCK = ".lock"
 
-_LINE = re.compile(r"(?P<step>[a-z]+): (?P<text>.*)")
-_SETUP = "demo"  # who speaks while the demo's base model is made
+_LINES = "lines.jsonl"  # what the steps have said
 _INDENT = "    "  # what kfp puts before the lines of a step
-_FINISHED = re.compile(r"finished in (?P<seconds>[\d.]+) s")
 
 
 @dataclass
@@ -80,12 +79,16 @@ def run_locally(recipe: Recipe, folder: Path, show: Callable[[str, str], None]) 
     run = LocalRun(folder)
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    variables = {PARENT_VARIABLE: str(os.getpid()), "TQDM_DISABLE": "1"}  # no bars that redraw themselves in a log
+    variables = {
+        PARENT_VARIABLE: str(os.getpid()),
+        lines.VARIABLE: lines.JSON,
+        "TQDM_DISABLE": "1",  # no bars that redraw themselves in a log
+    }
     with _alone_at(folder), storage(folder / "s3"), s3.environment(variables):
         _recall(run)
         _write_state(folder, recipe, finished=False)
-        with (folder / LOG).open("a", encoding="utf-8") as log:
-            listener = _Listener(run, log, show)
+        with (folder / LOG).open("a", encoding="utf-8") as log, (folder / _LINES).open("a", encoding="utf-8") as said:
+            listener = _Listener(run, log, said, show)
             with contextlib.redirect_stdout(listener):
                 if recipe.setup == "demo":
                     put_demo(folder / "demo")
@@ -122,9 +125,10 @@ def _alone_at(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 def _recall(run: LocalRun) -> None:
     """What the steps said before the run was interrupted: those that are complete will not say it again."""
-    log = run.folder / LOG
-    if log.is_file():
-        _Listener(run, io.StringIO(), lambda step, text: None).write(log.read_text(encoding="utf-8", errors="replace"))
+    said = run.folder / _LINES
+    for text in said.read_text(encoding="utf-8").splitlines() if said.is_file() else []:
+        if line := Line.parse(text):
+            _keep(run, line)
 
 
 @contextlib.contextmanager
@@ -169,47 +173,55 @@ def _run_pipeline(recipe: Recipe, folder: Path, listener: "_Listener") -> None:
 
 
 class _Listener:
-    """Stands in for stdout while kfp runs: keeps everything in the log and picks out what the steps say."""
+    """Stands in for stdout while kfp runs: keeps everything in the log and picks out what the steps say.
 
-    def __init__(self, run: LocalRun, log: IO[str], show: Callable[[str, str], None]) -> None:
+    Args:
+        run: gets what the steps say.
+        log: takes all that is printed, for people.
+        said: takes what the steps say, for the next process that works on this run.
+        show: is told of each line that a step says.
+    """
+
+    def __init__(self, run: LocalRun, log: IO[str], said: IO[str], show: Callable[[str, str], None]) -> None:
         self.error = ""
         self._run = run
         self._log = log
+        self._said = said
         self._show = show
         self._line = ""
 
     def write(self, text: str) -> int:
         """Take text as it comes, whole lines or not."""
-        safe = redacted(text)
-        self._log.write(safe)
-        self._line += safe
-        *lines, self._line = self._line.split("\n")
-        for line in lines:
-            self._read_line(line.removeprefix(_INDENT))
+        self._line += redacted(text)
+        *whole, self._line = self._line.split("\n")
+        for line in whole:
+            said = Line.parse(line.removeprefix(_INDENT))
+            self._log.write(f"{_INDENT}{said}\n" if said else f"{line}\n")
+            if said:
+                self._take(said)
         return len(text)
 
     def flush(self) -> None:
         """Write through to the log."""
         self._log.flush()
 
-    def _read_line(self, line: str) -> None:
-        if line.startswith("error: "):
-            self.error = line.removeprefix("error: ")
-        elif self.error and line.startswith("  "):
-            self.error += f"\n{line}"
-        match = _LINE.fullmatch(line)
-        if match and match["step"] in CONFIG_OF_STEP:
-            self._keep(match["step"], match["text"])
-        if match and (match["step"] in CONFIG_OF_STEP or match["step"] == _SETUP):
-            self._show(match["step"], match["text"])
+    def _take(self, line: Line) -> None:
+        if line.event == lines.ERROR:
+            self.error = line.text
+            return
+        if line.step in CONFIG_OF_STEP:
+            _keep(self._run, line)
+            self._said.write(f"{line.as_json()}\n")
+            self._said.flush()
+        self._show(line.step, line.text)
 
-    def _keep(self, step: str, text: str) -> None:
-        result = self._run.steps.setdefault(step, StepResult())
-        finished = _FINISHED.fullmatch(text)
-        if finished:
-            result.seconds = float(finished["seconds"])
-        else:
-            result.said = text
+
+def _keep(run: LocalRun, line: Line) -> None:
+    result = run.steps.setdefault(line.step, StepResult())
+    if line.event == lines.FINISHED:
+        result.seconds = line.data["seconds"]
+    else:
+        result.said = line.text
 
 
 def _collect(run: LocalRun) -> None:

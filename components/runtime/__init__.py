@@ -5,7 +5,8 @@ errors      a user's mistake becomes one line
 outputs     folders that appear whole or not at all, with the settings they were made with
 retry       what may work a little later is tried again
 report      HTML pages
-progress    a line of training's log, written and read back
+lines       what a step says: text for people, JSON between processes
+progress    where training is, as a line
 redaction   secrets taken out of all that is printed or written
 build       which code ran
 cpus, proxies, timeouts   limits of this process

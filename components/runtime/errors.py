@@ -1,11 +1,13 @@
 """The one exception root for mistakes that a person can mend, and what becomes of it at the door."""
 
 import errno
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from components.runtime.lines import ERROR, JSON, VARIABLE, Line
 from components.runtime.redaction import protect_output
 
 USER_ERROR_EXIT_CODE = 2
@@ -39,7 +41,10 @@ def user_errors() -> Iterator[None]:
     else:
         return
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    if os.environ.get(VARIABLE) == JSON:
+        Line("", message, ERROR).write()
+    else:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(USER_ERROR_EXIT_CODE)
 
 

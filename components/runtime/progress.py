@@ -1,9 +1,10 @@
-"""Progress of a training run as one line of its log: written by the trainer, read again by whoever follows the run."""
+"""Where a training run is: an event of its lines, and read back out of a pod's log, which is text for people."""
 
 import re
 from dataclasses import dataclass
 from typing import Self
 
+PROGRESS = "progress"  # the event
 _LINE = re.compile(
     r"step (?P<step>[\d,]+)/(?P<num_steps>[\d,]+)"
     r"(?:  loss (?P<loss>\S+)  (?P<speed>[\d,]+) tokens/s  (?P<minutes>[\d.]+) min left  (?P<memory>[\d.]+) GiB)?"

@@ -13,8 +13,8 @@ from types import FrameType
 
 from components.runtime.cpus import limit_threads
 from components.runtime.errors import user_errors
+from components.runtime.lines import FINISHED, STARTED, Line
 from components.runtime.proxies import spare_loopback
-from components.runtime.redaction import redacted
 
 PARENT_VARIABLE = "TUNE16_PARENT"  # the process without which a step has nobody to work for: a run on this machine
 TERMINATED_EXIT_CODE = 143  # as a shell says of a process that SIGTERM has ended; 0 would be success to a pipeline
@@ -35,11 +35,8 @@ _NOISE = (
 
 
 def say(step: str, text: str) -> None:
-    """Print one progress line, `<step>: <text>`, at once; `tune16 run` shows these lines and hides all others.
-
-    Secrets are taken out here too, for the processes of a training group, whose output nobody else protects.
-    """
-    print(redacted(f"{step}: {text}"), flush=True)
+    """Print one line of progress, `<step>: <text>`, at once and without secrets."""
+    Line(step, text).write()
 
 
 @contextmanager
@@ -54,10 +51,11 @@ def step(name: str) -> Iterator[None]:
     limit_threads()
     spare_loopback()
     quieten()
-    say(name, "started")
+    Line(name, "started", STARTED).write()
     with _on_sigterm(_end), user_errors():
         yield
-    say(name, f"finished in {time.monotonic() - started:.1f} s")
+    seconds = time.monotonic() - started
+    Line(name, f"finished in {seconds:.1f} s", FINISHED, {"seconds": seconds}).write()
 
 
 @contextmanager

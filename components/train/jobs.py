@@ -8,12 +8,13 @@ from typing import Any
 from components.config import GPU, TrainConfig
 from components.kubernetes.api import main_container
 from components.kubernetes.kueue import QUEUE_LABEL
+from components.runtime import lines
 
 Json = dict[str, Any]
 
 _RUNTIME = "torch-distributed"  # the ClusterTrainingRuntime that comes with OpenShift AI
 _CA_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
-_OF_THE_STEP_ALONE = ("KFP_", "ARGO_", "PET_")  # variables that mean the step's own pod
+_OF_THE_STEP_ALONE = ("KFP_", "ARGO_", "PET_", lines.VARIABLE)  # variables that mean the step's own pod
 _TEMPLATE = "ARGO_TEMPLATE"  # the variable in which Argo Workflows tells a pod's containers what it was made of
 
 
@@ -142,7 +143,8 @@ def _environment(main: Json) -> list[Json]:
     ]
     names = {entry["name"] for entry in own}
     added = [name for name in _CA_VARIABLES if name in os.environ and name not in names]
-    return own + [{"name": name, "value": os.environ[name]} for name in added]
+    said = {"name": lines.VARIABLE, "value": lines.JSON}  # the step reads what its pods print
+    return [*own, *({"name": name, "value": os.environ[name]} for name in added), said]
 
 
 def _nodes(pod: Json) -> tuple[Json, list[Json]]:

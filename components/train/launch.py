@@ -114,7 +114,7 @@ def train_in_processes(
                         os.kill(pid, signal.SIGTERM)
         except (ProcessExitedException, ProcessRaisedException) as error:
             if not messages.empty():
-                raise Tune16Error(messages.get()) from None
+                raise messages.get() from None
             if termination.is_asked or getattr(error, "exit_code", None) == TERMINATED_EXIT_CODE:
                 raise SystemExit(TERMINATED_EXIT_CODE) from None
             if killed_by := getattr(error, "signal_name", None):
@@ -161,7 +161,7 @@ def _work(
         except Exception as error:
             if not (message := message_of(error)):
                 raise
-            messages.put(message)
+            messages.put(error if isinstance(error, Tune16Error) else Tune16Error(message))
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
     torch.distributed.destroy_process_group()
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from components.runtime.errors import Tune16Error
+from components.runtime.lines import ERROR, Line
 from components.runtime.retry import patience
 from components.runtime.steps import TERMINATED_EXIT_CODE, say
 from components.train.launch import Group, train_in_processes
@@ -72,7 +73,7 @@ def _watch(scratch: Scratch) -> None:
         try:
             scratch.check_alive()
         except JobEndedError as error:
-            print(f"error: {error}", flush=True)
+            Line("train", str(error), ERROR).write()
             os._exit(TERMINATED_EXIT_CODE)
         except Tune16Error as error:
             say("train", f"the storage does not answer, training goes on: {error}")

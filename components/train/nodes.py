@@ -5,7 +5,6 @@ this same image as this same account (:mod:`components.train.node`); all that pa
 folder of the connection's bucket (:mod:`components.train.scratch`).
 """
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from components.kubernetes.kueue import QUEUE_LABEL, Look, why_never_admitted
 from components.kubernetes.kueue import waiting as kueue_waiting
 from components.kubernetes.pods import end_of_pod, why_it_waits
 from components.runtime.errors import Tune16Error
+from components.runtime.lines import ERROR, FINISHED, STARTED, Line
 from components.runtime.outputs import new_folder
 from components.runtime.retry import patience
 from components.runtime.steps import say
@@ -33,7 +33,6 @@ POLL_SECONDS = 5.0
 _SILENCE_SECONDS = 1800  # without any news from pods that should be running; waiting in a queue does not count
 _TIMEOUT_SECONDS = (10, 60)  # to connect, to read
 _LAST_LINES = 8  # of a pod that failed without a message of ours
-_OF_THE_STEP = re.compile(r"train: (started|finished in .*)")  # the step says it itself
 
 
 def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig, path: str) -> None:
@@ -191,7 +190,9 @@ class _Job:
         """How each pod ended, and its last lines, whatever they begin with: the logs go with the job."""
         words = []
         for pod in self._pods:
-            lines = [line for line in self._log(pod).splitlines() if line.strip()][-_LAST_LINES:]
+            lines = [str(Line.parse(line) or line) for line in self._log(pod).splitlines() if line.strip()][
+                -_LAST_LINES:
+            ]
             ended = end_of_pod(pod, self._kind.container)
             words += [f"{pod['metadata']['name']}: {line}" for line in [*lines, *([ended] if ended else [])]]
         return words
@@ -230,8 +231,9 @@ def _follow(job: _Job, scratch: Scratch) -> None:
         if (state, why) != before and state != "failed":
             say("train", f"{job.title} is {state}{f': {why}' if why and state != 'complete' else ''}")
         for line in lines:
-            if line.startswith("train: ") and not _OF_THE_STEP.fullmatch(line):  # the rest is what libraries print
-                say("train", line.removeprefix("train: "))
+            of_pod = Line.parse(line)  # None is what libraries print
+            if of_pod and of_pod.event not in (STARTED, FINISHED, ERROR):  # which this step says itself
+                of_pod.write()
         scratch.raise_reported()  # at once, before the pod is started again
         if state == "failed":
             for line in job.last_words():

@@ -2,13 +2,14 @@
 
 import resource
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from components.runtime.progress import Progress
-from components.runtime.steps import say
+from components.runtime.lines import Line
+from components.runtime.progress import PROGRESS, Progress
 
 _HEARTBEAT_SECONDS = 300
 
@@ -54,7 +55,7 @@ class ProgressLines(TrainerCallback):
 
     def _say(self, progress: Progress) -> None:
         self._said = time.monotonic()
-        say("train", str(progress))
+        Line("train", str(progress), PROGRESS, asdict(progress)).write()
 
     @staticmethod
     def peak_memory() -> float:

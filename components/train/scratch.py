@@ -110,7 +110,7 @@ class Scratch:
     def report(self, node: int, error: Tune16Error) -> None:
         """Leave a pod's message for the step, unless it has gone and cleaned up; the first message counts."""
         key = f"{self.prefix}/{_ERROR}{node}"
-        s3.create(self.bucket, key, str(error).encode())
+        s3.create(self.bucket, key, json.dumps({"node": node, "message": str(error)}).encode())
         if s3.read(self.bucket, f"{self.prefix}/{_ALIVE}") is None:
             s3.delete(self.bucket, key)
 
@@ -121,7 +121,7 @@ class Scratch:
             JobEndedError: with that message.
         """
         for stored in s3.list_objects(self.bucket, f"{self.prefix}/{_ERROR}"):
-            raise JobEndedError((s3.read(self.bucket, stored.key) or b"").decode())
+            raise JobEndedError(json.loads(s3.read(self.bucket, stored.key) or b"{}").get("message", stored.key))
 
     def fetch_inputs(self, folder: Path) -> tuple[Path, Path, TrainConfig, str]:
         """Bring weights and rows below `folder`; returns both, the settings, and the model's path in the bucket."""

@@ -81,9 +81,10 @@ class Nodes:
         job["status"]["conditions"] = []
         assert container["command"][0] == "python3"
         command = [sys.executable, *container["command"][1:]]
-        processes = [self._node(command, rank, num_nodes) for rank in range(num_nodes)]
+        own = {entry["name"]: entry["value"] for entry in container["env"] if entry["name"].startswith("TUNE16_")}
+        processes = [self._node(command, rank, num_nodes, own) for rank in range(num_nodes)]
         for line in processes[0].stdout or ():
-            if self.told_to_end is not None and line.startswith("train: step "):
+            if self.told_to_end is not None and '"event": "progress"' in line:
                 processes[self.told_to_end].terminate()
             self.api.logs[NAMESPACE, f"{name}-0"] = self.api.logs.get((NAMESPACE, f"{name}-0"), "") + line
         for process in processes:
@@ -93,13 +94,14 @@ class Nodes:
         job["status"]["conditions"] = [{"type": kind, "status": "True", "message": message}]
 
     @staticmethod
-    def _node(command: list[str], rank: int, num_nodes: int) -> "subprocess.Popen[str]":
+    def _node(command: list[str], rank: int, num_nodes: int, own: dict[str, str]) -> "subprocess.Popen[str]":
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("KFP_")},
             "PET_NODE_RANK": str(rank),
             "PET_NNODES": str(num_nodes),
             "PET_MASTER_ADDR": "127.0.0.1",
             "PET_MASTER_PORT": "29533",
+            **own,
         }
         pipe = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -201,7 +203,12 @@ def test_the_train_job_is_what_the_cluster_takes(
     trainer = body["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 2)
     assert trainer["resourcesPerNode"]["limits"] == {"cpu": "4", "memory": "24Gi", "nvidia.com/gpu": "2"}
-    assert [entry["name"] for entry in trainer["env"]] == ["AWS_ACCESS_KEY_ID", "WANDB_MODE", "SSL_CERT_FILE"]
+    assert [entry["name"] for entry in trainer["env"]] == [
+        "AWS_ACCESS_KEY_ID",
+        "WANDB_MODE",
+        "SSL_CERT_FILE",
+        "TUNE16_LINES",
+    ]
     (patch,) = body["spec"][field]
     if field == "runtimePatches":
         if CRDS.is_dir():
