@@ -22,13 +22,13 @@ Place = Annotated[
     Path, typer.Argument(help="A GGUF file, a folder with a model, a run of `tune16 run`, or the folder of all runs.")
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
-Context = Annotated[int, typer.Option(help="Longest conversation in tokens, of a GGUF file.", min=16)]
-Output = Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")]
+Context = Annotated[int, typer.Option(help="Longest conversation in tokens, for a GGUF file.", min=16)]
+Output = Annotated[Path, typer.Option(help="Folder to write; it appears complete or not at all.")]
 Bucket = Annotated[str, typer.Option(help="prefix/model-name in the bucket of the AWS_* variables; empty: none.")]
 
 Published = Annotated[str, typer.Option("--path", help="prefix/model-name in the bucket of the AWS_* variables.")]
 Version = Annotated[str, typer.Option(help="Version; empty is the champion.")]
-Connection = Annotated[str, typer.Option(help="Name of the Secret with the S3 connection, for who reads the model.")]
+Connection = Annotated[str, typer.Option(help="Name of the Secret with the S3 connection for reading the model.")]
 
 _CONNECTION = settings.ClusterConfig().connection
 
@@ -80,7 +80,7 @@ def train(
     path: Bucket = "",
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Train an adapter on a quantised model; started again, it goes on from its newest checkpoint."""
+    """Train an adapter on a quantised model; when restarted, it continues from its newest checkpoint."""
     from components.train.launch import train as train_adapter
 
     with step("train"):
@@ -89,7 +89,7 @@ def train(
 
 @app.command()
 def train_node(
-    source: Annotated[str, typer.Option(help="s3:// folder with the inputs, which the step train has filled.")],
+    source: Annotated[str, typer.Option(help="s3:// folder with the inputs, filled by the step train.")],
 ) -> None:
     """Train as one node of several; the step train starts this in the pods of its job."""
     from components.train.node import train_as_node
@@ -122,8 +122,8 @@ def merge(
     model: Model,
     adapter: Adapter,
     output: Output,
-    rows: Annotated[Path | None, typer.Option(help="Output of the step prepare; with --evaluation too:")] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="ask the result what it was judged by.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="Output folder of prepare; with --evaluation:")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="check the result as it was evaluated.")] = None,
     set_: Set = [],  # noqa: B006
 ) -> None:
     """Add an adapter to its full-precision base model."""
@@ -176,7 +176,7 @@ def register(
 @app.command()
 def deploy(
     path: Published,
-    runtime: Annotated[str, typer.Option(help="What serves it: vllm, vllm-adapter, llama.cpp or llama.cpp-gpu.")],
+    runtime: Annotated[str, typer.Option(help="Server to use: vllm, vllm-adapter, llama.cpp or llama.cpp-gpu.")],
     connection: Connection = _CONNECTION,
     version: Version = "",
 ) -> None:
@@ -195,7 +195,7 @@ def keep(
     path: Published,
     num_versions: Annotated[int, typer.Option(help="The newest versions to keep; 0 keeps all.", min=0)],
 ) -> None:
-    """Let publications keep only the newest versions, the champion and the one before it."""
+    """Set how many versions publishing keeps, besides the champion and the one before it."""
     from components.upload.retention import keep_versions
 
     with user_errors():
@@ -208,7 +208,7 @@ def download(
     output: Output,
     version: Version = "",
     part: Annotated[str, typer.Option(help="One part, such as adapter or merged; empty is all.")] = "",
-    check: Annotated[bool, typer.Option("--check", help="Only check an earlier download, which is in output.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only check an earlier download in output.")] = False,
 ) -> None:
     """Download a version from S3 and check every file's SHA-256, and the signature with TUNE16_VERIFY_KEY."""
     from components.storage import versions
@@ -224,13 +224,13 @@ def download(
 @app.command()
 def serve(
     place: Place = Path("runs"),
-    alias: Annotated[str, typer.Option(help="What the model is called in requests and answers.")] = "tuned",
+    alias: Annotated[str, typer.Option(help="The model's name in requests and answers.")] = "tuned",
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     context: Context = 4096,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Keep a GGUF file's layers on the GPU.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Run a GGUF file's layers on the GPU.")] = False,
 ) -> None:
-    """Serve a model on this disk with the OpenAI API: GGUF by llama.cpp, weights by Transformers."""
+    """Serve a local model with the OpenAI API: GGUF files with llama.cpp, weights with Transformers."""
     from components.playground.serve.server import serve as serve_target
     from components.playground.serve.target import find_target
 
@@ -247,18 +247,18 @@ def chat(
         str,
         typer.Option(envvar="TUNE16_CHAT_TUNED", help="Address of the tuned model's server; #name names the model."),
     ] = "",
-    base: Annotated[str, typer.Option(envvar="TUNE16_CHAT_BASE", help="The same of the base model.")] = "",
+    base: Annotated[str, typer.Option(envvar="TUNE16_CHAT_BASE", help="The same for the base model.")] = "",
     feedback: Annotated[
         str,
         typer.Option(
-            envvar="TUNE16_CHAT_FEEDBACK", help="Where thumbs go: s3://bucket/folder or a folder; empty: none."
+            envvar="TUNE16_CHAT_FEEDBACK", help="Where to save thumbs: s3://bucket/folder or a folder; empty: nowhere."
         ),
     ] = "feedback",
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65535)] = 7860,
     context: Context = 4096,
 ) -> None:
-    """Open a page to talk to base and tuned model side by side; thumbs become a data set."""
+    """Serve a page to chat with base and tuned model side by side; thumbs become a data set."""
     from components.playground.chat.launch import chat as open_page
 
     with user_errors():

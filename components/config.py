@@ -1,8 +1,8 @@
-"""Every knob of Tune16: one frozen model per step, a sentence, a limit and a unit per field.
+"""Every setting of Tune16: one frozen model per step, with description, limits and unit per field.
 
 The defaults are the reference recipe: Llama-2-7b-chat on guanaco-llama2-1k as the QLoRA notebooks train it. A recipe
-file sets any field under its step's name; the pipeline's form (:data:`FORM`) has fields for the ones that people turn
-most and takes the rest of a step as one JSON object.
+file sets any field under its step's name; the pipeline's form (:data:`FORM`) has fields for the most
+used ones and takes the rest of a step as one JSON object.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from components.runtime.errors import Tune16Error
 
 # The keys of an OpenShift AI connection, and the variables that the steps read.
-GPU = "nvidia.com/gpu"  # what a pod asks the cluster for, and the key of the taint of GPU nodes
+GPU = "nvidia.com/gpu"  # the resource that a pod requests, and the taint key of GPU nodes
 CONNECTION_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -30,7 +30,7 @@ CONNECTION_VARIABLES = (
 SESSION_TOKEN = "AWS_SESSION_TOKEN"  # beside the keys of a connection that expire
 TOKEN_VARIABLES = ("HF_TOKEN", "WANDB_API_KEY")
 
-# The verdicts of the step evaluate: a new champion, the current one stays, or the rows do not tell which is better.
+# The verdicts of the step evaluate: a new champion, the current one stays, or the rows do not show which is better.
 PROMOTED = "promoted"
 KEPT = "kept"
 INCONCLUSIVE = "inconclusive"
@@ -49,7 +49,7 @@ class StepConfig(BaseModel):
         """Build the settings of one step from its form `fields` and its JSON `options`, also as text.
 
         Raises:
-            Tune16Error: a key is unknown or given twice, or a value is out of its limits; every fault is named.
+            Tune16Error: a key is unknown or given twice, or a value is out of its limits; every error is reported.
         """
         step = step_name(cls)
         place = _FIELDS.get(f"{step}.{_OPTIONS}", step)
@@ -67,19 +67,19 @@ def _as_object(text: str, where: str) -> dict[str, Any]:
     try:
         content = json.loads(text or "{}")
     except ValueError as error:
-        raise Tune16Error(f"{where}: is text that is no JSON ({error}). Write an object, such as {{}}.") from None
+        raise Tune16Error(f"{where}: is not valid JSON ({error}). Write an object, such as {{}}.") from None
     if not isinstance(content, dict):
-        raise Tune16Error(f"{where}: is {type(content).__name__} in JSON, where an object is needed, such as {{}}.")
+        raise Tune16Error(f"{where}: is a JSON {type(content).__name__}, but an object is needed, such as {{}}.")
     return content
 
 
 class PreflightConfig(StepConfig):
-    """What goes in, and the GPU it has to fit."""
+    """The inputs, and the GPU memory that training must fit into."""
 
     model: str = Field(
         "NousResearch/Llama-2-7b-chat-hf",
         min_length=1,
-        description="Model to tune: a Hugging Face id, with @revision if you like, an s3:// or https:// folder, or a "
+        description="Model to tune: a Hugging Face id, optionally with @revision, an s3:// or https:// folder, or a "
         "path. s3:///folder means the connection's own bucket.",
     )
     data: str = Field(
@@ -92,7 +92,7 @@ class PreflightConfig(StepConfig):
         14.2,
         gt=0,
         le=1024,
-        description="GPU memory that tensors may fill; a 16 GB card has 14.2 GiB of it.",
+        description="GPU memory available to tensors: 14.2 GiB on a 16 GB card.",
         json_schema_extra={"unit": "GiB"},
     )
 
@@ -108,10 +108,10 @@ class PrepareConfig(StepConfig):
         json_schema_extra={"unit": "tokens"},
     )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "llama2_text", "oasst"] = Field(
-        "auto", description="Form of the rows; auto looks at the keys of the first row."
+        "auto", description="Format of the rows; auto detects it from the keys of the first row."
     )
     template: Literal["auto", "llama2", "llama3", "mistral", "qwen2", "qwen3", "phi3", "chatml"] = Field(
-        "auto", description="Chat template; auto takes the one that the model's own tokenizer asks for."
+        "auto", description="Chat template; auto uses the one that comes with the model's tokenizer."
     )
     split: str = Field("train", min_length=1, description="Split to read where a data set has several.")
     configuration: str = Field("", description="Configuration to read where a data set's card names several.")
@@ -119,7 +119,7 @@ class PrepareConfig(StepConfig):
         0.05,
         gt=0,
         lt=0.5,
-        description="Share of the rows that is kept from training and used to judge the result.",
+        description="Share of the rows that is held out from training and used to evaluate the result.",
         json_schema_extra={"unit": "share of 1"},
     )
 
@@ -144,23 +144,23 @@ class QuantizeConfig(StepConfig):
 class TrainConfig(StepConfig):
     """How the adapter is trained."""
 
-    epochs: float = Field(1.0, gt=0, le=1000, description="Times that every row is seen.")
+    epochs: float = Field(1.0, gt=0, le=1000, description="How often training goes through all rows.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
     rank: int = Field(64, ge=1, le=1024, description="Rank of the adapter's matrices.")
     micro_batch: int = Field(
         4,
         ge=1,
         le=1024,
-        description="Sequences of max_tokens that pass through the GPU at once. The engine tune16 splits a step's "
-        "micro_batch x gradient_accumulation sequences as the memory plan finds fastest.",
+        description="Sequences of max_tokens that the GPU processes at once. The engine tune16 splits a step's "
+        "micro_batch x gradient_accumulation sequences as is fastest by the memory plan.",
         json_schema_extra={"unit": "sequences"},
     )
     num_gpus: int = Field(
         1,
         ge=0,
         le=16,
-        description="GPUs of one pod, which share every batch: each takes micro_batch sequences. 0 trains and judges "
-        "on the CPU, which is for tiny models and for trying a cluster that has no GPU.",
+        description="GPUs per pod; each takes micro_batch sequences of every batch. 0 trains and evaluates on the CPU, "
+        "for tiny models or to try a cluster without GPUs.",
         json_schema_extra={"unit": "GPUs"},
     )
     num_nodes: int = Field(
@@ -182,10 +182,10 @@ class TrainConfig(StepConfig):
         1,
         ge=1,
         le=4096,
-        description="Micro-batches that are added up before the optimiser steps.",
+        description="Micro-batches whose gradients are accumulated for one optimiser step.",
         json_schema_extra={"unit": "micro-batches"},
     )
-    schedule: Literal["constant", "cosine"] = Field("constant", description="Course of the learning rate.")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="Schedule of the learning rate.")
     warmup_share: Share = Field(0.03, description="Share of the steps over which the learning rate rises to its peak.")
     max_gradient_norm: float = Field(0.3, gt=0, le=1e6, description="Gradients are scaled down to this norm.")
     weight_decay: float = Field(0.001, ge=0, lt=1, description="Weight decay of AdamW.")
@@ -194,7 +194,7 @@ class TrainConfig(StepConfig):
     )
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
-        description="Number format of the computation; auto is bfloat16 where the device really has it, else float16 "
+        description="Number format of the computation; auto is bfloat16 if the device has it in hardware, else float16 "
         "on a GPU and float32 on a CPU.",
     )
     activation_checkpointing: bool = Field(
@@ -204,10 +204,10 @@ class TrainConfig(StepConfig):
     )
     engine: Literal["tune16", "trl"] = Field(
         "tune16",
-        description="tune16 trains with fused layers in all the memory there is; trl is plain TRL and PEFT, the "
+        description="tune16 trains with fused layers and uses all available memory; trl is plain TRL and PEFT, the "
         "reference.",
     )
-    packing: bool = Field(True, description="Fill each pass with rows, which never see each other.")
+    packing: bool = Field(True, description="Fill each micro-batch with rows, which do not attend to each other.")
     method: Literal["sft", "distill"] = Field(
         "sft",
         description="sft learns the answers of the data; distill learns, on the same answers, the probabilities that a "
@@ -228,7 +228,7 @@ class TrainConfig(StepConfig):
         5,
         gt=0,
         le=1440,
-        description="Longest time between checkpoints: the work that a killed run loses at most.",
+        description="Longest time between checkpoints, and so the most work that a killed run loses.",
         json_schema_extra={"unit": "minutes"},
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of everything random.")
@@ -253,7 +253,7 @@ class TrainConfig(StepConfig):
 
 
 class EvaluateConfig(StepConfig):
-    """How the result is judged."""
+    """How the result is evaluated."""
 
     minimum_improvement: Share = Field(
         0.01, description="Share by which the held-out loss must fall below the base model's for a promotion."
@@ -263,7 +263,7 @@ class EvaluateConfig(StepConfig):
     )
     replace_other_base: bool = Field(
         False,
-        description="Let the result replace a champion that was made of another base model, and cannot be compared.",
+        description="Let the result replace a champion of another base model, though the two cannot be compared.",
     )
     num_rows: int = Field(
         500, ge=1, le=1_000_000, description="Held-out rows that are scored.", json_schema_extra={"unit": "rows"}
@@ -280,7 +280,7 @@ class EvaluateConfig(StepConfig):
         8,
         ge=1,
         le=1024,
-        description="Rows or prompts that pass through the model at once; fewer where the GPU's memory asks for it.",
+        description="Rows or prompts per batch; fewer where the GPU's memory requires it.",
         json_schema_extra={"unit": "rows"},
     )
 
@@ -293,7 +293,7 @@ class MergeConfig(StepConfig):
     )
 
 
-# llama.cpp's names of what it can quantise to without an importance matrix, from the largest file to the smallest.
+# llama.cpp's quantisations that need no importance matrix, from the largest file to the smallest.
 QUANTIZATIONS = (
     *("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_K_S", "Q5_0", "Q4_1", "Q4_K_M", "Q4_K_S", "Q4_0"),
     *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
@@ -314,7 +314,7 @@ class ConvertConfig(StepConfig):
     def _known(cls, value: str) -> str:
         for name in _split(value):
             if name not in QUANTIZATIONS:
-                raise ValueError(f"there is no quantisation {name!r}; there are {', '.join(QUANTIZATIONS)}")
+                raise ValueError(f"unknown quantisation {name!r}; known: {', '.join(QUANTIZATIONS)}")
         return ",".join(dict.fromkeys(_split(value)))
 
     @property
@@ -324,18 +324,18 @@ class ConvertConfig(StepConfig):
 
 
 _SUFFIX = re.compile(r"(\.(jsonl|ndjson|json|csv|parquet))?(\.(gz|bz2|xz|zst))?$")
-_LONGEST_MODEL_NAME = 100  # letters: a model registry keeps 255 of names that are made of it
+_LONGEST_MODEL_NAME = 100  # characters: names made from it must fit the 255 of a model registry
 _SERVER = re.compile(r"https?://[^/\s]+/?")
 _PATH_PART = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def derived_path(preflight: PreflightConfig) -> str:
-    """Where a recipe's result goes that says nothing of it: a place for this model and this data alone."""
+    """The default path of a result, which no other model or data set has."""
     names = [re.split(r"[@#]", name)[0].rstrip("/") for name in (preflight.model, preflight.data)]
     last = [_SUFFIX.sub("", name.rpartition("/")[2].lower()) for name in names]
     model, data = (re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unnamed" for name in last)
     mark = hashlib.sha256("\n".join(names).encode()).hexdigest()[:6]  # others may have the same last part
-    # With "-predictor-<namespace>" an endpoint's label, of at most 63 letters.
+    # With "-predictor-<namespace>" an endpoint's label, of at most 63 characters.
     return f"tune16/{model[:22].rstrip('-')}-{data[:16].rstrip('-')}-{mark}"
 
 
@@ -357,7 +357,7 @@ class UploadConfig(StepConfig):
                 "and no slash at either end"
             )
         if len(parts[-1]) > _LONGEST_MODEL_NAME:
-            raise ValueError(f"its last part has {len(parts[-1])} letters, and {_LONGEST_MODEL_NAME} are the most")
+            raise ValueError(f"its last part has {len(parts[-1])} characters; the limit is {_LONGEST_MODEL_NAME}")
         return value
 
 
@@ -375,7 +375,7 @@ class RegisterConfig(StepConfig):
     def _is_an_address(cls, value: str) -> str:
         if value and not _SERVER.fullmatch(value):
             raise ValueError(
-                "write https:// or http:// and the host, such as https://registry.example.com, and no path"
+                "write https:// or http:// and the host, such as https://registry.example.com, without a path"
             )
         return value
 
@@ -385,7 +385,7 @@ class DeployConfig(StepConfig):
 
     runtime: Literal["", "vllm", "vllm-adapter", "llama.cpp", "llama.cpp-gpu"] = Field(
         "",
-        description="What serves the champion: vllm (merged weights, large GPUs), vllm-adapter (base model and "
+        description="Server for the champion: vllm (merged weights, large GPUs), vllm-adapter (base model and "
         "adapter), llama.cpp (the first GGUF file, on CPUs), llama.cpp-gpu (the same on a 16 GB GPU); empty: none.",
     )
 
@@ -412,7 +412,7 @@ class ClusterConfig(StepConfig):
         try:
             return json.loads(value) if isinstance(value, str) else value
         except ValueError:
-            raise ValueError("it is text that is no JSON") from None
+            raise ValueError("it is not valid JSON") from None
 
     node_selector: dict[str, str] = Field({}, description="Labels of the nodes that GPU steps may run on.")
     tolerations: list[dict[str, Any]] = Field(
@@ -429,7 +429,7 @@ with warnings.catch_warnings():
 
         description: str = Field("", description="One sentence on what the recipe does.")
         setup: Literal["", "demo"] = Field(
-            "", description="What to put into the bucket before the run; demo: its model."
+            "", description="What to upload to the bucket before the run; demo: the demo's base model."
         )
         preflight: PreflightConfig = PreflightConfig()
         prepare: PrepareConfig = PrepareConfig()
@@ -452,7 +452,7 @@ with warnings.catch_warnings():
         @model_validator(mode="before")
         @classmethod
         def _has_a_place(cls, values: Any) -> Any:
-            """A recipe that names no place for its result gets one that no other model's recipe has."""
+            """A recipe without upload.path gets one that no other model or data set has."""
             if not isinstance(values, dict):
                 return values
             inputs, upload = values.get("preflight") or {}, values.get("upload") or {}
@@ -461,7 +461,7 @@ with warnings.catch_warnings():
             try:
                 preflight = PreflightConfig.model_validate(inputs)
             except ValidationError:
-                return {**values, "upload": {"path": "tune16/unnamed", **upload}}  # what is wrong is told at its place
+                return {**values, "upload": {"path": "tune16/unnamed", **upload}}  # errors are reported at their key
             return {**values, "upload": {"path": derived_path(preflight), **upload}}
 
         @model_validator(mode="after")
@@ -524,7 +524,7 @@ CONFIG_OF_STEP: dict[str, type[StepConfig]] = {
 
 
 def form_help(name: str) -> str:
-    """The help of a form field such as ``epochs``: its config field's sentence."""
+    """The help of a form field such as ``epochs``: its config field's description."""
     step, _, field = FORM[name].partition(".")
     if field == _OPTIONS:
         return f"More settings of the step {step} as JSON; components/KNOBS.md lists them."
@@ -573,7 +573,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        Tune16Error: it is missing, no YAML, or a setting is wrong.
+        Tune16Error: it is missing or not valid YAML, or a setting is wrong.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _YamlWithFloats)
@@ -609,7 +609,7 @@ def read_assignments(assignments: list[str]) -> dict[str, Any]:
     """``["rank=8", "packing=false"]`` as a dictionary; values are YAML.
 
     Raises:
-        Tune16Error: one has no equals sign, or its value is no YAML.
+        Tune16Error: one lacks the equals sign, or its value is not valid YAML.
     """
     values = {}
     for assignment in assignments:
@@ -619,12 +619,12 @@ def read_assignments(assignments: list[str]) -> dict[str, Any]:
         try:
             values[name] = yaml.load(text, _YamlWithFloats)
         except yaml.YAMLError:
-            raise Tune16Error(f"--set {assignment}: the value is no YAML.") from None
+            raise Tune16Error(f"--set {assignment}: the value is not valid YAML.") from None
     return values
 
 
 def _split(names: str) -> list[str]:
-    """Names with commas, one by one and in capitals."""
+    """Comma-separated names as a list, in capitals."""
     return [name.strip().upper() for name in names.split(",") if name.strip()]
 
 
@@ -638,17 +638,17 @@ _YamlWithFloats.add_implicit_resolver(
 
 
 def _explain(cls: type[BaseModel], fault: Any) -> str:
-    """One fault of pydantic's in our words: the key's path, what was wrong, what was received."""
+    """One of pydantic's errors as a message: the key's path, what was wrong, what was received."""
     location = [str(part) for part in fault["loc"]]
     key = ".".join(location)
     if fault["type"] == "extra_forbidden":
         return f"unknown key '{key}'.{_suggest(location[-1], _fields_at(cls, location[:-1]))}"
-    message = fault["msg"].removeprefix("Value error, ")  # pydantic's own words before ours
+    message = fault["msg"].removeprefix("Value error, ")  # pydantic's prefix
     return f"'{key}' is {fault['input']!r}: {message[0].lower()}{message[1:]}." if key else f"{message}."
 
 
 def _in_the_form(step: str, fault: Any) -> str:
-    """Where the form has what is wrong, for those who filled it in."""
+    """The form field with the error, for users of the form."""
     field = form_field(f"{step}.{fault['loc'][0]}") if step and fault["loc"] else ""
     return f" In the form: {field}." if field else ""
 

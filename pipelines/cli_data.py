@@ -32,7 +32,7 @@ def _data() -> None:
 def check(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file or folder, s3://, https:// or org/name.")],
     model: Annotated[str, typer.Option(help="Model whose tokenizer and chat template count.")] = "",
-    form: Annotated[str, typer.Option("--format", help="Form of the rows.")] = "auto",
+    form: Annotated[str, typer.Option("--format", help="Format of the rows.")] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 1024,
     configuration: Annotated[str, typer.Option(help="Configuration, where the data set's card names several.")] = "",
     split: Annotated[str, typer.Option(help="Split, where the data set has several.")] = "train",

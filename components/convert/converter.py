@@ -1,4 +1,4 @@
-"""The step convert: the merged model as GGUF files for llama.cpp, each asked what it still knows.
+"""The step convert: the merged model as GGUF files for llama.cpp, each tested on held-out rows.
 
 llama.cpp writes the 16-bit file and the adapter's, and quantises; every file is then loaded and gets the same held-out
 rows and prompts, so that the report shows what each saving costs.
@@ -32,8 +32,8 @@ FULL = "F16"
 # minutes, and smaller files get more rows.
 _READ_BYTES = 100e9
 _FEWEST_ROWS, _MOST_ROWS = 8, 200
-# In nats, and of the loss, together, which is ten times what rounding makes; and of a single token, whose logits
-# bfloat16 rounds to an eighth.
+# Of the mean loss, in nats and as a share: ten times the effect of rounding. Of a single token: an eighth, to which
+# bfloat16 rounds logits.
 _LARGEST_GAP, _LARGEST_SHARE, _LARGEST_OF_ONE = 0.02, 0.01, 0.125
 _LONGEST_ROW = 1024  # tokens; llama-cpp-python keeps the logits of all of them
 
@@ -45,20 +45,20 @@ def convert_model(merged: Path, data: Path, output: Path, config: ConvertConfig)
         merged: output of the step merge.
         data: output of the step prepare.
         output: becomes a folder with ``model-<quantisation>.gguf``, ``adapter.gguf`` (LoRA, for llama.cpp's server),
-            ``gguf.json`` and ``report.html``. Where no quantisation is asked for, or llama.cpp is not installed, the
+            ``gguf.json`` and ``report.html``. Where no quantisation is set, or llama.cpp is not installed, the
             report says so and there is no GGUF file.
         config: the quantisations.
 
     Returns:
-        How each file does, the 16-bit one first.
+        The results of each file, the 16-bit one first.
 
     Raises:
-        Tune16Error: llama.cpp knows no such model, or the inputs do not belong together.
+        Tune16Error: llama.cpp does not support the model, or the inputs do not belong together.
     """
     tools = llamacpp.converter()
     reason = ""
     if not config.names:
-        reason = "no quantisation is named in gguf_quantizations"
+        reason = "gguf_quantizations is empty"
     elif tools is None:
         reason = "llama.cpp is not installed here; `make llama` builds it, with a C++ compiler"
     rows: list[dict[str, Any]] = []
@@ -79,7 +79,7 @@ def convert_model(merged: Path, data: Path, output: Path, config: ConvertConfig)
         _write(trials, rows, folder, reason)
         made = config if trials else ConvertConfig(quantizations="")  # else a run with llama.cpp would change nothing
         write_record(folder, "convert", made, model=read_record(merged, "merge")["model"])
-    say("convert", f"no GGUF files: {reason}" if reason else f"{len(config.names)} files made, loaded and asked")
+    say("convert", f"no GGUF files: {reason}" if reason else f"{len(config.names)} files written and tested")
     return trials
 
 
@@ -97,7 +97,7 @@ def _convert(tools: Path, merged: Path, folder: Path, scratch: Path) -> Path:
 
 
 def stage_adapter(adapter: Path, folder: Path) -> Path:
-    """The adapter again, by links, with the alpha of plain LoRA: llama.cpp knows no scaling by alpha / sqrt(rank)."""
+    """The adapter again, by links, with the alpha of plain LoRA: llama.cpp does not scale by alpha / sqrt(rank)."""
     folder.mkdir()
     (folder / "adapter_model.safetensors").symlink_to((adapter / "adapter_model.safetensors").absolute())
     config = read_json(adapter / "adapter_config.json")
@@ -114,7 +114,7 @@ def read_rows(merged: Path, data: Path, num_bytes: int) -> list[dict[str, Any]]:
         Tune16Error: the model was trained on other data.
     """
     if read_record(merged / "adapter", "train")["held_out_sha256"] != read_record(data, "prepare")["held_out_sha256"]:
-        raise Tune16Error(f"The model in {merged} was trained with another split of the data than {data} holds.")
+        raise Tune16Error(f"The model in {merged} was trained on another split of the data than the one in {data}.")
     rows: list[dict[str, Any]] = pq.read_table(data / "held_out.parquet").to_pylist()
     short = [row for row in rows if len(row["input_ids"]) <= _LONGEST_ROW]
     count = int(min(max(_READ_BYTES / num_bytes, _FEWEST_ROWS), _MOST_ROWS))
@@ -122,13 +122,13 @@ def read_rows(merged: Path, data: Path, num_bytes: int) -> list[dict[str, Any]]:
 
 
 def _check_against_weights(full: Path, merged: Path, data: Path) -> None:
-    """Compare the 16-bit file's loss with that of the weights it was made of, on the rows that the step merge asked.
+    """Compare the 16-bit file's loss with that of the weights it was made from, on the rows that the step merge used.
 
     Raises:
         Tune16Error: they differ by more than rounding: the conversion has lost a part of the model.
     """
     if not (merged / PUBLISHED).is_file():
-        say("convert", "the step merge has asked the weights nothing, so the file is not compared with them")
+        say("convert", "the step merge measured no loss of the weights, so the file is not compared with them")
         return
     published = read_json(merged / PUBLISHED)
     rows = pq.read_table(data / "held_out.parquet").take(published["rows"]).to_pylist()
@@ -138,9 +138,9 @@ def _check_against_weights(full: Path, merged: Path, data: Path) -> None:
     largest = _LARGEST_GAP + _LARGEST_SHARE * published["loss"] + _LARGEST_OF_ONE / math.sqrt(published["tokens"])
     if abs(gap) > largest:
         raise Tune16Error(
-            f"convert: the loss of the 16-bit GGUF file is {loss:.3f}, that of the weights it was made of "
-            f"{published['loss']:.3f}. llama.cpp does not compute this model as Transformers does (a sliding window, a "
-            "scaling of positions?). Leave gguf_quantizations empty to publish the weights alone."
+            f"convert: the loss of the 16-bit GGUF file is {loss:.3f}, that of the weights it was made from "
+            f"{published['loss']:.3f}. llama.cpp does not compute this model as Transformers does (perhaps a sliding "
+            "window or a scaling of positions). Leave gguf_quantizations empty to publish the weights alone."
         )
 
 
@@ -161,7 +161,7 @@ def _try(file: Path, name: str, rows: list[dict[str, Any]]) -> Trial:
 
 
 def _write(trials: list[Trial], rows: list[dict[str, Any]], folder: Path, reason: str) -> None:
-    """Write what every file does, as JSON and as a page."""
+    """Write every file's results, as JSON and as a page."""
     settings = {"rows": len(rows), "max_new_tokens": MAX_NEW_TOKENS, "sampling": "greedy"}
     files = {trial.name: trial.as_dict(trials[0]) for trial in trials}
     write_json(folder / SCORES_FILE, {"files": files, "settings": settings})

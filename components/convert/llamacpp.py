@@ -28,7 +28,7 @@ def converter() -> Path | None:
 
 
 def convert_weights(folder: Path, model: Path, target: Path, name: str) -> None:
-    """Write the Hugging Face folder `model` as the 16-bit GGUF file `target`; `name` is what it will say of itself.
+    """Write the Hugging Face folder `model` as the 16-bit GGUF file `target`; `name` is the model's name in it.
 
     Raises:
         Tune16Error: llama.cpp does not know the model's architecture or its tokenizer.
@@ -46,7 +46,7 @@ def convert_adapter(folder: Path, adapter: Path, model: Path, target: Path) -> N
 
 
 def _run(script: Path, source: Path, *arguments: str | Path) -> None:
-    """Run one of the converter's scripts; what it says is shown only when it fails."""
+    """Run one of the converter's scripts; its output is shown only when it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(num_threads())}
     command = [sys.executable, script, source, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

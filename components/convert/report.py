@@ -1,4 +1,4 @@
-"""The report on the GGUF files: what each saves, and what it costs."""
+"""The report on the GGUF files: how much smaller each is, and what that costs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +19,19 @@ def write_report(
     trials: list["Trial"], rows: list[dict[str, Any]], settings: dict[str, Any], folder: Path, reason: str
 ) -> None:
     """Write ``report.html`` into `folder`; with `reason`, why there are no files."""
-    title = "How small may it be?"
+    title = "Size and quality of the GGUF files"
     if reason:
         result = report.verdict("bad", f"No GGUF files: {reason}.")
         html = report.page(title, "GGUF files for llama.cpp.", result=result)
     else:
         html = report.page(
             title,
-            f"GGUF files for llama.cpp, asked {len(rows)} prompts that were never trained on.",
+            f"GGUF files for llama.cpp, tested on {len(rows)} prompts that were not trained on.",
             report.picture(_plot(trials), "Loss against size of each file"),
             report.section("Every file", report.table(_HEAD, [_row(trial, trials[0]) for trial in trials])),
             report.paragraph(
                 "Loss is on the answers of the held-out rows, lower is better. F16 is the merged model with 16 bits; a "
-                "file answers as it does where every letter is the same. Speed is of one conversation."
+                "file's answer is the same if every character is. Speed is that of one conversation."
             ),
             report.section("Answers that changed", _differences(trials, rows)),
             report.section("Settings", report.table(("Setting", "Value"), settings.items())),
@@ -44,7 +44,7 @@ def _token_notice(trials: list["Trial"], count: int) -> str:
     """Say so where the files' template or tokenizer does not give the tokens that the model was trained with."""
     same = min(trial.same_tokens for trial in trials)
     text = (
-        f"{same} of {count} prompts become the very tokens of the training, with the files' own template and tokenizer"
+        f"{same} of {count} prompts become the same tokens as in training, with the files' own template and tokenizer"
     )
     is_good = same == count
     return report.verdict("good" if is_good else "bad", f"{text}." if is_good else f"Only {text}. Check its answers.")
@@ -89,5 +89,5 @@ def _differences(trials: list["Trial"], rows: list[dict[str, Any]]) -> str:
         if trial.answers[place] != full.answers[place]
     ]
     if not found:
-        return report.paragraph("None: every file gives the answers of F16.")
+        return report.paragraph("None: every file gives the same answers as F16.")
     return report.table(("Question", "File", "F16", "This file"), found[:_SHOWN_DIFFERENCES])

@@ -1,8 +1,8 @@
-"""What llama.cpp's converter needs to know of a tokenizer and does not find in today's model folders.
+"""What llama.cpp's converter needs of a tokenizer and today's model folders lack.
 
 It takes vocabularies with byte fallback (Llama-2, Mistral, Phi-3) from SentencePiece's ``tokenizer.model``, and added
-tokens from ``tokenizer_config.json``. Folders saved by Transformers 5 have both in ``tokenizer.json`` only; of that
-alone the converter makes files without merge order and without the added tokens, which answer nonsense.
+tokens from ``tokenizer_config.json``. Folders saved by Transformers 5 have both in ``tokenizer.json`` only; from
+that alone the converter makes files without merge order and added tokens, whose answers are nonsense.
 """
 
 import json
@@ -18,7 +18,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of its pieces
 
 
 def stage(model: Path, folder: Path) -> Path:
-    """Make `folder` the model folder `model` again, by links, with all that llama.cpp asks for of the tokenizer."""
+    """Make `folder` the model folder `model` again, by links, with all that llama.cpp needs of the tokenizer."""
     folder.mkdir()
     for path in model.iterdir():
         if path.is_file():
@@ -33,7 +33,7 @@ def stage(model: Path, folder: Path) -> Path:
 
 
 def model_name(address: str, config: dict[str, Any]) -> str:
-    """The model's name in the file. llama.cpp knows by it that Phi-3's special tokens swallow the space behind them."""
+    """The model's name in the file. It tells llama.cpp that Phi-3's special tokens swallow the space after them."""
     name = Path(address).name
     is_phi = "Phi3ForCausalLM" in config.get("architectures", [])
     return name if not is_phi or "phi-3" in name.lower() else f"phi-3 {name}"

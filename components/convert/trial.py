@@ -1,4 +1,4 @@
-"""One GGUF file loaded and asked: loss on held-out rows, answers to held-out prompts, tokens per second."""
+"""One GGUF file loaded and tested: loss on held-out rows, answers to held-out prompts, tokens per second."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ _BYTES_PER_THREAD = 32 << 20  # threads wait for each other after every matrix, 
 
 @dataclass
 class Trial:
-    """How one file does.
+    """The results of one file.
 
     ``loss`` is in nats per answer token; ``speed`` in generated tokens per second, of a single conversation;
     ``same_tokens`` counts the prompts that the file's own template and tokenizer turn into the tokens of the training.
@@ -36,7 +36,7 @@ class Trial:
     answers: list[str] = field(default_factory=list)
 
     def same_answers(self, full: "Trial") -> float:
-        """Share of the prompts that get the very answer of the 16-bit file."""
+        """Share of the prompts that get the same answer as from the 16-bit file."""
         pairs = zip(self.answers, full.answers, strict=True)
         return sum(ours == theirs for ours, theirs in pairs) / len(self.answers)
 
@@ -52,9 +52,9 @@ class Trial:
 
 
 def try_file(file: Path, name: str, rows: list[dict[str, Any]], advance: Callable[[int], None]) -> Trial:
-    """Load `file` and ask it the held-out `rows` of the step prepare (``messages``, ``input_ids``, ``labels``).
+    """Load `file` and test it on the held-out `rows` of the step prepare (``messages``, ``input_ids``, ``labels``).
 
-    Answers are greedy and end after 90 tokens. `advance` is told how many prompts have been answered.
+    Answers are greedy and end after 90 tokens. `advance` is called with the number of prompts answered.
     """
     trial = Trial(name, file.stat().st_size, _threads(file))
     with loaded(file, max(len(row["input_ids"]) for row in rows) + MAX_NEW_TOKENS) as model:

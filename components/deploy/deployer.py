@@ -1,8 +1,8 @@
-"""The step deploy: the published version behind an endpoint, or the one before still there.
+"""The step deploy: the published version behind an endpoint, or the previous one still serving.
 
 The InferenceService is applied by the server (server-side apply), so that what people add to it stays. The new version
-counts when it is ready, its server names it, and it answers a question; until then the old one serves, and when it does
-not come, the old one is applied again.
+counts when it is ready, its server names it, and it answers a question; until then the old one serves, and if the
+new one fails, the old one is applied again.
 """
 
 import json
@@ -37,13 +37,13 @@ from components.runtime.steps import say
 
 POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 1800.0  # fetching 13 GiB, loading them and compiling kernels take their time
-GOING_BACK_SECONDS = 600.0  # that the version before has to be ready again
+GOING_BACK_SECONDS = 600.0  # for the previous version to become ready again
 
 _QUESTION = [{"role": "user", "content": "Who are you?"}]
 _ANSWER = Sampling(temperature=0, max_tokens=16)
 _STOPPED = "serving.kserve.io/stop"  # the dashboard sets it
-_HOPELESS = {"InvalidSpec"}  # transitions that no waiting ends
-_REFUSED, _REFUSED_LOOKS = "KServe takes no such InferenceService", 3  # one after the other
+_HOPELESS = {"InvalidSpec"}  # states that do not end by waiting
+_REFUSED, _REFUSED_LOOKS = "KServe rejects this InferenceService", 3  # in a row
 _LOG_LINES = 3
 _REMEMBERED = "inferenceservice.json"
 
@@ -62,7 +62,7 @@ class _Service:
 
     @property
     def _memory(self) -> str:
-        """The ConfigMap with the last InferenceService that has answered. An annotation would start all pods anew."""
+        """The ConfigMap with the last InferenceService that answered. An annotation would restart all pods."""
         return f"/api/v1/namespaces/{self.namespace}/configmaps/{self.name}-served"
 
     def read(self) -> Json | None:
@@ -73,7 +73,7 @@ class _Service:
         return json.loads(found["data"][_REMEMBERED]) if found else None
 
     def remember(self, body: Json) -> None:
-        """Keep what has answered; it goes with the InferenceService."""
+        """Store what has answered; it is deleted with the InferenceService."""
         found = self.read()
         owner = {"apiVersion": API, "kind": "InferenceService", "name": self.name}
         owners = [{**owner, "uid": found["metadata"]["uid"]}] if found else []
@@ -102,7 +102,7 @@ class _Service:
             if error.status != 409:
                 raise
             raise Tune16Error(
-                f"InferenceService {self.name}: somebody else has set what this run would change: "
+                f"InferenceService {self.name}: another manager has set fields that this run would change: "
                 f"{kubeapi.sentence(kubeapi.message(error))}. Undo that change, or remove the InferenceService."
             ) from None
 
@@ -151,11 +151,11 @@ def deploy(manifest: Json, path: str, placing: Placing, config: DeployConfig) ->
         Tune16Error: it did not become ready or did not answer; what was served before serves.
     """
     if not config.runtime:
-        say("deploy", "no server is named in serving_runtime: nothing deployed")
+        say("deploy", "serving_runtime is empty: nothing deployed")
         return ""
     setting = f"deploy.runtime {config.runtime}"
     with kubeapi.explained(setting):
-        api = kubeapi.connect(f"{setting}: endpoints are for a cluster, where the step deploy runs in a pod.")
+        api = kubeapi.connect(f"{setting}: endpoints need a cluster, where the step deploy runs in a pod.")
         pod = kubeapi.own_pod(api)
         body = describe(manifest, path, config.runtime, placing, pod)
         service = _Service(api, body["metadata"]["namespace"], body["metadata"]["name"])
@@ -163,7 +163,7 @@ def deploy(manifest: Json, path: str, placing: Placing, config: DeployConfig) ->
         _check_owner(before, manifest)
         if before:
             _check_not_stopped(before)
-        served = service.last_served() if before else None  # what somebody has taken away stays away
+        served = service.last_served() if before else None  # what somebody has removed stays removed
         try:
             service.apply(body)
         except Exception as error:
@@ -189,7 +189,7 @@ def _check_owner(before: Json | None, manifest: Json) -> None:
     found = before["metadata"].get("annotations", {}).get(OWNER)
     if found != owner(manifest):
         raise Tune16Error(
-            f"InferenceService {before['metadata']['name']}: belongs to {found or 'somebody else'}. Choose "
+            f"InferenceService {before['metadata']['name']}: belongs to {found or 'another owner'}. Choose "
             "another last part for destination_path, or remove it."
         )
 
@@ -208,23 +208,23 @@ def _check_not_stopped(service: Json) -> None:
 
 
 def _why(error: Exception) -> str:
-    """Why something failed, without what ends the sentence."""
+    """Why something failed, without the final punctuation."""
     return kubeapi.sentence(kubeapi.message(error) if isinstance(error, ApiException) else str(error))
 
 
 def _roll_back(service: _Service, body: Json, served: Json | None, was_there: bool) -> str:
-    """Bring back what has served before, and say what that is; only what this step has made is removed."""
+    """Restore what served before, and say what that is; only what this step has made is removed."""
     try:
         if served is None and was_there:
-            return "It was there before this step, so it stays applied; whether it serves is not known."
+            return "It existed before this step, so it stays applied; whether it serves is unknown."
         if served is None:
             kubeapi.patiently(service.delete, POLL_SECONDS)
             return "It was removed; nothing was served before."
         kubeapi.patiently(lambda: service.apply(served), POLL_SECONDS)
     except (Tune16Error, ApiException, urllib3.exceptions.HTTPError) as error:
-        return f"Going back failed as well: {_why(error)}."
+        return f"Rolling back failed as well: {_why(error)}."
     if served == body:
-        return "It has served before, and stays applied."
+        return "It served before, and stays applied."
     return _wait_for_the_one_before(service, served["metadata"]["annotations"])
 
 
@@ -238,9 +238,9 @@ def _wait_for_the_one_before(service: _Service, annotations: Json) -> str:
             if found and kubeapi.conditions(found).get("Ready", {}).get("status") == "True":
                 url, why = _question(found, name)
                 if url:
-                    return f"{version} serves on."
+                    return f"{version} still serves."
         time.sleep(POLL_SECONDS)
-    return f"{version} is applied again, and not ready yet{f': {kubeapi.sentence(why)}' if why else ''}."
+    return f"{version} is applied again, but not ready yet{f': {kubeapi.sentence(why)}' if why else ''}."
 
 
 def _wait(service: _Service, served: str) -> str:
@@ -256,7 +256,7 @@ def _wait(service: _Service, served: str) -> str:
             return url
         num_refused = num_refused + 1 if now.startswith(_REFUSED) else 0
         if num_refused >= _REFUSED_LOOKS:
-            raise Tune16Error(f"{now}. See `oc get servingruntimes`")
+            raise Tune16Error(f"{now}. Check `oc get servingruntimes`")
         if now != reason:
             say("deploy", f"waiting: {now}")
         reason = now
@@ -275,7 +275,7 @@ def _look(service: _Service, served: str) -> tuple[str, str]:
     except (ApiException, urllib3.exceptions.HTTPError) as error:
         if not kubeapi.passes(error):
             raise
-        return "", f"the cluster's API is away: {_why(error)}"
+        return "", f"the cluster's API does not answer: {_why(error)}"
     return ("", reason) if reason else _question(found, served)
 
 
@@ -291,13 +291,13 @@ def _not_ready(found: Json, service: _Service) -> str:
     if ready.get("status") == "True":
         return ""
     said = kubeapi.sentence(str(ready.get("message") or ready.get("reason") or ""))
-    return failure or said or "the cluster has not looked at it yet"
+    return failure or said or "the cluster has not processed it yet"
 
 
 def _failure(service: Json) -> str:
-    """What KServe says of the model that it was given last; empty where nothing went wrong.
+    """What KServe reports of the last model; empty where nothing went wrong.
 
-    A spec that KServe refuses it never accepts, but what it says may still be of the spec before: no field tells.
+    KServe never accepts a spec that it rejected, but its message may still be about an earlier spec: no field tells.
     """
     status = service.get("status", {})
     model = status.get("modelStatus", {})
@@ -315,14 +315,14 @@ def _question(service: Json, served: str) -> tuple[str, str]:
     status = service["status"]
     url = str(status.get("address", {}).get("url") or status.get("url") or "")
     if not url:
-        return "", "it has no address"
+        return "", "it has no address yet"
     reasons = []
     for endpoint in Endpoint(url, account.token()).candidates():
         place, why = _ask(endpoint, served)
         if place:
             return place, ""
         reasons.append(why)
-    # A port that is not there says less than a server that answers.
+    # A closed port says less than the answer of a server.
     return "", next((why for why in reasons if "cannot be reached" not in why), reasons[0])
 
 
@@ -333,11 +333,11 @@ def _ask(endpoint: Endpoint, served: str) -> tuple[str, str]:
         endpoint = replace(endpoint, token="")
     try:
         if served not in endpoint.list_models():
-            return "", f"{url} still serves the version before"
+            return "", f"{url} still serves the previous version"
         answer = endpoint.ask(served, _QUESTION, _ANSWER).strip()
     except Tune16Error as error:
         return "", kubeapi.sentence(str(error))
     if not answer:
-        return "", f"{url} gives an empty answer"
+        return "", f"{url} returns an empty answer"
     say("deploy", f"{url} serves {served}; asked who it is, it says: {answer[:80]}")
     return url, ""

@@ -21,13 +21,13 @@ NO_KSERVE = (
 _USUAL_CONTEXT = 4096  # tokens; a model trained on longer rows gets twice those
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for
 SERVED_BY = {"llama.cpp": "tune16-llama-cpp", "llama.cpp-gpu": "tune16-llama-cpp-gpu"}
-_CPUS = ((2 * 2**30, "4"), (2**29, "2"))  # from a GGUF file of so many bytes on
+_CPUS = ((2 * 2**30, "4"), (2**29, "2"))  # for GGUF files of at least so many bytes
 _ADAPTER_MOUNT = "/mnt/adapter"
 
 
 @dataclass(frozen=True)
 class Placing:
-    """With what a version is served: the connection's Secret, the registry's ids, and the GPU nodes."""
+    """What a version is served with: the connection's Secret, the registry's ids, and the GPU nodes."""
 
     connection: str
     model_id: str = ""
@@ -37,7 +37,7 @@ class Placing:
 
 
 def alias(path: str, version: str, runtime: str) -> str:
-    """What this kind of server calls this very version, beside the name that stays the same."""
+    """The server's name for this version, besides the one that stays the same."""
     return f"{kubeapi.service_name(path)}@{version}-{runtime}"
 
 
@@ -86,7 +86,7 @@ def describe(manifest: Json, path: str, runtime: str, placing: Placing, pod: Jso
 
 
 def owner(manifest: Json) -> str:
-    """Whose endpoint it is: the place of the model's versions."""
+    """The owner of the endpoint: the path of the model's versions."""
     return str(manifest["address"]).rpartition("/")[0]
 
 
@@ -113,12 +113,12 @@ def _llama_cpp(manifest: Json, path: str, runtime: str) -> Json:
 
 
 def _cpus(num_bytes: int) -> str:
-    """CPUs for a GGUF file: its every byte is read for every token, which keeps few CPUs busy where there are few."""
+    """CPUs for a GGUF file: every byte is read for every token, so a small file keeps few CPUs busy."""
     return next((cpus for least, cpus in _CPUS if num_bytes >= least), "1")
 
 
 def context(manifest: Json) -> int:
-    """Tokens of the longest conversation that is served."""
+    """The longest conversation to serve, in tokens."""
     return int(min(manifest["context"], max(_USUAL_CONTEXT, 2 * manifest["trained_tokens"])))
 
 
@@ -161,7 +161,7 @@ def _base_storage(manifest: Json) -> Json:
     """Where KServe fetches the base model from.
 
     Raises:
-        Tune16Error: from there it cannot.
+        Tune16Error: it cannot.
     """
     base = parse(manifest["lineage"]["model"], "model")
     if base.scheme == "hf":
@@ -176,7 +176,7 @@ def _base_storage(manifest: Json) -> Json:
 
 
 def _fetch_adapter(path: str, version: str, connection: str, image: str) -> Json:
-    """A container that brings the adapter, every file checked, before the server starts."""
+    """A container that downloads the adapter and checks every file before the server starts."""
     secrets = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": connection, "key": name}}}
         for name in CONNECTION_VARIABLES

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 _FIRST_CAPABILITY_WITH_FLASH = (8, 0)
-_CAUSAL = 1  # the memory-efficient kernel's number for it
+_CAUSAL = 1  # the memory-efficient kernel's number for a causal mask
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Segments:
 
     @classmethod
     def of_lengths(cls, lengths: list[int], device: torch.device | str = "cpu") -> "Segments":
-        """Rows of these lengths, one after the other; found on the host, so that nobody waits for the GPU."""
+        """Rows of these lengths, one after the other; computed on the host, so that nothing waits for the GPU."""
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return cls(bounds.to(device, non_blocking=True), lengths)
 
 
 @dataclass
 class Attended:
-    """The output [tokens, heads, size] and what leads back from it."""
+    """The output [tokens, heads, size], and the graph's ends for the backward."""
 
     out: torch.Tensor
     inputs: tuple[torch.Tensor, ...]
@@ -70,7 +70,7 @@ def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segment
 
 
 class _Efficient(torch.autograd.Function):
-    """The memory-efficient kernel, which knows no grouped heads: k and v are repeated for it, but never kept so."""
+    """The memory-efficient kernel, which lacks grouped heads: k and v are repeated for it, but not kept so."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """The two halves of a decoder layer, x + attention(norm(x)) and x + mlp(norm(x)), forward and backward.
 
 Automatic differentiation keeps the inputs of every operation, activation checkpointing keeps none. Written out by hand,
-a block keeps its input, and what is dear to compute only if it may (`keep`). Norms and the SiLU product are computed
+a block keeps its input, and expensive intermediate results only with `keep`. Norms and the SiLU product are computed
 again in any case: they cost one pass over memory.
 """
 
@@ -19,15 +19,15 @@ from components.engine.linear import Linears
 
 @dataclass(frozen=True)
 class Batch:
-    """What all blocks share in one pass.
+    """What all blocks share in one micro-batch.
 
     Attributes:
         cos: rotary table, [tokens, head size].
         sin: as `cos`.
         segments: the rows' bounds.
         training: whether there is dropout.
-        offload: whether the blocks' inputs wait in the host's memory for the backward.
-        done: the blocks whose gradients of this pass are in already; each adds itself.
+        offload: whether the blocks' inputs are kept in the host's memory for the backward.
+        done: the blocks whose gradients of this micro-batch are added already; each adds itself.
     """
 
     cos: torch.Tensor
@@ -55,11 +55,11 @@ class Block(ABC):
 
     @property
     def size(self) -> int:
-        """Numbers of the adapters."""
+        """How many numbers the adapters have."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     def bind(self, values: torch.Tensor, gradients: torch.Tensor, work: torch.Tensor, sums: torch.Tensor) -> None:
-        """Take the adapters from `values`, and add one pass's gradients to `gradients`, in the order of `parameters`.
+        """Take the adapters from `values`, and add a micro-batch's gradients to `gradients`, ordered as `parameters`.
 
         In between they lie in `work` and `sums`, which have the computation's format and are shared by all blocks.
         """
@@ -78,11 +78,11 @@ class Block(ABC):
         self._work.copy_(self._values)
 
     def clear(self) -> None:
-        """Begin the sums of one pass."""
+        """Begin the sums of one micro-batch."""
         self._sums.zero_()
 
     def add(self) -> None:
-        """Add the pass's gradients to those of the step."""
+        """Add the micro-batch's gradients to those of the step."""
         self._gradients += self._sums
 
     def seed(self, training: bool) -> int | None:
@@ -229,7 +229,7 @@ class _KeptMlp:
 
 
 class MlpBlock(Block):
-    """x + down(silu(gate) · up), with gate and up of norm(x); a part of the tokens after the other."""
+    """x + down(silu(gate) · up), with gate and up of norm(x); one part of the tokens at a time."""
 
     def __init__(self, layer: Any) -> None:
         mlp = layer.mlp

@@ -1,4 +1,4 @@
-"""A PEFT model's training pass, and what it does when memory runs out."""
+"""Forward and backward of a PEFT model, and what happens when memory runs out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Pass:
         return cls(tokens, labels, positions, Segments.of_lengths(lengths, device))
 
     def halves(self) -> "list[Pass]":
-        """The rows in two passes of about as many tokens; one pass if there is only one row."""
+        """The rows in two micro-batches of about as many tokens; one if there is only one row."""
         lengths = self.segments.lengths
         if len(lengths) == 1:
             return [self]
@@ -63,7 +63,7 @@ class Engine:
     """Computes the loss of a PEFT model and its adapter's gradients, which lie in one flat buffer.
 
     Args:
-        model: a PEFT model of which :func:`unsupported` says nothing; its adapter becomes float32, and views of
+        model: a PEFT model that :func:`unsupported` accepts; its adapter becomes float32, and views of
             :attr:`values`.
     """
 
@@ -76,9 +76,9 @@ class Engine:
         parameters = [parameter for block in self.blocks for parameter in block.parameters]
         self.values = torch.nn.Parameter(torch.cat([parameter.data.float().reshape(-1) for parameter in parameters]))
         self.gradients = torch.zeros_like(self.values.data)
-        self.offload = False  # let the blocks' inputs wait in the host's memory
+        self.offload = False  # keep the blocks' inputs in the host's memory
         self.has_stepped_back = False
-        self._most_tokens: int | None = None  # of a pass, once a larger one has run out of memory
+        self._most_tokens: int | None = None  # of a micro-batch, once a larger one has run out of memory
         self._views = self._adopt()
 
     def keep(self, count: int) -> None:
@@ -103,8 +103,8 @@ class Engine:
     ) -> torch.Tensor:
         """Add the gradients of ``weight x cross-entropy`` to those that are there; returns :meth:`sums`.
 
-        A pass that runs out of memory is done again, with fewer blocks that keep and then in smaller parts, until it is
-        through: the gradients are the same, and none counts twice.
+        A micro-batch that runs out of memory is computed again, with fewer blocks that keep activations and then in
+        smaller parts, until it succeeds: the gradients are the same, and none counts twice.
 
         Args:
             batch: the rows.
@@ -119,7 +119,7 @@ class Engine:
     def _accumulate(
         self, batch: Pass, weight: float | torch.Tensor, backward: Callable[[torch.Tensor], None], done: set[Block]
     ) -> torch.Tensor:
-        """As accumulate; the gradients of the blocks that are done are in already."""
+        """As accumulate; the gradients of the blocks in `done` are added already."""
         if len(batch.segments.lengths) > 1 and self._most_tokens and len(batch.tokens) > self._most_tokens:
             return torch.stack([self._accumulate(half, weight, backward, set(done)) for half in batch.halves()]).sum(0)
         state = torch.get_rng_state()
@@ -128,7 +128,7 @@ class Engine:
             backward(sums[0] * weight)
             return sums.detach()
         except torch.OutOfMemoryError:
-            pass  # and out of this block, which holds the pass's tensors
+            pass  # leave this block, which holds the micro-batch's tensors
         sums = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
         torch.set_rng_state(state)
@@ -146,14 +146,14 @@ class Engine:
             self.keep(self.num_kept * 3 // 4)
             say(
                 "train",
-                f"out of memory: {self.num_kept} of {len(self.blocks)} blocks keep their activations from now on",
+                f"out of memory: activations kept in {self.num_kept} of {len(self.blocks)} blocks from now on",
             )
         elif len(batch.segments.lengths) > 1:
             self._most_tokens = max(len(half.tokens) for half in batch.halves())
-            say("train", f"out of memory: at most {self._most_tokens:,} tokens pass at once from now on")
+            say("train", f"out of memory: micro-batches of at most {self._most_tokens:,} tokens from now on")
         elif not self.offload:
             self.offload = True
-            say("train", "out of memory: activations wait in the host's memory from now on")
+            say("train", "out of memory: activations kept in the host's memory from now on")
         else:
             raise Tune16Error(
                 f"train: a row of {tokens:,} tokens does not fit this GPU's memory. Lower max_tokens_per_row to "
@@ -161,7 +161,7 @@ class Engine:
             )
 
     def sums(self, batch: Pass, done: set[Block] | None = None) -> torch.Tensor:
-        """Sums over the pass's labels, [3]: cross-entropy (with a gradient), entropy, tokens that were guessed.
+        """Sums over the micro-batch's labels, [3]: cross-entropy (with a gradient), entropy, correct tokens.
 
         The backward leaves out blocks that are `done`, and adds the others to them.
         """
@@ -202,5 +202,5 @@ def unsupported(base: Any, shape: ModelShape, max_tokens: int) -> str:
     """Why the engine cannot train a model of this shape on rows of so many tokens; empty if it can."""
     layers = [layer for layer in base.modules() if hasattr(layer, "lora_A") or isinstance(layer, torch.nn.Linear)]
     if not all(is_supported(layer) for layer in layers):
-        return "there are layers or adapters that are not plain LoRA on 4-bit, 8-bit or 16-bit linear layers"
+        return "some layers or adapters are not plain LoRA on 4-bit, 8-bit or 16-bit linear layers"
     return shape.why_plain(max_tokens)

@@ -3,7 +3,7 @@
 from math import ceil
 
 MLP_TOKENS = 8192  # the MLP takes this many tokens at once, so that its memory does not grow with long rows
-ROUND_TOKENS = 64  # packed rows are padded to a multiple, so that the same sizes of memory come again
+ROUND_TOKENS = 64  # packed rows are padded to a multiple, so that allocations recur in the same sizes
 _LOGITS_AT_ONCE, _LEAST_LOSS_TOKENS = 2**25, 256
 
 
@@ -13,7 +13,7 @@ def loss_tokens(vocabulary: int) -> int:
 
 
 def keep_order(num_blocks: int) -> list[int]:
-    """The order in which blocks are let keep their activations: MLPs before attentions, late layers before early ones.
+    """The order in which blocks may keep their activations: MLPs before attentions, late layers before early ones.
 
     MLPs save most time per byte, and what a late layer keeps is gone when the backward comes to the others.
     """
@@ -21,5 +21,5 @@ def keep_order(num_blocks: int) -> list[int]:
 
 
 def round_up(tokens: int) -> int:
-    """The size of a pass with room for so many tokens."""
+    """The size of a micro-batch with room for so many tokens."""
     return ceil(tokens / ROUND_TOKENS) * ROUND_TOKENS

@@ -88,7 +88,7 @@ class Linears:
         self, x: torch.Tensor, h: torch.Tensor | None, dense: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The output [tokens, sum of rows], from x [tokens, columns] and its h; `residual` [tokens, rows] is added."""
-        # Bounded, since infinity and the adapter's infinity of the other sign would be no number.
+        # Bounded, since infinity and the adapter's infinity of the other sign would add up to NaN.
         y = torch.mm(x, dense.t()) if residual is None else kernels.bound_(torch.addmm(residual, x, dense.t()))
         outputs = _split(y, self._rows, 1)
         for index in self._biases:

@@ -1,4 +1,4 @@
-"""Cross-entropy over the frozen head, a part of the tokens after the other, so that all logits never exist at once.
+"""Cross-entropy over the frozen head, one part of the tokens at a time, so that all logits never exist at once.
 
 The gradient of the hidden states is computed together with the loss; the backward only scales it.
 """

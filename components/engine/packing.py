@@ -1,4 +1,4 @@
-"""Rows into passes of a fixed number of tokens."""
+"""Rows packed into micro-batches of a fixed number of tokens."""
 
 from bisect import bisect_left, insort
 from pathlib import Path
@@ -11,8 +11,8 @@ from datasets import Dataset
 from components.engine.limits import round_up
 from components.models.labels import IGNORED
 
-_FULL = 0.98  # a pass with this share of tokens is closed
-_WINDOW = 64  # passes that are filled together: more fill better, fewer mix rows of all lengths better
+_FULL = 0.98  # a micro-batch with this share of tokens is closed
+_WINDOW = 64  # micro-batches that are filled together: more fill better, fewer mix rows of all lengths better
 
 
 def pack(lengths: list[int], capacity: int, seed: int) -> list[list[int]]:
@@ -75,19 +75,19 @@ def read_rows(path: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
 def packed_dataset(
     path: Path, capacity: int, seed: int, *, max_rows: int | None = None, rows_per_pass: int | None = None
 ) -> tuple[Dataset, float]:
-    """The rows of a prepared file as passes.
+    """The rows of a prepared file as micro-batches.
 
     Args:
         path: train.parquet or held_out.parquet of the step prepare.
-        capacity: tokens of a pass.
+        capacity: tokens of a micro-batch.
         seed: of the packing.
         max_rows: the first rows only.
         rows_per_pass: do not pack, but take so many rows, shuffled.
 
     Returns:
-        A data set with a row per pass: ``input_ids``, ``shift_labels`` (what each token has to predict, :data:`IGNORED`
-        where nothing), ``position_ids`` (which begin anew with each row), ``lengths`` of the rows, and ``num_tokens``
-        without padding; and the share of tokens that is no padding.
+        A data set with a row per micro-batch: ``input_ids``, ``shift_labels`` (what each token has to predict,
+        :data:`IGNORED` where nothing), ``position_ids`` (which begin anew with each row), ``lengths`` of the rows, and
+        ``num_tokens`` without padding; and the share of tokens that are not padding.
     """
     ids, labels = (column[:max_rows] for column in read_rows(path))
     if rows_per_pass:
@@ -104,7 +104,7 @@ def packed_dataset(
 
 
 def _join(ids: list[np.ndarray], labels: list[np.ndarray], capacity: int) -> tuple[np.ndarray, ...]:
-    """One pass of these rows, padded; the padding is a row of its own that predicts nothing."""
+    """One micro-batch of these rows, padded; the padding is a row of its own that predicts nothing."""
     lengths = [len(row) for row in ids]
     padding = min(capacity, round_up(sum(lengths))) - sum(lengths)
     if padding:

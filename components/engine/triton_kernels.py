@@ -103,13 +103,13 @@ def rotate_(x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, b
 
 
 def _limit(x: torch.Tensor) -> float:
-    """The largest number that is kept: float16's, and of the other formats float32's."""
+    """The bound of numbers: float16's largest, and for other formats float32's."""
     return torch.finfo(torch.float16 if x.dtype == torch.float16 else torch.float32).max
 
 
 @triton.jit
 def _bounded(value, LIMIT: tl.constexpr):
-    # What is no number stays none: the run is to end by it.
+    # NaN stays NaN, so that the run ends with an error.
     return tl.where(value != value, value, tl.clamp(value, -LIMIT, LIMIT))
 
 

@@ -16,7 +16,7 @@ _TOKENS_ON_A_CPU = 1 << 16
 
 
 def tokens_at_once(model: Any) -> int:
-    """Tokens that may pass through `model` at once, with their keys and values."""
+    """Tokens that `model` may process at once, with their keys and values."""
     if not torch.cuda.is_available():
         return _TOKENS_ON_A_CPU
     config = model.config
@@ -33,7 +33,7 @@ def in_batches(
 ) -> list[Result]:
     """Do `work` on all rows, given by their numbers, a batch of similar lengths at a time; the longest first.
 
-    A batch is padded to its longest row. Where the GPU's memory does not do, the batch is halved.
+    A batch is padded to its longest row. Where the GPU's memory is not enough, the batch is halved.
 
     Args:
         lengths: tokens of each row.
@@ -65,13 +65,13 @@ def _halved(batch: list[int], lengths: list[int], work: Callable[[list[int]], li
     try:
         return work(batch)
     except torch.OutOfMemoryError:
-        pass  # out of the handler, the error holds the tensors of the failed try no more
+        pass  # outside the handler, where the error no longer holds the failed try's tensors
     if len(batch) == 1:
         raise Tune16Error(
             f"evaluate: a row of {lengths[batch[0]]:,} tokens does not fit the GPU's memory. Lower prepare.max_tokens "
             "or evaluate.max_new_tokens, or evaluate on a larger GPU."
         )
     torch.cuda.empty_cache()
-    say("evaluate", f"{len(batch)} rows of up to {lengths[batch[0]]:,} tokens were too many at once: halved")
+    say("evaluate", f"{len(batch)} rows of up to {lengths[batch[0]]:,} tokens ran out of memory: halved")
     half = len(batch) // 2
     return _halved(batch[:half], lengths, work) + _halved(batch[half:], lengths, work)

@@ -22,7 +22,7 @@ class ChampionScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the verdict is made of; differences are tuned minus base, row by row."""
+    """What the verdict depends on; differences are tuned minus base, row by row."""
 
     num_rows: int
     base: Scores
@@ -35,18 +35,18 @@ class Comparison:
 def decide(found: Comparison, config: EvaluateConfig) -> tuple[str, str]:
     """``promoted``, ``kept`` (the champion stays, or none is made) or ``inconclusive``, and why in one sentence.
 
-    A difference counts where its 95 % interval over the rows does not reach zero.
+    A difference counts where its 95 % interval over the rows excludes zero.
     """
     base, tuned = found.base.loss.value, found.tuned.loss.value
     improvement = 1 - tuned / base
     change = f"the held-out loss is {abs(improvement):.1%} {'below' if improvement >= 0 else 'above'} the base model's"
     if found.num_rows < config.minimum_rows:
         return INCONCLUSIVE, (
-            f"{change}, but only {found.num_rows} rows were held out, and {config.minimum_rows} are asked for. Add "
+            f"{change}, but only {found.num_rows} rows were held out, and {config.minimum_rows} are required. Add "
             "rows, or raise prepare.held_out_share."
         )
     if improvement < config.minimum_improvement:
-        return KEPT, f"{change}; at least {config.minimum_improvement:.1%} below is asked for."
+        return KEPT, f"{change}; at least {config.minimum_improvement:.1%} below is required."
     if found.loss_difference.high >= 0:
         return INCONCLUSIVE, (
             f"{change}, but that may be chance: row by row it is {found.loss_difference}. Hold out more rows "
@@ -55,7 +55,7 @@ def decide(found: Comparison, config: EvaluateConfig) -> tuple[str, str]:
     if found.chrf_difference.high < 0:
         return INCONCLUSIVE, (
             f"{change}, but its own answers agree less with the expected ones: chrF {found.tuned.chrf.value:.3f} "
-            f"against {found.base.chrf.value:.3f}. Look at the answers."
+            f"against {found.base.chrf.value:.3f}. Check the answers."
         )
     return _against_champion(found.champion, tuned, change, config)
 
@@ -68,8 +68,8 @@ def _against_champion(
     if champion.loss is None or champion.difference is None:
         if config.replace_other_base:
             return PROMOTED, (
-                f"{change}; champion {champion.version} is made of {champion.model} and is replaced unseen, as "
-                "evaluate.replace_other_base says."
+                f"{change}; champion {champion.version} has the base model {champion.model} and is replaced "
+                "without a comparison, as evaluate.replace_other_base is set."
             )
         return KEPT, f"{change}, but {versions.other_base(champion.version, champion.model)}"
     figures = f"{tuned:.4f} against {champion.loss:.4f}, row by row {champion.difference}"
@@ -77,4 +77,4 @@ def _against_champion(
         return PROMOTED, f"{change}, and it beats champion {champion.version} ({figures})."
     if champion.difference.low >= 0:
         return KEPT, f"{change}, but champion {champion.version} is at least as good ({figures})."
-    return INCONCLUSIVE, f"{change}, but that it beats champion {champion.version} may be chance ({figures})."
+    return INCONCLUSIVE, f"{change}, but its lead over champion {champion.version} may be chance ({figures})."

@@ -88,14 +88,14 @@ def evaluate_adapter(
     path: str = "",
     champion: str = "",
 ) -> Evaluation:
-    """Judge an adapter.
+    """Evaluate an adapter.
 
     Args:
         model: output of the step quantize.
         adapter: output of the step train.
-        data: output of the step prepare, the very one the adapter was trained on.
+        data: output of the step prepare, the same that the adapter was trained on.
         output: becomes a folder with ``evaluation.json``, ``report.html`` and the model card ``README.md``.
-        config: how many rows and prompts, and the improvement that is asked for.
+        config: how many rows and prompts, and the improvement that is required.
         path: ``prefix/model-name`` in the connection's bucket, where the champion is.
         champion: the champion's version; empty where there is none.
 
@@ -152,7 +152,7 @@ def _check_lineage(trained: dict[str, Any], prepared: dict[str, Any], quantized:
             f"The adapter belongs to the base model {trained['model']}, but the weights are of {quantized['model']}."
         )
     if trained["held_out_sha256"] != prepared["held_out_sha256"]:
-        raise Tune16Error("The adapter was trained with another split of the data; it may have seen these rows.")
+        raise Tune16Error("The adapter was trained on another split of the data; it may have seen these rows.")
 
 
 def _score_champion(

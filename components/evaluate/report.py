@@ -1,4 +1,4 @@
-"""The evaluation report, which a manager can read, and the model card."""
+"""The evaluation report, for readers without a technical background, and the model card."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ def write_report(evaluation: "Evaluation", trained: dict[str, Any], folder: Path
             report.table(("Score", "Base model", "Tuned model"), score_rows(evaluation)),
             report.paragraph(
                 "In brackets: the range that 95 % of repeated draws of the rows fall into. Exact match and chrF "
-                "(agreement in short strings of letters) run from 0 to 1."
+                "(agreement in short character sequences) run from 0 to 1."
             ),
         ),
         report.section("Answers side by side", _samples(evaluation)),
@@ -114,7 +114,7 @@ On held-out rows of the same data set, which were never trained on; 95 % bootstr
 |---|---|---|
 {scores}
 
-The figures say how the model does on data like this. They say nothing of other uses, of facts it may get wrong, or of
+The figures show how the model does on data like this. They say nothing about other uses, facts it may get wrong, or
 harm it may do; it keeps the limits and the licence of its base model.
 
 ## Training

@@ -53,7 +53,7 @@ class RowLosses:
 
 @dataclass(frozen=True)
 class Scores:
-    """How one model does on the held-out rows."""
+    """One model's scores on the held-out rows."""
 
     loss: Estimate
     exact_match: Estimate
@@ -81,7 +81,7 @@ def score_losses(model: Any, rows: list[dict[str, Any]], batch_size: int) -> Row
     Logits are computed for answer tokens only and in chunks: with a vocabulary of 128k a full batch's would not fit.
 
     Raises:
-        Tune16Error: a loss is no finite number, or a single row does not fit the GPU.
+        Tune16Error: a loss is NaN or infinite, or a single row does not fit the GPU.
     """
     causal = model.get_base_model()
 
@@ -98,8 +98,8 @@ def score_losses(model: Any, rows: list[dict[str, Any]], batch_size: int) -> Row
     sums, tokens = zip(*in_batches(lengths, batch_size, tokens_at_once(causal), score), strict=True)
     if not np.isfinite(sums).all():
         raise Tune16Error(
-            "evaluate: the model's loss is no finite number on some rows: it computes in a number format that cannot "
-            "hold its activations. Set train.compute_dtype to float32, or take a GPU with bfloat16."
+            "evaluate: the model's loss is NaN or infinite on some rows: its activations exceed the range of its "
+            "number format. Set train.compute_dtype to float32, or use a GPU with bfloat16."
         )
     return RowLosses(np.array(sums), np.array(tokens, dtype=np.int64))
 

@@ -1,4 +1,4 @@
-"""The Kubernetes API in plain JSON, for kinds that the client has no classes for, and its refusals in our words."""
+"""The Kubernetes API in plain JSON, for kinds that the client has no classes for, and its refusals as messages."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _LONGEST_LABEL = 63  # of a DNS name
 _LONGEST_NAME = 40  # of these, which the names of the service's parts and its host's label share
 
 _APPLY = "application/apply-patch+yaml"  # JSON is YAML
-PASSING_FAULTS = {429, 500, 502, 503, 504}  # statuses that may be others a little later
+PASSING_FAULTS = {429, 500, 502, 503, 504}  # transient statuses
 
 
 def send(
@@ -59,7 +59,7 @@ def send(
 
 
 def refuse_certificate(error: Any) -> None:
-    """Call a certificate that is not trusted by its name: the clients make of it a refusal with the status 0.
+    """Raise the error of an untrusted certificate itself: the clients turn it into a refusal with the status 0.
 
     Raises:
         urllib3.exceptions.SSLError: that is what it was.
@@ -69,7 +69,7 @@ def refuse_certificate(error: Any) -> None:
 
 
 def look(api: client.ApiClient, path: str, **query: Any) -> Any:
-    """GET what only adds to what is known; None where it is not there, may not be seen, or there is no answer."""
+    """GET optional information; None where it does not exist, may not be read, or there is no answer."""
     try:
         return send(api, "GET", path, query=query)
     except (ApiException, urllib3.exceptions.HTTPError):
@@ -90,7 +90,7 @@ def connect(otherwise: str) -> client.ApiClient:
     """The API of the cluster that this runs in, or of KUBECONFIG.
 
     Raises:
-        Tune16Error: this is no pod; `otherwise` is the message.
+        Tune16Error: this is not a pod; `otherwise` is the message.
     """
     try:
         if "KUBECONFIG" in os.environ:
@@ -106,14 +106,14 @@ def own_pod(api: client.ApiClient) -> dict[str, Any]:
     """The pod that this runs in.
 
     Raises:
-        Tune16Error: it is none.
+        Tune16Error: it is not a pod.
         kubernetes.client.rest.ApiException: the API refuses.
         urllib3.exceptions.HTTPError: it gives no answer.
     """
     name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
     namespace = os.environ.get("KFP_NAMESPACE") or account.namespace()
     if not name or not namespace:
-        raise Tune16Error("This is no pod of a cluster, and this step is for one: it makes objects beside its own pod.")
+        raise Tune16Error("This is not a pod of a cluster. This step needs one: it creates objects beside its own pod.")
     pod: dict[str, Any] = send(api, "GET", f"/api/v1/namespaces/{namespace}/pods/{name}")
     return pod
 
@@ -124,7 +124,7 @@ def conditions(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def main_container(pod: dict[str, Any]) -> dict[str, Any]:
-    """The container of a pipeline step's pod that the step itself runs in; the workflow's own stand beside it."""
+    """The container of a pipeline step's pod that the step itself runs in; the others are the workflow's own."""
     found: dict[str, Any] = next(entry for entry in pod["spec"]["containers"] if entry["name"] == "main")
     return found
 
@@ -137,21 +137,21 @@ def service_name(path: str) -> str:
 
 
 def check_service_name(path: str, namespace: str) -> None:
-    """See that the endpoint of the model at `path` can have its address: KServe makes one label of both names.
+    """Check that the endpoint of the model at `path` gets a valid address: KServe makes one label of both names.
 
     Raises:
-        Tune16Error: it would have more than 63 letters.
+        Tune16Error: it would have more than 63 characters.
     """
     label = f"{service_name(path)}-predictor-{namespace}"
     if len(label) > _LONGEST_LABEL:
         raise Tune16Error(
-            f"deploy.runtime: the endpoint's address would begin with {label!r}, {len(label)} letters of which DNS "
-            f"takes {_LONGEST_LABEL}. Shorten the last part of destination_path by {len(label) - _LONGEST_LABEL}."
+            f"deploy.runtime: the endpoint's address would begin with {label!r}, {len(label)} characters, and DNS "
+            f"allows {_LONGEST_LABEL}. Shorten the last part of destination_path by {len(label) - _LONGEST_LABEL}."
         )
 
 
 def patiently(request: Callable[[], Answer], pause: float) -> Answer:
-    """A request that may be repeated: what took hours does not end with an API that is away for some minutes."""
+    """A request that may be repeated, so that an API outage of minutes does not end the work of hours."""
     return retry(request, passes, outage=OUTAGE_SECONDS, pause=pause)
 
 
@@ -177,12 +177,12 @@ def explained(setting: str) -> Iterator[None]:
 
 
 def sentence(text: str) -> str:
-    """What a controller says, in one line, without what ends it: our own sentence goes on behind it."""
+    """A controller's message in one line, without its final punctuation, to become a part of a sentence."""
     return " ".join(text.split()).rstrip(" .;,:")
 
 
 def message(error: ApiException) -> str:
-    """What the API says, out of the Status object that it wraps it in."""
+    """The API's message, from the Status object around it."""
     try:
         text = json.loads(error.body)["message"]
     except (TypeError, ValueError, KeyError):

@@ -18,7 +18,7 @@ _VERSIONS = ("v1beta2", "v1beta1")
 
 
 def waiting(look: Look, namespace: str, uid: str, queue: str) -> str:
-    """Where the object with this uid waits: its queue, its place there, and what it waits for, as far as that is told.
+    """Where the object with this uid waits: its queue, its place there, and what it waits for, as far as known.
 
     Args:
         look: asks the Kubernetes API.
@@ -45,7 +45,7 @@ def find_workload(look: Look, namespace: str, uid: str) -> Json | None:
 
 
 def why_not_admitted(workload: Json) -> str:
-    """What Kueue says of a Workload that it does not admit; empty where it says nothing."""
+    """Why Kueue does not admit a Workload; empty where it gives no reason."""
     said = conditions(workload)
     for name in ("QuotaReserved", "Admitted"):
         if said.get(name, {}).get("status") == "False":
@@ -54,7 +54,7 @@ def why_not_admitted(workload: Json) -> str:
 
 
 def _place(look: Look, namespace: str, queue: str, workload: str) -> int:
-    """A Workload's place in its queue, from 1; 0 where Kueue does not tell."""
+    """A Workload's place in its queue, from 1; 0 where Kueue does not report it."""
     group = "/apis/visibility.kueue.x-k8s.io"
     for version in _VERSIONS:
         found = look(f"{group}/{version}/namespaces/{namespace}/localqueues/{queue}/pendingworkloads")
@@ -118,5 +118,5 @@ def _too_small(cluster_queue: Json, needs: dict[str, float]) -> str:
         if resource not in quotas:
             return f"the ClusterQueue {name} does not cover {resource}"
         if quotas[resource] < amount and not may_borrow:
-            return f"the ClusterQueue {name} has {quotas[resource]:g} {resource} in all, and {amount:g} are asked for"
+            return f"the ClusterQueue {name} has {quotas[resource]:g} {resource} in all, and {amount:g} are requested"
     return ""

@@ -1,4 +1,4 @@
-"""What a pod says of itself: why it does not run yet, and how it ended, in words for people.
+"""Why a pod is not running yet, and how it ended, as messages.
 
 The events of the pod and the Workload of its queue add to it, as far as this account may see them.
 """
@@ -16,21 +16,21 @@ Json = dict[str, Any]
 
 _PULL_REASONS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 _STARTING = {None, "", "ContainerCreating", "PodInitializing"}
-_PULL_FAULTS = (  # by the words of the runtime's message, in this order: what is wrong and what to do
+_PULL_FAULTS = (  # by the text of the runtime's message, in this order: what is wrong and what to do
     (r"unauthorized|authentication required|denied|forbidden|\b40[13]\b", "access denied", "pull secret"),
     (r"not found|manifest unknown|does not exist|\b404\b", "not found", "push"),
     (r"no such host|timeout|refused|unreachable|dial tcp", "its registry cannot be reached", "registry"),
     (r"x509|certificate", "its registry's certificate is not trusted", "registry"),
 )
 _PULL_HINTS = {
-    "pull secret": "Link a pull secret to the account that the steps run as",
+    "pull secret": "Link a pull secret to the service account of the steps",
     "push": "Build and push it (make images), or name where the images are (manifests/components/images)",
-    "registry": "See whether the cluster's nodes reach it; a mirror is named in manifests/components/images",
+    "registry": "Check that the cluster's nodes reach it, or set a mirror in manifests/components/images",
 }
 _NODE_HINTS = (
-    ("Insufficient nvidia.com/gpu", "Every GPU is taken, or no node has one: tune16 doctor"),
+    ("Insufficient nvidia.com/gpu", "All GPUs are in use, or no node has one: run tune16 doctor"),
     ("untolerated taint", "Add the taint to the tolerations, or free a node"),
-    ("node affinity", "No node has the labels of the node selector: tune16 doctor"),
+    ("node affinity", "No node has the labels of the node selector: run tune16 doctor"),
     ("Insufficient", "Free resources, or add a node"),
 )
 
@@ -72,7 +72,7 @@ def why_it_waits(look: Look, pod: Json) -> Waiting | None:
             return Waiting(kueue.waiting(look, metadata["namespace"], metadata.get("uid", ""), queue), since)
         if gates:
             return Waiting(f"held back by {', '.join(gates)}", since)
-        return Waiting(*_unscheduled(str(scheduled.get("message", "no node takes it")), since))
+        return Waiting(*_unscheduled(str(scheduled.get("message", "no node accepts it")), since))
     for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
         waiting = container.get("state", {}).get("waiting", {})
         if waiting.get("reason") not in _STARTING:
@@ -93,7 +93,7 @@ def _unscheduled(message: str, seconds: float) -> tuple[str, float, str]:
 
 
 def _stuck(container: Json, waiting: Json, seconds: float) -> tuple[str, float, str]:
-    """What a container waits for that does not come by itself."""
+    """What a container waits for in vain."""
     reason, message = waiting["reason"], sentence(str(waiting.get("message") or ""))
     if reason in _PULL_REASONS:
         fault, hint = pull_fault(message)
@@ -101,7 +101,7 @@ def _stuck(container: Json, waiting: Json, seconds: float) -> tuple[str, float, 
     text = f"container {container['name']}: {reason} {message}".rstrip()
     ended = container.get("lastState", {}).get("terminated", {})
     if ended:
-        text += f"; started {container.get('restartCount', 0)} times again, and the last time it {_end_of(ended)}"
+        text += f"; started {container.get('restartCount', 0)} times again, and last time it {_end_of(ended)}"
     return text, seconds, ""
 
 
@@ -123,16 +123,16 @@ def _last_warning(look: Look, pod: Json) -> str:
         events, key=lambda entry: str(entry.get("lastTimestamp") or entry.get("eventTime") or ""), default={}
     )
     if event.get("type") != "Warning" or event.get("reason") == "FailedScheduling":
-        return ""  # it goes on, and a node has taken it since
+        return ""  # it has progressed, or a node has accepted it since
     return f"{event.get('reason')}: {sentence(str(event.get('message')))[:200]}"
 
 
 def end_of_pod(pod: Json, container: str = "main") -> str:
-    """How a pod ended whose container said no last word: evicted, out of memory, killed, deleted; else empty."""
+    """How a pod ended whose container left no message: evicted, out of memory, killed, deleted; else empty."""
     status = pod.get("status", {})
     if status.get("reason"):  # of the whole pod: Evicted, Preempted, NodeLost, DeadlineExceeded …
         message = sentence(str(status.get("message") or ""))
-        return f"its pod was ended: {status['reason']}{f' ({message})' if message else ''}"
+        return f"its pod was terminated: {status['reason']}{f' ({message})' if message else ''}"
     for found in status.get("containerStatuses", []):
         ended = found.get("state", {}).get("terminated", {})
         is_told = ended.get("exitCode") in (0, 1, 2) and ended.get("reason") != "OOMKilled"
@@ -143,7 +143,7 @@ def end_of_pod(pod: Json, container: str = "main") -> str:
 
 def _end_of(ended: Json) -> str:
     if ended.get("reason") == "OOMKilled":
-        return "was killed because its memory was not enough (OOMKilled)"
+        return "was killed because it ran out of memory (OOMKilled)"
     code = ended.get("exitCode")
     return f"was killed (exit code {code})" if code in (137, 143) else f"ended with exit code {code}"
 

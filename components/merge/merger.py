@@ -61,14 +61,14 @@ def merge_adapter(
         output: becomes a folder with ``merged/``, a Hugging Face model folder, and ``adapter/``, a copy.
         config: the number format of the result.
         rows: output of the step prepare, and
-        evaluation: that of the step evaluate: with both, the result is asked what it was judged by.
+        evaluation: that of the step evaluate: with both, the result is checked as it was evaluated.
 
     Returns:
         ``num_merged`` weights and ``bytes`` written.
 
     Raises:
-        Tune16Error: the adapter belongs to another base model, or does not fit it, or the result does not do as it was
-            judged.
+        Tune16Error: the adapter belongs to another base model, or does not fit it, or the result does not do as it
+            was evaluated.
     """
     trained = read_record(adapter, "train")
     if trained["model"] != model:
@@ -89,7 +89,7 @@ def merge_adapter(
 
 
 def _write_generation(source: Path, adapter: Path, target: Path, stop_token: str) -> None:
-    """Let whoever loads the model end its answers where it has learnt to, as the evaluation did."""
+    """Write where answers end, as in training and evaluation, for everyone who loads the model."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
@@ -100,7 +100,7 @@ def merge_weights(source: Path, adapter: Path, target: Path, dtype: str = "auto"
     """Merge the adapter folder `adapter` (PEFT's format) into the model folder `source`, giving `target`.
 
     Raises:
-        Tune16Error: a part of the adapter fits no weight of the model, or the result is not finite.
+        Tune16Error: a part of the adapter does not fit the model's weights, or the result is not finite.
     """
     target.mkdir(parents=True)
     deltas = read_deltas(adapter)
@@ -130,13 +130,13 @@ def read_deltas(adapter: Path) -> dict[str, Delta]:
     """The updates of an adapter, by the name of the weight that each belongs to.
 
     Raises:
-        Tune16Error: it is no plain LoRA adapter.
+        Tune16Error: it is not a plain LoRA adapter.
     """
     try:
         config = json.loads((adapter / _ADAPTER_CONFIG).read_text())
         tensors = {stored.name: stored.read() for stored in read_header(adapter / _ADAPTER_WEIGHTS)}
     except FileNotFoundError as error:
-        raise Tune16Error(f"{error.filename}: missing. {adapter} is no adapter folder of PEFT's.") from None
+        raise Tune16Error(f"{error.filename}: missing. {adapter} is not a PEFT adapter folder.") from None
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise Tune16Error(f"{adapter}: only LoRA adapters can be merged, this is {config.get('peft_type')}.")
     deltas = {}
@@ -152,7 +152,7 @@ def read_deltas(adapter: Path) -> dict[str, Delta]:
         b = tensors.pop(name.replace("_embedding_A", "_embedding_B"))
         deltas[f"{module}.weight"] = Delta(_scale(config, module), b.T.contiguous(), a.T.contiguous())
     if tensors:
-        raise Tune16Error(f"{adapter}: holds {min(tensors)}, which is no part of a plain LoRA adapter.")
+        raise Tune16Error(f"{adapter}: holds {min(tensors)}, which is not part of a plain LoRA adapter.")
     return deltas
 
 
@@ -177,7 +177,7 @@ def _merged(name: str, weight: torch.Tensor, delta: Delta | None, dtype: torch.d
         weight = add_delta(weight, delta, dtype or weight.dtype)
         if not all(extreme.isfinite() for extreme in weight.aminmax()):
             raise Tune16Error(
-                f"{name}: the merged weight leaves the range of {weight.dtype}. Set merged_dtype to bfloat16."
+                f"{name}: the merged weight exceeds the range of {weight.dtype}. Set merged_dtype to bfloat16."
             )
     return weight if dtype is None or not weight.is_floating_point() else weight.to(dtype)
 

@@ -1,7 +1,7 @@
-"""The merged model as a stranger meets it: loaded with its own files alone, it is asked what it was judged by.
+"""The merged model as its users load it: from its own files alone, and checked as it was evaluated.
 
-A model can be right in the evaluation and wrong where it is used: another template, no end to its answers, weights that
-did not arrive. The weights stay on the disk and pass through memory layer by layer, so that any size can be asked; how
+A model can be right in the evaluation and wrong where it is used: another template, no end to its answers, missing
+weights. The weights stay on the disk and pass through memory layer by layer, so that any size can be asked; how
 much is asked depends on the size.
 """
 
@@ -23,11 +23,11 @@ _LONGEST_ROW = 1024  # tokens; the step convert asks the same rows of llama.cpp
 _MOST_ROWS, _FEWEST_ROWS = 32, 2
 _WORK = 8e12  # bytes of weights times tokens: some minutes on two cores
 _ANSWER_SHARE = 0.25  # of the tokens, for answers
-_FEWEST_ENDS = 5  # answers that were to end, and have had twice the time: one alone may go on by a turn of phrase
+_FEWEST_ENDS = 5  # answers that were to end, and have had twice the time: a single one may be long by chance
 
 
 def check_published(merged: Path, data: Path, evaluation: Path) -> dict[str, Any]:
-    """Ask the merged model held-out rows, and compare it with what was judged.
+    """Ask the merged model held-out rows, and compare it with the evaluation.
 
     Args:
         merged: folder with ``merged/``, the model; gets ``published.json``: rows, their losses, and answers.
@@ -66,16 +66,16 @@ def check_published(merged: Path, data: Path, evaluation: Path) -> dict[str, Any
         same += text == answer if has_ended else bool(text) and answer.startswith(text)
     if were_to_end >= _FEWEST_ENDS and not ended:
         raise Tune16Error(
-            f"{folder}: the merged model does not end its answers, though {were_to_end} of {len(chosen)} ended when it "
-            "was judged. Look at the samples in the evaluation's report, and train longer."
+            f"{folder}: the merged model does not end its answers, though {were_to_end} of {len(chosen)} ended in "
+            "the evaluation. Check the samples in its report, and train longer."
         )
     found = {"rows": chosen, "tokens": counts, "loss": sums / counts}
     found |= {"answers_as_judged": same, "answers": len(chosen)}
     write_json(merged / PUBLISHED, found)
     say(
         "merge",
-        f"asked as it is published: loss {found['loss']:.4f} on {len(chosen)} held-out rows, {same} of {len(chosen)} "
-        "answers as judged (on quantised weights)",
+        f"loaded as published: loss {found['loss']:.4f} on {len(chosen)} held-out rows, {same} of {len(chosen)} "
+        "answers as in the evaluation (on quantised weights)",
     )
     return found
 
@@ -93,7 +93,7 @@ def _choose(lengths: list[int], most_tokens: int) -> list[int]:
 
 
 def _check_prompts(tokenizer: Any, data: Path, rows: list[dict[str, Any]]) -> None:
-    """See that the published tokenizer makes of a conversation what the one of the training made of it."""
+    """Check that the published tokenizer renders a conversation as the one in training did."""
     from transformers import AutoTokenizer
 
     taught = AutoTokenizer.from_pretrained(data / "tokenizer", trust_remote_code=False)
@@ -104,13 +104,13 @@ def _check_prompts(tokenizer: Any, data: Path, rows: list[dict[str, Any]]) -> No
         ]
         if prompts[0] != prompts[1]:
             raise Tune16Error(
-                f"The merged model's tokenizer makes {tokenizer.decode(prompts[1])!r} of a conversation, where the "
-                f"model was taught {taught.decode(prompts[0])!r}. Its files were changed after the training."
+                f"The merged model's tokenizer renders a conversation as {tokenizer.decode(prompts[1])!r}, but the "
+                f"model was trained on {taught.decode(prompts[0])!r}. Its files were changed after training."
             )
 
 
 def _check_ends(model: Any, tokenizer: Any, stop_token: str) -> None:
-    """See that whoever generates by the folder's own files ends where the model has learnt to."""
+    """Check that the folder's own files end answers where training did."""
     if tokenizer.convert_tokens_to_ids(stop_token) not in as_list(model.generation_config.eos_token_id):
         raise Tune16Error(
             f"The merged model would not end its answers: its generation_config.json does not name {stop_token!r}, the "

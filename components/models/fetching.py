@@ -58,7 +58,7 @@ def fetch(reference: Reference, folder: Path, patterns: Iterable[str]) -> Path:
 
     Raises:
         Tune16Error: it is missing or unreachable, its content is no longer what the reference says, or it has files
-            that no honest model has: names or links that lead out of its folder, a JSON file without end.
+            that are unsafe: names or links that lead out of its folder, a JSON file without end.
     """
     path = _fetch(reference, folder, tuple(patterns))
     if reference.kind == "model":
@@ -112,11 +112,11 @@ def read_config(reference: Reference, folder: Path) -> dict[str, object]:
     """The model's config.json.
 
     Raises:
-        Tune16Error: the model has none, it is no JSON object, or its number format has another name.
+        Tune16Error: the model has none, it is not a JSON object, or its number format has another name.
     """
     path = fetch(reference, folder, ["config.json"]) / "config.json"
     if not path.is_file():
-        raise Tune16Error(f"{reference}: no model folder, it has no config.json.")
+        raise Tune16Error(f"{reference}: not a model folder: config.json is missing.")
     config = read_document(path)
     for name in ("dtype", "torch_dtype"):
         if str(config.get(name, "")).startswith("torch."):
@@ -126,24 +126,22 @@ def read_config(reference: Reference, folder: Path) -> dict[str, object]:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """A JSON object out of a model's folder, where anybody may have written it.
+    """A JSON object out of a model's folder, which is untrusted.
 
     Raises:
         Tune16Error: it is something else, or larger or deeper than such a file ever is.
     """
     size = path.stat().st_size
     if size > _LARGEST_DOCUMENT:
-        raise Tune16Error(
-            f"{path}: has {size / 2**20:,.0f} MiB, far more than a model's {path.name} ever has. Refused."
-        )
+        raise Tune16Error(f"{path}: is {size / 2**20:,.0f} MiB, far too large for a model's {path.name}. Refused.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise Tune16Error(f"{path}: is nested too deeply to be a model's {path.name}. Refused.") from None
     except ValueError as error:
-        raise Tune16Error(f"{path}: is no JSON ({error}). Fetch the model again.") from None
+        raise Tune16Error(f"{path}: is not valid JSON ({error}). Fetch the model again.") from None
     if not isinstance(content, dict):
-        raise Tune16Error(f"{path}: is no JSON object. Fetch the model again.")
+        raise Tune16Error(f"{path}: is not a JSON object. Fetch the model again.")
     return content
 
 
@@ -160,7 +158,7 @@ def _check_names(reference: Reference, names: list[str]) -> None:
                 f"{reference}: has its weights as pickle only ({pickles[0]}), which can run code when it is loaded. "
                 "Take a revision with safetensors, or convert it with save_pretrained(…) where you trust it."
             )
-        raise Tune16Error(f"{reference}: no model folder, it has no .safetensors file.")
+        raise Tune16Error(f"{reference}: not a model folder: it contains no .safetensors file.")
 
 
 def _check_name(name: str) -> None:

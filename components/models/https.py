@@ -136,7 +136,8 @@ def _answered(response: httpx.Response) -> httpx.Response:
     """
     if response.url.scheme == "http" and any(earlier.url.scheme == "https" for earlier in response.history):
         raise Tune16Error(
-            f"{response.history[0].url}: leads to {response.url}, without encryption. Name an address that stays https."
+            f"{response.history[0].url}: redirects to {response.url}, without encryption. "
+            "Use an address that stays https."
         )
     return response.raise_for_status()
 

@@ -22,7 +22,7 @@ from components.models.references import Reference
 from components.runtime.errors import Tune16Error
 from components.runtime.timeouts import at_most
 
-_UNKNOWN_QUESTION = {404, 405, 501}  # mirrors of the Hub do not answer all that it does
+_UNKNOWN_QUESTION = {404, 405, 501}  # mirrors of the Hub support only a part of its API
 
 
 def pin(reference: Reference) -> tuple[list[str], str]:

@@ -37,7 +37,7 @@ def choose_dtype(name: str) -> torch.dtype:
             return torch.float32
         return torch.bfloat16 if has_bfloat16 else torch.float16
     if name == "bfloat16" and on_gpu and not has_bfloat16:
-        raise Tune16Error(f"train.compute_dtype: {torch.cuda.get_device_name()} has no bfloat16. Use auto, or float16.")
+        raise Tune16Error(f"train.compute_dtype: {torch.cuda.get_device_name()} lacks bfloat16. Use auto, or float16.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -48,11 +48,11 @@ def usable_dtype(name: str) -> tuple[torch.dtype, str]:
         return choose_dtype(name), ""
     except Tune16Error:
         dtype = choose_dtype("auto")
-    return dtype, f"trained in {name}, which {torch.cuda.get_device_name()} has not: judged in {dtype}"
+    return dtype, f"trained in {name}, which {torch.cuda.get_device_name()} lacks: evaluated in {dtype}"
 
 
 def card_facts() -> list[str]:
-    """The GPUs at hand as `nvidia-smi` would tell of them; nothing without one."""
+    """The GPUs at hand, as `nvidia-smi` reports them; empty without one."""
     driver = Path("/proc/driver/nvidia/version")
     version = next(iter(re.findall(r"\s(\d+\.\d+(?:\.\d+)?)\s", driver.read_text())), "?") if driver.exists() else "?"
     lines = []
@@ -66,7 +66,7 @@ def card_facts() -> list[str]:
 
 
 def available_memory() -> int:
-    """Bytes of the GPU that this process's tensors may fill, with those that exist already."""
+    """Bytes of the GPU for this process's tensors, those that exist already included."""
     free, total = torch.cuda.mem_get_info()
     allowed = int(total * torch.cuda.get_per_process_memory_fraction())
     return min(free + torch.cuda.memory_reserved(), allowed)
@@ -93,7 +93,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, on_disk: bool = False) ->
         on_disk: leave the weights on the disk, and compute on the CPU with a layer at a time.
 
     Raises:
-        Tune16Error: the folder holds no model that can be loaded, or a weight would get random numbers.
+        Tune16Error: the folder's model cannot be loaded, or a weight would be initialised randomly.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -113,16 +113,16 @@ def load_model(folder: Path, dtype: torch.dtype | str, on_disk: bool = False) ->
         raise Tune16Error(f"{folder}: the model cannot be loaded: {reason}") from error
     for what, name in (("missing", "missing_keys"), ("misshapen", "mismatched_keys"), ("unreadable", "error_msgs")):
         if found := sorted(map(str, report[name])):
-            raise Tune16Error(f"{folder}: the weight {found[0]} is {what}, and would get random numbers. Refused.")
+            raise Tune16Error(f"{folder}: the weight {found[0]} is {what}, and would be set randomly. Refused.")
     return model
 
 
 def bound_float16(model: Any) -> None:
     """Keep what a model computes in float16 within its range, as the engine does and Transformers does for T5.
 
-    Some models (Qwen2-7B) have activations beyond 65,504, of which float16 makes infinity and the next norm no number.
-    Bounded are what goes into norms and into the layer after the SiLU product, and what comes out of decoder layers and
-    of the adapters' dropout.
+    Some models (Qwen2-7B) have activations beyond 65,504, which become infinite in float16 and NaN in the next norm.
+    Bounded are the inputs of norms and of the layer after the SiLU product, and the outputs of decoder layers and of
+    the adapters' dropout.
     """
     limit = torch.finfo(torch.float16).max
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def token_text(vocabulary: Any, token: int) -> bytes:
-    """The bytes that a token stands for; those of special ones are none.
+    """The bytes that a token stands for; empty for special ones.
 
     llama-cpp-python's own `detokenize` gives nothing for tokens of more than 32 bytes, such as the rule of a table.
 

@@ -1,7 +1,7 @@
 """Names of models and data sets, as a person types them and as fixed references.
 
-A name is what a person types: ``org/name``, ``org/name@revision``, ``s3://bucket/folder``, ``https://…``, a path. A
-fixed reference says the content too, so that the pipeline cache can trust it: ``hf://org/name@<commit>`` (data sets
+A name is what a user types: ``org/name``, ``org/name@revision``, ``s3://bucket/folder``, ``https://…``, a path. A
+fixed reference also pins the content, so that the pipeline cache can trust it: ``hf://org/name@<commit>`` (data sets
 ``hf://datasets/org/name@<commit>``, as Hugging Face writes it), and ``<address>#<digest>`` for all others.
 :mod:`components.models.fetching` fixes and fetches them.
 """
@@ -55,7 +55,9 @@ def parse(name: str, kind: Kind) -> Reference:
         if kind == "data" and name.lower().endswith(tuple(pattern[1:] for pattern in DATA_FILES)):
             raise Tune16Error(f"{name}: there is no such file. Check the path, from {Path.cwd()}.")
         if not _HUB_ID.fullmatch(name):
-            raise Tune16Error(f"{name!r} is no {kind}: use a Hugging Face id (org/name), s3://, https:// or a path.")
+            raise Tune16Error(
+                f"{name!r} is not a valid {kind} name: use a Hugging Face id (org/name), s3://, https:// or a path."
+            )
         scheme, rest = "hf", name
     if scheme == "hf":
         address, _, revision = rest.removeprefix("datasets/").partition("@")
@@ -84,7 +86,7 @@ def _without_pin(rest: str) -> tuple[str, str]:
 
 
 def _check_address(scheme: str, address: str) -> None:
-    """Refuse what is no URL, and one with a password; neither is quoted, since a password may stand in either."""
+    """Refuse invalid URLs, and one with a password; neither is quoted, since a password may stand in either."""
     try:
         url = httpx.URL(f"{scheme}://{address}")
     except httpx.InvalidURL:

@@ -43,13 +43,13 @@ class ModelShape:
     vocabulary: int
     head_dim: int
     tied_embeddings: bool = False
-    window: int | None = None  # tokens that attention looks back, where it does not see all
+    window: int | None = None  # tokens of a sliding attention window; None: full attention
     unsupported_feature: str = ""  # what the engine does not compute
 
     def why_plain(self, max_tokens: int) -> str:
         """Why the engine cannot train it on rows of so many tokens; empty if it can."""
         if self.window and self.window < max_tokens:
-            return f"the model looks back {self.window:,} tokens only, and rows have up to {max_tokens:,}"
+            return f"the model's attention window is {self.window:,} tokens, and rows have up to {max_tokens:,}"
         return self.unsupported_feature
 
     @property
@@ -110,7 +110,7 @@ def read_shape(config: dict[str, Any], where: str) -> ModelShape:
         known = ", ".join(_LINEARS_OF_ARCHITECTURE)
         raise Tune16Error(f"{where}: the architecture {architecture} is not supported. Supported: {known}.")
     if "quantization_config" in config:
-        raise Tune16Error(f"{where}: is quantised already. Name the full-precision model; Tune16 quantises it itself.")
+        raise Tune16Error(f"{where}: is already quantised. Name the full-precision model; Tune16 quantises it itself.")
     try:
         heads = config["num_attention_heads"]
         return ModelShape(
@@ -143,7 +143,7 @@ def adapted_linears(shape: ModelShape, target_modules: str) -> dict[str, tuple[i
     """The linear layers of a decoder layer that get an adapter.
 
     Raises:
-        Tune16Error: a name in `target_modules` is none of the model's linear layers.
+        Tune16Error: a name in `target_modules` is not one of the model's linear layers.
     """
     if target_modules == "all-linear":
         return shape.linears

@@ -1,7 +1,7 @@
-"""Where a model's answers end: one rule, by which it is judged and by which it is published.
+"""Where a model's answers end: one rule for evaluation and publication.
 
-A chat template ends answers with a token that a base model's own files often do not name; without it nobody who serves
-the model would ever stop. The rule stands where servers look: in ``generation_config.json``.
+A chat template ends answers with a token that a base model's own files often do not name; without it servers
+would never stop. The rule is stored where servers look for it: in ``generation_config.json``.
 """
 
 from pathlib import Path

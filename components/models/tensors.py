@@ -79,7 +79,7 @@ Work = Callable[[StoredTensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def fetch_model(reference: Reference, folder: Path) -> Path:
-    """Bring a whole model onto this disk; of its weights only those that belong to it: some have them twice.
+    """Bring a whole model onto this disk; of its weights only the safetensors files: some have them twice.
 
     Returns:
         The folder with the files.
@@ -131,14 +131,14 @@ def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of one file, in the order of their bytes.
 
     Raises:
-        Tune16Error: the file is cut short or no safetensors file, or its header says what cannot be.
+        Tune16Error: the file is cut short or not a safetensors file, or its header is inconsistent.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LARGEST_HEADER + 1
         if length > min(size - 8, _LARGEST_HEADER):
-            raise Tune16Error(f"{file}: no safetensors file, or cut short. Fetch the model again.")
+            raise Tune16Error(f"{file}: not a safetensors file, or cut short. Fetch the model again.")
         content = stream.read(length)
     try:
         header = json.loads(content, object_pairs_hook=_without_duplicates)
@@ -156,7 +156,7 @@ def read_header(file: Path) -> list[StoredTensor]:
         if end > size:
             raise Tune16Error(f"{file}: cut short inside the tensor {tensor.name}. Fetch the model again.")
     if end < size:
-        raise Tune16Error(f"{file}: has {size - end:,} bytes that are no tensor's. Refused.")
+        raise Tune16Error(f"{file}: has {size - end:,} bytes outside its tensors. Refused.")
     return tensors
 
 
@@ -170,7 +170,7 @@ def _stored(name: str, file: Path, entry: dict[str, Any], start: int) -> StoredT
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"{name}: the number format {entry['dtype']} is not supported")
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-        raise ValueError(f"{name}: shape and place are whole numbers from 0")
+        raise ValueError(f"{name}: shape and offsets must be whole numbers from 0")
     stored = StoredTensor(name, file, _DTYPES[entry["dtype"]], tuple(shape), start + begin)
     if stored.num_bytes != end - begin:
         raise ValueError(f"{name}: {entry['dtype']} of shape {shape} takes {stored.num_bytes} bytes, not {end - begin}")
@@ -178,17 +178,17 @@ def _stored(name: str, file: Path, entry: dict[str, Any], start: int) -> StoredT
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys readers would choose among each in its own way where one came twice."""
+    """A JSON object without duplicate keys, of which readers would choose different ones."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a name comes twice")
+        raise ValueError("a name occurs twice")
     return content
 
 
 def rewrite(source: Path, target: Path, work: Work, step: str) -> int:
-    """Write a model's weights anew: for each tensor of the folder `source` what `work` makes of it.
+    """Rewrite a model's weights: for each tensor of the folder `source` what `work` makes of it.
 
-    The files in `target` have the names of those they come from. `step` is who says what is done.
+    The files in `target` have the names of those they come from. `step` begins the progress lines.
 
     Returns:
         The bytes written.

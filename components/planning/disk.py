@@ -1,4 +1,4 @@
-"""Disk space: how much each step holds at once, and whether it is there before work begins that needs it."""
+"""Disk space: how much each step holds at once, and a check before the work begins."""
 
 import re
 import shutil
@@ -36,8 +36,8 @@ def check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < num_bytes:
         raise Tune16Error(
-            f"The disk is too small: {size(num_bytes)} are to be written, and {size(free)} are free in {there}. Make "
-            "room there; a pod needs a node with more ephemeral storage."
+            f"The disk is too small: {size(num_bytes)} are needed, and {size(free)} are free in {there}. Free "
+            "space there; a pod needs a node with more ephemeral storage."
         )
 
 

@@ -36,7 +36,7 @@ class Gpu:
 
     @classmethod
     def usual(cls) -> "Gpu":
-        """The one that recipes are made for, where nobody says another."""
+        """The default: the one that recipes are made for."""
         return GPUS["t4"]
 
 
@@ -74,5 +74,5 @@ def find_gpu(name: str) -> Gpu:
         Tune16Error: there is none in the table.
     """
     if name.lower() not in GPUS:
-        raise Tune16Error(f"There is no GPU '{name}' in the table. There are: {', '.join(GPUS)}.")
+        raise Tune16Error(f"Unknown GPU '{name}'. Known: {', '.join(GPUS)}.")
     return GPUS[name.lower()]

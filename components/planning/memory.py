@@ -1,7 +1,7 @@
-"""How much GPU memory a fine-tune needs, and how it spends what there is; from the model's configuration alone.
+"""How much GPU memory a fine-tune needs, and how the memory is used; from the model's configuration alone.
 
-A plan follows one pass of the engine (:mod:`components.engine`) through forward, loss and backward, adds up what
-exists at each moment, and solves for the split of a step into passes and the number of blocks that keep their
+A plan follows one micro-batch of the engine (:mod:`components.engine`) through forward, loss and backward, adds up
+what exists at each moment, and finds the split of a step into micro-batches and the number of blocks that keep their
 activations with which a step is shortest.
 """
 
@@ -23,12 +23,12 @@ GIBIBYTE = 2**30
 # has one byte and a 32-bit scale per row, which does not count.
 _BYTES_PER_WEIGHT = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0, 16: 2.0}
 _SPARE = 0.03  # share of the memory that is left for fragments; torch gives back what it caches before it gives up
-_HOST_SECONDS_PER_BLOCK = 1.6e-3  # that Python needs to launch a pass, forward and backward; measured on an H200's host
+_HOST_SECONDS_PER_BLOCK = 1.6e-3  # that Python needs per micro-batch, forward and backward; measured on an H200's host
 HOST_MEMORY = 16 * GIBIBYTE  # for boundary activations: what the step train's pod has besides its own 8 GiB
 _LIBRARIES = 72 * 2**20  # workspaces of the matrix products
 _MOST_PASS_TOKENS = 65536
 _PLAIN_LOSS_CHUNK_TOKENS = 256
-_TILE_WORDS = 32768  # of the vocabulary, whose logits TRL's distillation loss has at once
+_TILE_WORDS = 32768  # tokens of the vocabulary whose logits TRL's distillation loss holds at once
 
 _ATTENTION, _MLP = 0, 1  # the two blocks of a decoder layer, in their order
 
@@ -41,10 +41,10 @@ class MemoryPlan:
         parts: bytes by what they are for.
         available: bytes that tensors may fill.
         pass_tokens: tokens that go through the model at once.
-        num_passes: passes of a step on each GPU.
+        num_passes: micro-batches of a step on each GPU.
         num_kept: blocks, of two per decoder layer, that keep their activations; the others compute them again.
         num_blocks: all blocks.
-        host: bytes of the host's memory that boundary activations wait in; 0 keeps them on the GPU. At most
+        host: bytes of the host's memory that hold boundary activations; 0 keeps them on the GPU. At most
             :data:`HOST_MEMORY` fit.
         step_seconds: estimated time of a step; None where the GPU is not known.
     """
@@ -74,7 +74,7 @@ class MemoryPlan:
         return self.pass_tokens * self.num_passes / self.step_seconds if self.step_seconds else None
 
     def lines(self) -> list[str]:
-        """The plan for people: one line per part, how a step is run, and at last whether it fits."""
+        """The plan as text: one line per part, how a step is run, and at last whether it fits."""
         return [*(f"{name:<22} {size(part):>11}" for name, part in self.parts.items()), *self.facts(), self.result()]
 
     def result(self) -> str:
@@ -84,11 +84,11 @@ class MemoryPlan:
 
     def facts(self) -> list[str]:
         """How a step is run, in sentences."""
-        facts = [f"a step is {self.num_passes} x {self.pass_tokens:,} tokens"]
+        facts = [f"a step is {self.num_passes} micro-batches of {self.pass_tokens:,} tokens"]
         if self.num_blocks:
-            facts.append(f"{self.num_kept} of {self.num_blocks} half layers keep their activations")
+            facts.append(f"activations kept in {self.num_kept} of {self.num_blocks} blocks (two per layer)")
         if self.host:
-            facts.append(f"{self.host / GIBIBYTE:.1f} GiB of activations wait in the host's memory")
+            facts.append(f"{self.host / GIBIBYTE:.1f} GiB of activations are kept in the host's memory")
         if self.tokens_per_second:
             facts.append(f"about {self.tokens_per_second:,.0f} tokens/s on each GPU, estimated")
         return facts
@@ -100,7 +100,7 @@ def plan(shape: ModelShape, recipe: Recipe, gpu: Gpu | None = None, teacher: Mod
     `teacher` is the shape of ``train.teacher`` where the method is distillation.
 
     Raises:
-        Tune16Error: a target of the adapter is none of the model's layers.
+        Tune16Error: a target of the adapter is not a layer of the model.
     """
     available = round(recipe.preflight.gpu_memory * GIBIBYTE)
     assert bool(teacher) == bool(recipe.train.teacher), "a teacher has a shape"
@@ -148,7 +148,7 @@ class Step:
         return 2 * self.shape.num_layers
 
     def solve(self, available: int) -> MemoryPlan:
-        """The fastest plan that fits; if none does, the smallest. Without packing, passes are the micro-batches."""
+        """The fastest plan that fits; if none does, the smallest. Without packing, it is the configured micro-batch."""
         tokens = self.train.micro_batch * self.train.gradient_accumulation * self.max_tokens
         if not self.train.packing:
             pass_tokens = self.train.micro_batch * self.max_tokens
@@ -163,7 +163,7 @@ class Step:
         return min(plans, key=lambda one: one.total)
 
     def _splits(self, tokens: int) -> list[int]:
-        """Numbers of passes worth a look: from all tokens in one to the longest row in each, about 5 % apart."""
+        """Numbers of micro-batches to try: from all tokens in one to the longest row in each, about 5 % apart."""
         numbers, size = {1, max(1, tokens // self.max_tokens)}, float(self.max_tokens)
         while size < min(tokens, _MOST_PASS_TOKENS):
             numbers.add(ceil(tokens / size))
@@ -171,7 +171,7 @@ class Step:
         return sorted(numbers)
 
     def fullest(self, pass_tokens: int, num_passes: int, available: int) -> MemoryPlan:
-        """The plan with as many blocks that keep their activations as fit; if none does, with the host's help."""
+        """The plan with as many blocks that keep their activations as fit; if none does, with the host's memory."""
         low, high = 0, self.num_blocks
         if not self.plan(pass_tokens, num_passes, 0, available).fits:
             return self.plan(pass_tokens, num_passes, 0, available, True)
@@ -355,10 +355,10 @@ def _plan_plain(shape: ModelShape, recipe: Recipe, available: int) -> MemoryPlan
 
 
 def _plan_distillation(shape: ModelShape, teacher: ModelShape, recipe: Recipe, available: int) -> MemoryPlan:
-    """The plan of TRL's DistillationTrainer: the student as on the plain path, and the teacher, which only looks.
+    """The plan of TRL's DistillationTrainer: the student as on the plain path, and the teacher, forward only.
 
-    TRL computes both models' logits in tiles of 32,768 words, which exist in float32 and once more in the computation's
-    format while the loss goes backward. tests/bench/results/distillation.json has measured peaks beside these.
+    TRL computes both models' logits in tiles of 32,768 tokens, which exist in float32 and once more in the
+    computation's format during the backward. tests/bench/results/distillation.json has measured peaks beside these.
     """
     train = recipe.train
     num_tokens = train.micro_batch * recipe.prepare.max_tokens

@@ -1,4 +1,4 @@
-"""Talking to a model that was made.
+"""Chatting with a finished model.
 
 serve       an OpenAI-compatible server for GGUF files and weights
 chat        a page with base and tuned model side by side

@@ -1,4 +1,4 @@
-"""A client of the OpenAI API's chat endpoint, which vLLM, llama.cpp and `tune16 serve` speak."""
+"""A client of the OpenAI API's chat endpoint, which vLLM, llama.cpp and `tune16 serve` implement."""
 
 import json
 import ssl
@@ -31,7 +31,7 @@ class Sampling:
         """The fields of a request.
 
         The penalty is not in OpenAI's own API, whose server refuses what it does not know: 1, which is none, is left
-        out. vLLM knows it by our name, llama.cpp by another; both skip the other's.
+        out. vLLM knows it by our name, llama.cpp by another; each ignores the other's.
         """
         fields = asdict(self)
         penalty = fields.pop("repetition_penalty")
@@ -46,10 +46,10 @@ class Endpoint:
     token: str = ""
 
     def candidates(self) -> "list[Endpoint]":
-        """Itself, and where a KServe service whose address has no port may answer.
+        """The address, and those where a KServe service without a port in its address may answer.
 
         Ordinary services answer at the address itself, headless ones at their pods' port 8080, and those that ask for
-        tokens at 8443, over TLS, where alone the token goes.
+        tokens at 8443, over TLS; the token is sent there only.
         """
         parts = urlsplit(self.url)
         if parts.scheme != "http" or parts.port is not None or not parts.hostname:
@@ -135,7 +135,7 @@ class Endpoint:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Tune16Error(f"{self.url}: cannot be reached ({error or type(error).__name__}).") from None
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Tune16Error(f"{self.url}: answers something that is not the OpenAI API ({error!r}).") from None
+            raise Tune16Error(f"{self.url}: does not answer as the OpenAI API ({error!r}).") from None
 
 
 def _body(response: httpx.Response) -> str:

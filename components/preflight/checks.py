@@ -25,7 +25,7 @@ _OF_A_VERSION = ("prepare", "quantize", "train", "evaluate", "merge", "convert")
 
 @dataclass(frozen=True)
 class Preflight:
-    """What names and settings mean today; what there is none of is empty.
+    """What names and settings stand for now; what does not apply is empty.
 
     Fixed references of model, teacher and data set, the version to beat, the name of the evaluation that all of it
     leads to, the memory plan, and bytes of disk for each step.
@@ -70,7 +70,7 @@ def check(recipe: Recipe, path: str = "") -> Preflight:
         _check_same_vocabulary(model, teacher)
     disk = needed(shape, recipe, teacher_shape)
     largest = max(disk, key=lambda name: disk[name])
-    say("preflight", f"disk: {size(disk[largest])} at most are held at once, by the step {largest}")
+    say("preflight", f"disk: the step {largest} needs the most, {size(disk[largest])}")
     memory = plan(shape, recipe, teacher=teacher_shape)
     for line in memory.lines():
         say("preflight", line)
@@ -88,7 +88,7 @@ def _shape(model: Reference) -> ModelShape:
 
 
 def _check_same_vocabulary(student: Reference, teacher: Reference) -> None:
-    """A teacher's probabilities are of its own tokens.
+    """Check that teacher and student have the same tokens, over which the probabilities are.
 
     Raises:
         Tune16Error: the two tokenizers differ.
@@ -102,7 +102,7 @@ def _check_same_vocabulary(student: Reference, teacher: Reference) -> None:
             vocabularies.append(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
     if vocabularies[0] != vocabularies[1]:
         raise Tune16Error(
-            f"train.teacher: {teacher} has another vocabulary than {student}. Take a teacher of the same family."
+            f"train.teacher: {teacher} and {student} differ in vocabulary. Use a teacher of the same family."
         )
 
 
@@ -146,9 +146,9 @@ def refuse_unfit(memory: MemoryPlan, recipe: Recipe, shape: ModelShape, teacher:
     largest = max(memory.parts, key=lambda name: memory.parts[name])
     reason = f"it needs {over:.1f} GiB more than gpu_memory_gib; the largest part is '{largest}'"
     if over <= 0:
-        reason = f"its rows are so long that {memory.host / 2**30:.0f} GiB would have to wait in the host's memory"
+        reason = f"its rows are so long that {memory.host / 2**30:.0f} GiB would have to be kept in the host's memory"
     changes = nearest(shape, recipe, teacher)
-    remedy = f"Any of these alone fits: {'; '.join(changes)}." if changes else "Take a smaller model or a larger GPU."
+    remedy = f"Any one of these fits: {'; '.join(changes)}." if changes else "Use a smaller model or a larger GPU."
     raise Tune16Error(f"This run does not fit the GPU: {reason}. {remedy}")
 
 

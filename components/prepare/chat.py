@@ -1,6 +1,6 @@
-"""Chat templates: conversations as the model will see them when it is served, with the answers' places.
+"""Chat templates: conversations as the model will see them when it is served, with the positions of the answers.
 
-A model's own template is the truth (:class:`OwnTemplate`). Only where it has none does one of those beside this file
+A model's own template comes first (:class:`OwnTemplate`). Only where it has none does one of those beside this file
 stand in, by name or by the model's family (:class:`ChatTemplate`): they mark answers with ``{% generation %}``. The
 tokenizer that travels with the model gets the same template without the marks, which not every server understands.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 Span = tuple[int, int]
 
-UNLEARNT = {"weight": "0"}  # what a message has beside role and content where it is not to be learnt
+UNLEARNT = {"weight": "0"}  # added to the messages that are not trained on
 
 # Unicode's noncharacters: they stand for nothing in any text, and rows that have them are refused.
 MARK_START = "\ufdd0"
@@ -165,7 +165,7 @@ class OwnTemplate:
     model saw them when it answered (Qwen 3 drops old thoughts), each answer is a sample of its own, in its own context.
 
     Raises:
-        Tune16Error: the template cannot be used: it shows no messages, or ends answers with no token.
+        Tune16Error: the template cannot be used: it leaves messages out, or does not end answers with a token.
     """
 
     name = "own"
@@ -179,12 +179,12 @@ class OwnTemplate:
         except NotRenderedError as error:
             raise Tune16Error(f"{where}: its chat template cannot be used: {error}. {_CHOOSE}") from None
         if _QUESTION not in prompt or _ANSWER not in whole:
-            raise UnusableTemplateError("its own does not show the messages")
+            raise UnusableTemplateError("its own leaves the messages out")
         self._after = whole.partition(_ANSWER)[2]
         found = [(self._after.find(token), -len(token), token) for token in self._special if token in self._after]
         if not found:
             raise Tune16Error(
-                f"{where}: its chat template ends an answer with no token, so that the tuned model would never stop. "
+                f"{where}: its chat template ends answers without a token, so the tuned model would never stop. "
                 f"{_CHOOSE}"
             )
         self.stop_token = min(found)[2]
@@ -193,8 +193,8 @@ class OwnTemplate:
         self.note = "the model's own template"
         if len(header) < len(prompt):
             self.note += (
-                f"; it asks for an answer with {prompt[len(header) :]!r}, which it does not write before the data's "
-                "answers: the model will be asked a little otherwise than it is taught"
+                f"; its prompts end with {prompt[len(header) :]!r}, which it does not write before the data's "
+                "answers: prompts will differ slightly from those in training"
             )
 
     @property
@@ -238,7 +238,7 @@ class OwnTemplate:
         return text, [(start, len(text) - len(self._after) + self._end)]
 
     def _as_asked(self, messages: Messages, text: str, prompt: str) -> tuple[str, int]:
-        """What is asked for an answer, and the answer, where the two are written otherwise together; and its start.
+        """The prompt and its answer, where the template renders them differently together; and the answer's start.
 
         A header of its own for prompts (DeepSeek's opened thought) is left out. A question that is written otherwise
         (Mistral's last one has the system message in it) stands as the model is asked it.
@@ -250,8 +250,8 @@ class OwnTemplate:
         asked, shown = (part.rpartition(question)[2] for part in (prompt, before))
         if question not in prompt or not text.startswith(before) or not shown.startswith(asked):
             raise NotRenderedError(
-                "the model's template writes the question otherwise once it is answered, so that the answer's place "
-                "cannot be told.",
+                "the model's template writes the question differently once it is answered, so the answer's position "
+                "cannot be determined.",
                 len(messages) - 2,
             )
         return prompt + shown[len(asked) :] + text[len(before) :], len(prompt)
@@ -263,7 +263,7 @@ class OwnTemplate:
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except (TemplateError, TypeError, ValueError) as error:
-            raise NotRenderedError(f"the model's template says: {str(error).partition(chr(10))[0]}.") from None
+            raise NotRenderedError(f"the model's template rejects it: {str(error).partition(chr(10))[0]}.") from None
 
 
 def _common_start(left: str, right: str) -> str:
@@ -272,7 +272,7 @@ def _common_start(left: str, right: str) -> str:
 
 
 class UnusableTemplateError(Tune16Error):
-    """A template that shows nothing of a conversation: as good as none."""
+    """A template that leaves the conversation out, which counts as none."""
 
 
 def _user(content: str) -> dict[str, str]:
@@ -316,7 +316,7 @@ def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase", model_type:
     eos_token = str(tokenizer.eos_token or "")
     stop_token = _STOP_TOKENS[name] or eos_token
     if not stop_token:
-        raise Tune16Error(f"prepare.template: {name} ends answers with eos_token, and the tokenizer has none.")
+        raise Tune16Error(f"prepare.template: {name} ends answers with eos_token, which the tokenizer lacks.")
     return ChatTemplate(name, source, stop_token, str(tokenizer.bos_token or ""), eos_token, note)
 
 

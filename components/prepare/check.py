@@ -56,7 +56,7 @@ class Checked:
         return len(self._contents)
 
     def add(self, place: Place, messages: Messages, text: str, has_tokens: bool) -> None:
-        """Take a row in; `text` is its contents, one after the other. With the template's tokens it is left out."""
+        """Add a row; `text` is its contents, one after the other. With the template's tokens it is left out."""
         file, line = place
         if not self._files or self._files[-1][1] != file:
             self._files.append((len(self), file))
@@ -88,11 +88,11 @@ class Checked:
         self._signatures += signatures(words).tobytes()
         questions = np.frombuffer(self._questions, dtype=np.uint64)[first : first + len(self._waiting)]
         self._overlaps.add(words, first, questions < np.uint64(self._held_out_below))
-        del questions  # an array that is looked at cannot grow
+        del questions  # an array with views cannot grow
         self._waiting, self._waiting_bytes = [], 0
 
     def finish(self) -> None:
-        """Find what only shows when all rows are known."""
+        """Find what only all rows together show."""
         self._compare()
         shares, is_full = self._overlaps.shares(), self._overlaps.is_full
         del self._overlaps  # what follows needs the memory
@@ -120,7 +120,7 @@ class Checked:
             kept = np.flatnonzero(~self.is_left_out)
             return np.asarray(bare == bare[kept[questions[kept].argmin()]]) if len(kept) else is_held_out
         self._tell(
-            "leakage", np.flatnonzero(wanted & ~is_held_out), lambda _: "its question is one of the training rows'."
+            "leakage", np.flatnonzero(wanted & ~is_held_out), lambda _: "its question is also in the training rows."
         )
         return is_held_out
 
@@ -142,7 +142,7 @@ class Checked:
         self._tell(
             "near-duplicate",
             np.flatnonzero(self.alike >= 0),
-            lambda row: f"says nearly the same as {self.place_text(int(self.alike[row]))}.",
+            lambda row: f"is nearly the same as {self.place_text(int(self.alike[row]))}.",
         )
         if len(self) > MOST_ROWS:
             self.findings.notes.append(
@@ -151,21 +151,21 @@ class Checked:
             )
 
     def _tell_answers(self) -> None:
-        """Rows whose question another row asks too, and answers otherwise."""
+        """Rows whose question another row answers differently."""
         prompts = np.frombuffer(self._prompts, dtype=np.uint64)
         other = ~first_of_each(self._prompts) & first_of_each(self._normal)
         self._tell(
             "different-answers",
             np.flatnonzero(other),
             lambda row: (
-                f"asks what {self.place_text(int(np.argmax(prompts == prompts[row])))} asks, and answers otherwise."
+                f"asks the same as {self.place_text(int(np.argmax(prompts == prompts[row])))}, but its answer differs."
             ),
         )
 
     def _tell_overlaps(self, shares: dict[int, float], is_full: bool) -> None:
         sides = self.is_held_out
         told = {
-            row: f"is held out, and {share:.0%} of its runs of eight words stand in rows to train on."
+            row: f"is held out, but {share:.0%} of its eight-word sequences are in training rows."
             for row, share in shares.items()
             if share >= OVERLAP and sides[row]
         }
@@ -174,12 +174,12 @@ class Checked:
             if sides[row] != sides[other]:
                 held_out, trained = (row, other) if sides[row] else (other, row)
                 told[int(held_out)] = (
-                    f"is held out, and says nearly the same as {self.place_text(int(trained))}, to train on."
+                    f"is held out, but nearly the same as {self.place_text(int(trained))}, a training row."
                 )
         self._tell("overlap", np.array(sorted(told), dtype=np.int64), lambda row: told[row])
         if is_full:
             self.findings.notes.append(
-                f"Held-out rows were compared with the first {MOST_RUNS:,} runs of eight words in training rows only."
+                f"Held-out rows were compared with only the first {MOST_RUNS:,} eight-word sequences in training rows."
             )
 
     def _tell(self, rule: str, rows: Rows, describe: Callable[[int], str]) -> None:
@@ -213,10 +213,10 @@ def check_rows(
         config: form and held-out share.
         name: the data set's, for messages.
         tokens: what must not stand in a content, because the tokenizer would not read it as text.
-        tell: takes progress lines.
+        tell: is called with progress lines.
 
     Raises:
-        Tune16Error: the form is not known, or there is no row and no fault either.
+        Tune16Error: the format is not known, or there are neither rows nor errors.
     """
     findings = Findings()
     form = config.format if config.format != "auto" else form_of(files, name)
@@ -230,7 +230,7 @@ def check_rows(
             tell(f"checked {len(checked):,} rows")
     if len(checked):
         checked.finish()
-        tell(f"checked {len(checked):,} rows of the form {form}")
+        tell(f"checked {len(checked):,} rows of the format {form}")
     elif not findings.rules("error"):
         raise Tune16Error(f"{name}: the data set is empty.")
     return checked

@@ -36,10 +36,10 @@ def check_data(
         model: reference of the model whose tokenizer and template count; without one, the known templates' tokens are
             looked for and no row's length is known.
         fix: write a cleaned copy, for which `data` has to be one file on this disk.
-        tell: takes progress lines.
+        tell: is called with progress lines.
 
     Raises:
-        Tune16Error: the data set cannot be found, has no known form, or the copy's place is taken.
+        Tune16Error: the data set cannot be found, has an unknown format, or the copy's file exists already.
     """
     if fix and not Path(data).is_file():
         raise Tune16Error(f"{data}: --fix needs a single file on this disk.")
@@ -57,7 +57,7 @@ def check_data(
             _check_tokens(files, checked, Tokens(tokenizer, template, config.max_tokens, checked.findings, limits))
         checked.findings.note(found.note)
         if fix and not len(checked):
-            checked.findings.notes.append("No cleaned copy was written: no row can be mended.")
+            checked.findings.notes.append("No cleaned copy was written: no row can be repaired.")
         if not fix or not len(checked):
             return Checkup(checked.findings)
         return Checkup(checked.findings, *write_clean(files[0], checked, special))

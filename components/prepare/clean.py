@@ -1,4 +1,4 @@
-"""A cleaned copy of a data set: what can be mended is mended, what cannot is left out, and both are counted."""
+"""A cleaned copy of a data set: what can be repaired is, what cannot is left out, and both are counted."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from components.prepare.findings import Findings
 from components.prepare.formats import BadRowError, to_messages
 from components.runtime.errors import Tune16Error
 
-# What mending takes care of; rows that break another rule that is an error are left out.
+# What can be repaired; rows with any other error are left out.
 _MENDED = {
     "byte-order-mark": "taken out",
     "array-in-jsonl": "written as lines",
@@ -24,7 +24,7 @@ _MENDED = {
     "personal-data": "replaced by placeholders",
     "unknown-key": "dropped",
 }
-_AS_IT_IS = ("different-answers", "leakage", "overlap", "too-long", "answer-cut-away")  # nothing there to mend
+_AS_IT_IS = ("different-answers", "leakage", "overlap", "too-long", "answer-cut-away")  # nothing to repair
 
 
 def clean_path(path: Path) -> Path:
@@ -35,7 +35,7 @@ def clean_path(path: Path) -> Path:
     """
     target = path.with_name(path.name[: -len("".join(split_suffix(path)))] + ".clean.jsonl")
     if target.exists():
-        raise Tune16Error(f"{target}: is there already, and --fix writes over nothing. Move it away.")
+        raise Tune16Error(f"{target}: exists already, and --fix overwrites nothing. Move it away.")
     return target
 
 
@@ -43,10 +43,10 @@ def write_clean(path: Path, checked: Checked, tokens: frozenset[str]) -> tuple[P
     """Write the cleaned copy of a checked file; every row becomes ``{"messages": […]}``.
 
     Returns:
-        The copy's path, and how often what was done.
+        The copy's path, and how often each repair was made.
 
     Raises:
-        Tune16Error: the copy's place is taken, or no row is left.
+        Tune16Error: the copy's file exists already, or no row is left.
     """
     target = clean_path(path)
     partial = target.with_name(f".{target.name}.partial")
@@ -59,7 +59,7 @@ def write_clean(path: Path, checked: Checked, tokens: frozenset[str]) -> tuple[P
                 if row:
                     file.write(json.dumps({"messages": as_written(row)}, ensure_ascii=False) + "\n")
         if not done["rows kept"]:
-            raise Tune16Error(f"{path}: no row is left after mending, so no cleaned copy was written.")
+            raise Tune16Error(f"{path}: no row is left after repair, so no cleaned copy was written.")
         clean_path(path)
         partial.rename(target)
     finally:
@@ -73,7 +73,7 @@ def write_clean(path: Path, checked: Checked, tokens: frozenset[str]) -> tuple[P
 
 
 def _clean(messages: Messages, number: int, checked: Checked, tokens: frozenset[str]) -> tuple[Messages, str]:
-    """The row as it is kept, empty where it is not, and what became of it."""
+    """The row as it is kept, empty where it is left out, and what was done."""
     if checked.is_duplicate[number]:
         return [], "duplicate: left out"
     if number < len(checked.alike) and checked.alike[number] >= 0:
@@ -82,10 +82,10 @@ def _clean(messages: Messages, number: int, checked: Checked, tokens: frozenset[
     try:
         to_messages({"messages": as_written(row)}, "messages")
     except BadRowError:
-        return [], "empty after mending: left out"
+        return [], "empty after repair: left out"
     return row, "rows kept"
 
 
 def as_written(messages: Messages) -> list[dict[str, str | int]]:
-    """A conversation as a row has it: an answer that is not to be learnt has the number 0 for its weight."""
+    """A conversation as a row has it: an answer that is not trained on has the weight 0."""
     return [{key: 0 if key == "weight" else text for key, text in message.items()} for message in messages]

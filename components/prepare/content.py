@@ -1,4 +1,4 @@
-"""What stands in the messages and should not: characters that are none, the template's own tokens, secrets."""
+"""What messages should not contain: invalid characters, the template's own tokens, secrets."""
 
 import re
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase", template: Template) -> 
 
 def check_content(place: "Place", row: Row, form: str, messages: Messages, text: str, tokens: frozenset[str],
                   findings: Findings) -> None:  # fmt: skip
-    """Check a conversation's contents; `text` is all of them together, which is looked at first."""
+    """Check a conversation's contents; `text` is all of them together, which is searched first."""
     if not _is_suspicious(text, tokens):
         return
     for number, message in enumerate(messages):
@@ -51,7 +51,7 @@ def _faults(content: str, tokens: frozenset[str]) -> Iterable[tuple[str, str]]:
     if surrogate := _SURROGATES.search(content):
         yield "lone-surrogate", f"has half a surrogate pair, at character {surrogate.start() + 1}."
     for token in sorted(set(_expression(tokens).findall(content))):
-        yield "template-token", f"has {token!r} in it, at character {content.index(token) + 1}."
+        yield "template-token", f"contains {token!r}, at character {content.index(token) + 1}."
     for pattern, found in find(content):
         start = content.index(found) + 1
         yield pattern.rule, f"has {pattern.kind} of {len(found)} characters, at character {start}."

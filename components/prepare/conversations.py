@@ -31,7 +31,7 @@ def conversations(files: list[Path], form: str, findings: Findings) -> Iterator[
 def _with_unknown_keys_told(
     rows: Iterator[tuple[Place, Row]], form: str, findings: Findings
 ) -> Iterator[tuple[Place, Row]]:
-    """The rows as they are. A key that is not known is told once; all rows that have one are counted."""
+    """The rows as they are. An unknown key is reported once; all rows that have one are counted."""
     told: set[str] = set()
     for place, row in rows:
         has_unknown = False
@@ -39,7 +39,7 @@ def _with_unknown_keys_told(
             has_unknown = True
             if key not in told and len(told) < _MOST_KEYS:
                 told.add(key)
-                findings.show(place, "unknown-key", f"{quoted(key)} is no key of the form {form}.", path)
+                findings.show(place, "unknown-key", f"{quoted(key)} is not a key of the format {form}.", path)
         findings.count("unknown-key", has_unknown)
         yield place, row
 

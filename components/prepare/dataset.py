@@ -54,7 +54,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the report tells of a prepared data set."""
+    """What the report shows of a prepared data set."""
 
     counts: Counts
     checked: Checked
@@ -73,7 +73,7 @@ def prepare_dataset(data: str, model: str, output: Path, config: PrepareConfig) 
         config: form, template, split and limits.
 
     Raises:
-        Tune16Error: the data set or the tokenizer cannot be used; every faulty row is named.
+        Tune16Error: the data set or the tokenizer cannot be used; every faulty row is reported.
     """
     with tempfile.TemporaryDirectory(dir=output.parent if output.parent.is_dir() else None) as scratch:
         found = find_files(data, config.configuration, config.split, Path(scratch) / "data")
@@ -95,7 +95,7 @@ def prepare_dataset(data: str, model: str, output: Path, config: PrepareConfig) 
 def _refuse_no_rows(checked: Checked, data: str) -> None:
     if checked.is_left_out.all():
         raise Tune16Error(
-            f"{data}: every row has a token of the chat template in it. `tune16 data check --fix` mends it."
+            f"{data}: every row contains a token of the chat template. `tune16 data check --fix` removes it."
         )
 
 
@@ -157,8 +157,8 @@ def _finish(
     source = prepared.template.plain_source
     if isinstance(prepared.template, ChatTemplate):
         tokenizer.chat_template = source
-    if "eos_token" not in source:  # it would be rendered otherwise
-        tokenizer.eos_token = prepared.template.stop_token  # so that whoever serves the model stops where it learnt to
+    if "eos_token" not in source:  # it would be rendered differently
+        tokenizer.eos_token = prepared.template.stop_token  # so that servers stop where training did
     tokenizer.save_pretrained(folder / "tokenizer")
     report.write_report(prepared, data, folder)
     write_record(

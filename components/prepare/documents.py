@@ -1,4 +1,4 @@
-"""Files that are valid JSON and yet no rows: objects over several lines, a table by columns, rows inside an object."""
+"""Files that are valid JSON but not rows: objects over several lines, a table by columns, rows inside an object."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from components.prepare.files import DAMAGED, BombError, open_data
 from components.prepare.sensitive import quoted
 
-_LARGEST = 64 << 20  # bytes that are looked at as a whole
+_LARGEST = 64 << 20  # bytes; larger files are not examined
 _BLANKS = re.compile(r"\s*")
 _LISTS_OF_A_ROW = {"messages", "conversations", "prompt", "completion", "history", "tools", "tool_calls"}
 
@@ -16,7 +16,7 @@ _LISTS_OF_A_ROW = {"messages", "conversations", "prompt", "completion", "history
 def not_rows(path: Path, compression: str) -> str:
     """What a file of valid JSON is where it is not one object a line; empty where that is what it is, or it is broken.
 
-    Looked at are files whose first line is no whole object, and files of a single object.
+    Only files whose first line is not a whole object, and files of a single object, are examined.
     """
     try:
         with open_data(path, compression) as file:
@@ -26,7 +26,7 @@ def not_rows(path: Path, compression: str) -> str:
             whole = _decoded(first)
             rest = file.read(_LARGEST).decode() if whole is None or not _may_be_row(whole) else ""
     except (*DAMAGED, BombError, OSError, ValueError, RecursionError):
-        return ""  # told by those who read the lines
+        return ""  # reported when the lines are read
     if whole is not None:
         return _kind_of_document(whole) if not rest.strip() else ""
     objects = _objects(first + rest)
@@ -62,7 +62,7 @@ def _objects(text: str) -> list[Any]:
 
 
 def _next(text: str, position: int) -> int:
-    """Where the next character stands that is no white space."""
+    """The position of the next character that is not white space."""
     found = _BLANKS.match(text, position)
     return found.end() if found else position
 

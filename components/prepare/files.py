@@ -46,7 +46,7 @@ def split_suffix(path: Path) -> tuple[str, str]:
             if name.endswith(suffix + compression):
                 return suffix, compression
     raise Tune16Error(
-        f"{path}: unknown kind of file. Data sets are {', '.join(DATA_SUFFIXES)}, also with "
+        f"{path}: unknown type of file. Data sets are {', '.join(DATA_SUFFIXES)}, also with "
         f"{', '.join(filter(None, COMPRESSIONS))}."
     )
 
@@ -54,7 +54,7 @@ def split_suffix(path: Path) -> tuple[str, str]:
 def read_lines(path: Path, compression: str, findings: Findings) -> Iterator[tuple[int, str]]:
     """Numbered lines of a text file, with those left out that are not UTF-8 or too long.
 
-    A byte order mark is told and left out, NUL characters likewise.
+    A byte order mark is reported and left out, NUL characters likewise.
     """
     with open_data(path, compression) as file:
         first = file.readline(LARGEST_ROW + 1)
@@ -72,7 +72,7 @@ def read_lines(path: Path, compression: str, findings: Findings) -> Iterator[tup
                     line = file.readline(LARGEST_ROW)
                 continue
             if b"\0" in line:
-                findings.add((path.name, number), "nul", f"{line.count(0)} NUL characters stand in the line.")
+                findings.add((path.name, number), "nul", f"the line has {line.count(0)} NUL characters.")
                 line = line.replace(b"\0", b"")
             try:
                 yield number, line.decode("utf-8")
@@ -125,7 +125,7 @@ class _Bounded(io.RawIOBase):
 
 
 class _Zstd(io.RawIOBase):
-    """Unpacks frame after frame; `zstandard.open` would take a file that was cut off for a whole one."""
+    """Unpacks frame after frame; `zstandard.open` would accept a truncated file."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")

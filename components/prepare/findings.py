@@ -1,4 +1,4 @@
-"""What is wrong with a data set: every fault with its place, gathered while it is read and told at once."""
+"""What is wrong with a data set: every fault with its place, collected while it is read and reported together."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from components.prepare.rules import RULES, SEVERITIES, Severity
 from components.runtime.errors import Tune16Error
 
-SHOWN = 20  # places per rule that are told; all are counted
+SHOWN = 20  # places per rule that are reported; all are counted
 
 Place = tuple[str, int]  # the file's name, and the line (Parquet: the row) from 1; line 0 is the whole file
 
@@ -34,7 +34,7 @@ class Finding:
 class Findings:
     """Faults of a data set: of each rule the first ones in full, all of them counted.
 
-    `notes` are sentences on what was not looked at. `num_rows` are the rows that were looked at.
+    `notes` are sentences on what was not checked. `num_rows` are the rows that were checked.
     """
 
     def __init__(self) -> None:
@@ -50,13 +50,13 @@ class Findings:
         self.show(place, rule, message, path)
 
     def show(self, place: Place, rule: str, message: str, path: str = "") -> None:
-        """Tell the place of a fault that is counted elsewhere."""
+        """Record the place of a fault that is counted elsewhere."""
         shown = self._shown.setdefault(rule, [])
         if len(shown) < self.num_shown:
             shown.append(Finding(*place, path, rule, message))
 
     def count(self, rule: str, more: int) -> None:
-        """Count faults whose places are not told."""
+        """Count faults whose places are not reported."""
         if more:
             self.counts[rule] += more
 
@@ -101,7 +101,7 @@ class Findings:
         raise Tune16Error("\n  ".join(lines))
 
     def as_json(self) -> dict[str, Any]:
-        """Everything for machines."""
+        """All findings, machine-readable."""
         rules = {
             rule: {
                 "severity": severity,

@@ -2,7 +2,7 @@
 
 JSON paths count from 0, as jq and every programming language do: ``messages[0].content`` is the first message's.
 
-A key that changes what is learnt is either understood or refused, never passed over: the system message beside a
+A key that changes what is learnt is either understood or refused, never ignored: the system message beside a
 conversation, earlier turns, the weight of an answer are understood; tool calls, thoughts and pictures are not yet.
 """
 
@@ -35,7 +35,7 @@ _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 _LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 
 
-# The keys of each form, and others that often go with them and mean nothing here: these are not worth a warning.
+# The keys of each format, and others that often accompany them and have no meaning here: these need no warning.
 _BESIDE = {"id", "idx", "index", "source", "category", "dataset", "lang", "language", "tags", "metadata"}
 _KEYS = {
     "messages": {"messages", "prompt", "prompt_id", "system"},
@@ -52,11 +52,11 @@ KNOWN_KEYS = {form: keys | _BESIDE for form, keys in _KEYS.items()}
 _MESSAGE_KEYS = {"role", "content", "from", "value", "weight", "train"}
 
 # Keys that change what a row teaches and that no form here understands: why a row that fills them in is refused.
-_EMPTY: tuple[Any, ...] = (None, "", "[]", "{}", "null", [], {})  # values of keys that say nothing
-_TOOLS = "tool calls cannot be taught yet"
-_THOUGHTS = "thoughts beside the answer cannot be taught yet. Write them into the content, as the model's template does"
-_MEDIA = "only text can be taught"
-_QUESTION = "it may be a part of the question, and this form has no place for it. Write it into the question"
+_EMPTY: tuple[Any, ...] = (None, "", "[]", "{}", "null", [], {})  # values of keys that count as not set
+_TOOLS = "training on tool calls is not supported yet"
+_THOUGHTS = "separate reasoning is not supported yet. Write it into the content, as the model's template does"
+_MEDIA = "only text is supported"
+_QUESTION = "it may be a part of the question, for which this format has no key. Write it into the question"
 _MEANING = {
     **dict.fromkeys(("tools", "tool_calls", "tool_call_id", "functions", "function_call"), _TOOLS),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought"), _THOUGHTS),
@@ -84,7 +84,7 @@ def detect_format(row: Row, name: str) -> str:
     """The form of a data set, from the keys of its first row.
 
     Raises:
-        Tune16Error: it is none of the known ones.
+        Tune16Error: it is not a known one.
     """
     keys = set(row)
     if "messages" in keys:
@@ -100,7 +100,7 @@ def detect_format(row: Row, name: str) -> str:
     if "text" in keys:
         return "llama2_text"
     raise Tune16Error(
-        f"{name}: the rows have the keys {_listed(keys)}, which is no known form. Known: messages; "
+        f"{name}: the rows have the keys {_listed(keys)}, which is not a known format. Known: messages; "
         "conversations (ShareGPT); instruction, input, output (Alpaca); prompt, completion; text in [INST] form; "
         "oasst1's message trees."
     )
@@ -115,18 +115,18 @@ def to_messages(row: Row, form: str) -> Messages:
     """Turn one row into a checked conversation.
 
     Raises:
-        BadRowError: the row has not this form, roles are out of order, or there is nothing to learn in it.
+        BadRowError: the row has another format, roles are out of order, or it has nothing to train on.
     """
     messages = _CONVERTERS[form](row)
     _refuse_unsupported(row, KNOWN_KEYS[form])
     if row.get(_LABEL) is False:
-        raise _unsupported(_LABEL, "an answer that is not wanted cannot be taught yet. Remove the row")
+        raise _unsupported(_LABEL, "training on rejected answers is not supported yet. Remove the row")
     _check(messages, row, form)
     return _up_to_the_last_learnt(messages)
 
 
 def unknown_keys(row: Row, form: str) -> Iterator[tuple[str, str]]:
-    """JSON path and name of each key that is passed over, in the row and in its messages."""
+    """JSON path and name of each key that is ignored, in the row and in its messages."""
     for key in sorted(row.keys() - KNOWN_KEYS[form]):
         yield path_key(key), key
     for name in _LISTS.get(form, ()):
@@ -157,7 +157,7 @@ def _up_to_the_last_learnt(messages: Messages) -> Messages:
     while end and not (messages[end - 1]["role"] == "assistant" and is_learnt(messages[end - 1])):
         end -= 1
     if not end:
-        raise BadRowError("no-answer", "none of its answers is to be learnt (weight 0, or train false).")
+        raise BadRowError("no-answer", "none of its answers is trained on (weight 0, or train false).")
     return messages[:end]
 
 
@@ -195,7 +195,7 @@ def _check(messages: Messages, row: Row, form: str) -> None:
         if role == "system" and number == 0:
             pass
         elif role != expected:
-            raise _bad_message("roles-out-of-order", f"is from {role!r}, but {expected!r} is due.", row, form, number)
+            raise _bad_message("roles-out-of-order", f"is from {role!r}, expected {expected!r}.", row, form, number)
         else:
             expected = "assistant" if expected == "user" else "user"
         if not content or content.isspace():
@@ -258,7 +258,7 @@ def _is_to_learn(item: Row, where: str) -> bool:
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in values:
-            raise _unsupported(f"{where}{key}", f"it is {quoted(value)}; known are {' and '.join(map(str, values))}")
+            raise _unsupported(f"{where}{key}", f"it is {quoted(value)}; known: {' and '.join(map(str, values))}")
         learnt = learnt and values[value]
     return learnt
 
@@ -280,7 +280,7 @@ def _items(row: Row, key: str) -> list[Row]:
         raise BadRowError("missing-key", "it is missing.", key)
     items = _as_list(value)
     if not items and value != []:
-        text = ", which holds no JSON list," if isinstance(value, str) else ","
+        text = ", which is not a JSON list," if isinstance(value, str) else ","
         raise BadRowError("wrong-type", f"it is {kind_of(value)}{text} where a list of messages is needed.", key)
     for number, item in enumerate(items):
         if not isinstance(item, dict):
@@ -298,7 +298,7 @@ def _from_alpaca(row: Row) -> Messages:
     parts = [_text(row, "instruction")]
     more = [key for key in ("input", "context") if not _is_empty(row.get(key))]
     if len(more) > 1:
-        raise _unsupported("context", "both input and context are there, and which comes first is nowhere said")
+        raise _unsupported("context", "both input and context are set, and which comes first is not defined")
     parts += [_text(row, key) for key in more]
     return [
         *_system(row),
@@ -333,7 +333,7 @@ def _prompt_messages(row: Row) -> list[Any]:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a column is not filled in: a 0 is, and is no text."""
+    """Whether a column is not filled in: 0 counts as filled in, but is not text."""
     return value is None or (isinstance(value, (str, list)) and not value)
 
 

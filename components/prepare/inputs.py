@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_ABOUT = {"dataset_infos.json", "dataset_info.json", "metadata.json"}  # JSON that tells of a data set and is none
+_ABOUT = {"dataset_infos.json", "dataset_info.json", "metadata.json"}  # JSON that describes a data set
 _SHOWN = 5  # names that a message lists
 
 
@@ -84,7 +84,7 @@ def _splits(data: str, path: Path, configuration: str) -> dict[str, list[str]]:
     """The files of each split.
 
     Raises:
-        Tune16Error: the `datasets` library cannot tell.
+        Tune16Error: the `datasets` library cannot determine them.
     """
     from datasets import get_dataset_config_names, load_dataset_builder  # slow to import; a file needs none of it
 
@@ -97,14 +97,14 @@ def _splits(data: str, path: Path, configuration: str) -> dict[str, list[str]]:
         builder = load_dataset_builder(str(path), configuration or None)
     except Tune16Error:
         raise
-    except Exception as error:  # whatever the library meets in a stranger's folder
+    except Exception as error:  # whatever the library raises on an unknown folder
         if "same data file format" in str(error):
             raise Tune16Error(
                 f"{data}: its splits have files of different kinds. Write all in one kind, or name the file of one "
                 "split as the data set (preflight.data)."
             ) from None
         raise Tune16Error(
-            f"{data}: its splits cannot be told ({str(error).partition(chr(10))[0]}). Name one file as the data set "
+            f"{data}: its splits are not clear ({str(error).partition(chr(10))[0]}). Name one file as the data set "
             "(preflight.data)."
         ) from None
     return {str(name): list(files) for name, files in builder.config.data_files.items()}
@@ -114,7 +114,7 @@ def _card(data: str, path: Path) -> dict[str, object]:
     """The header of the data set's card, which may name its configurations.
 
     Raises:
-        Tune16Error: it is no YAML.
+        Tune16Error: it is not valid YAML.
     """
     file = path / "README.md"
     if not file.is_file():
@@ -127,7 +127,7 @@ def _card(data: str, path: Path) -> dict[str, object]:
         mark = (error.context_mark or error.problem_mark) if isinstance(error, yaml.MarkedYAMLError) else None
         line = mark.line + 1 if mark else 1
         raise Tune16Error(
-            f"{data}: README.md, line {line}: its header is no YAML, so the data set's files cannot be told. Correct "
+            f"{data}: README.md, line {line}: its header is not valid YAML, so the files are unknown. Correct "
             "it, or name one file as the data set (preflight.data)."
         ) from None
     return content if isinstance(content, dict) else {}
@@ -136,7 +136,7 @@ def _card(data: str, path: Path) -> dict[str, object]:
 def load_tokenizer(model: str, template: str, scratch: Path) -> "tuple[PreTrainedTokenizerBase, Template, Limits]":
     """Load the model's tokenizer, choose its chat template, and read what the model can take in.
 
-    Its padding token is one that the model knows: padding is masked by position, so any does.
+    Its padding token is one that the model knows; any will do, since padding is masked by position.
 
     Raises:
         Tune16Error: the model has no fast tokenizer, or no template fits.
@@ -149,7 +149,7 @@ def load_tokenizer(model: str, template: str, scratch: Path) -> "tuple[PreTraine
     _check_tokenizer_files(model, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever the libraries meet in a stranger's folder
+    except Exception as error:  # whatever the libraries raise on an unknown folder
         raise Tune16Error(f"{model}: its tokenizer cannot be loaded: {_first_line(error)}") from None
     if not tokenizer.is_fast:
         raise Tune16Error(f"{model}: has no tokenizer.json. {_MAKE_TOKENIZER}")
@@ -167,10 +167,10 @@ _MAKE_TOKENIZER = (
 
 
 def _check_tokenizer_files(model: str, folder: Path) -> None:
-    """Of too few files Transformers makes a tokenizer all the same, which knows no word.
+    """Refuse incomplete files, from which Transformers would make an empty tokenizer.
 
     Raises:
-        Tune16Error: what a tokenizer needs is not there.
+        Tune16Error: a file of the tokenizer is missing.
     """
     has_parts = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if (folder / "tokenizer.json").is_file() or has_parts:
@@ -181,7 +181,7 @@ def _check_tokenizer_files(model: str, folder: Path) -> None:
         )
     raise Tune16Error(
         f"{model}: has no tokenizer: tokenizer.json is missing. Copy it, and tokenizer_config.json, from the model "
-        "that this one was made of."
+        "that this one was made from."
     )
 
 

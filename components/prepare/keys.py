@@ -51,7 +51,7 @@ def normal(text: str) -> str:
 
 
 def first_of_each(digests: "array[int]") -> npt.NDArray[np.bool_]:
-    """Whether each digest stands there for the first time."""
+    """Whether each digest occurs for the first time."""
     numbers = np.frombuffer(digests, dtype=np.uint64)
     order = np.argsort(numbers, kind="stable")
     ordered = numbers[order]
@@ -61,7 +61,7 @@ def first_of_each(digests: "array[int]") -> npt.NDArray[np.bool_]:
 
 
 def common(few: Digests, many: Digests) -> Digests:
-    """The digests that stand in both, in blocks of the larger: sorting that would take several times its memory."""
+    """The digests that are in both, in blocks of the larger: sorting that would take several times its memory."""
     sought = np.unique(few)
     is_found = np.zeros(len(sought), dtype=bool)
     for start in range(0, len(many) if len(sought) else 0, _BLOCK):

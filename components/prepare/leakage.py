@@ -1,4 +1,4 @@
-"""How much of a held-out row stands in the rows to train on: runs of eight words, in a table of bits."""
+"""How much of a held-out row is in the training rows: sequences of eight words, in a table of bits."""
 
 from array import array
 from itertools import pairwise
@@ -16,7 +16,7 @@ _FEWEST_RUNS = 8  # of shorter rows, too many overlap by chance
 
 
 class Overlaps:
-    """Rows come in batches, each with the side it is on; a held-out row is judged when all have come."""
+    """Rows come in batches, each with the side it is on; held-out rows are compared when all have come."""
 
     def __init__(self) -> None:
         self._seen = np.zeros(1 << (_BITS - 3), dtype=np.uint8)
@@ -45,7 +45,7 @@ class Overlaps:
             self._offsets.append(len(self._runs))
 
     def shares(self) -> dict[int, float]:
-        """For each held-out row by its number, which share of its runs stands in training rows."""
+        """For each held-out row by its number, the share of its runs that is in training rows."""
         runs = np.frombuffer(self._runs, dtype=np.uint32)
         return {
             row: float(np.mean((self._seen[runs[start:end] >> np.uint32(3)] & _bit(runs[start:end])) != 0))

@@ -29,7 +29,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_rows(files: list[Path], findings: Findings) -> Iterator[tuple[Place, Row]]:
-    """All rows of `files` in order; what cannot be read goes to `findings` with its place and is passed over."""
+    """All rows of `files` in order; what cannot be read goes to `findings` with its place and is skipped."""
     for path in files:
         suffix, compression = split_suffix(path)
         try:
@@ -59,13 +59,13 @@ def _read_jsonl(path: Path, compression: str, findings: Findings) -> Iterator[tu
         try:
             row = json_.decode(line)
         except RecursionError:
-            findings.add((path.name, number), "too-deep", "the row is nested too deep to be read.")
+            findings.add((path.name, number), "too-deep", "the row is nested too deeply to be read.")
         except ValueError as error:
             if line.endswith("\n"):
-                findings.add((path.name, number), "broken-json", f"no JSON: {_reason(error)}.")
+                findings.add((path.name, number), "broken-json", f"not valid JSON: {_reason(error)}.")
             else:
                 findings.add(
-                    (path.name, number), "truncated", f"the last line does not end, and is no JSON: {_reason(error)}."
+                    (path.name, number), "truncated", f"the last line is cut off and not valid JSON: {_reason(error)}."
                 )
         else:
             yield from _row((path.name, number), row, json_, findings)
@@ -123,16 +123,16 @@ def _read_array(path: Path, compression: str, findings: Findings) -> Iterator[tu
 
 
 def _tell_array_end(place: Place, error: Exception, text: str, findings: Findings) -> None:
-    """Where an element cannot be decoded, nothing tells where the next one begins."""
+    """Where an element cannot be decoded, the start of the next one is unknown."""
     after = "The rows after it were not read"
     if isinstance(error, RecursionError):
-        findings.add(place, "too-deep", f"the row is nested too deep to be read. {after}.")
+        findings.add(place, "too-deep", f"the row is nested too deeply to be read. {after}.")
     elif isinstance(error, json.JSONDecodeError) and (
         error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
     ):
         findings.add(place, "truncated", f"the array ends within this row: {error.msg}.")
     else:
-        findings.add(place, "broken-json", f"no JSON: {_reason(error)}. {after}.")
+        findings.add(place, "broken-json", f"not valid JSON: {_reason(error)}. {after}.")
 
 
 def _reason(error: Exception) -> str:
@@ -167,7 +167,7 @@ def _read_csv(path: Path, compression: str, findings: Findings) -> Iterator[tupl
     try:
         header = next(reader, [])
         if record.num_first != 1:
-            return  # the header cannot be read, which is told, and no row stands in for it
+            return  # the header cannot be read, which is reported; no row takes its place
         _tell_doubled(header, place, findings)
         while True:
             record.start()
@@ -184,7 +184,7 @@ def _read_csv(path: Path, compression: str, findings: Findings) -> Iterator[tupl
     except csv.Error as error:
         place = (path.name, record.first)
         if "unexpected end" not in str(error):
-            findings.add(place, "broken-csv", f"no CSV: {error}. The rows after it were not read.")
+            findings.add(place, "broken-csv", f"not valid CSV: {error}. The rows after it were not read.")
         elif record.is_cut:
             findings.add(place, "truncated", "the last row does not end.")
         else:
@@ -262,7 +262,7 @@ def _row(place: Place, row: Any, json_: StrictDecoder, findings: Findings) -> It
     for rule, message, path in faults:
         findings.add(place, rule, message, path)
     if not isinstance(row, dict):
-        findings.add(place, "not-an-object", f"a row is an object with keys, this is a {type(row).__name__}.")
+        findings.add(place, "not-an-object", f"a row must be an object with keys, not a {type(row).__name__}.")
     elif not faults:
         yield place, row
 

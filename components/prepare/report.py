@@ -22,8 +22,8 @@ def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
     rows = [
         ("Rows read", counts.rows),
         ("Exact duplicates left out", counts.duplicates),
-        ("Left out because a token of the template stands in them", counts.dropped_template_token),
-        ("Left out because the cut took the whole answer", counts.dropped_answer_cut_away),
+        ("Left out because they contain a template token", counts.dropped_template_token),
+        ("Left out because the whole answer was cut off", counts.dropped_answer_cut_away),
         ("Cut at the end", counts.cut),
         ("Rows to train on", counts.train_rows),
         ("Rows held out", counts.held_out_rows),
@@ -65,7 +65,7 @@ def findings_section(findings: Findings) -> str:
     """Which rules are broken how often, what to do, and the first places of each."""
     rules = [(rule, severity) for severity in SEVERITIES for rule in findings.rules(severity)]
     if not rules:
-        return report.section("Findings", report.paragraph("All rules are kept."), *_notes(findings))
+        return report.section("Findings", report.paragraph("No rule is broken."), *_notes(findings))
     rows = [
         (rule, severity, findings.counts[rule], findings.share(rule), RULES[rule].remedy) for rule, severity in rules
     ]

@@ -10,7 +10,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning")
 
 @dataclass(frozen=True)
 class Rule:
-    """An error refuses the data set; a warning is told, and training goes on."""
+    """An error refuses the data set; a warning is reported, and training continues."""
 
     severity: Severity
     remedy: str
@@ -26,13 +26,13 @@ def _warning(remedy: str) -> Rule:
 
 RULES: dict[str, Rule] = {
     # The file.
-    "broken-compression": _error("Compress the file again, or hand it over unpacked."),
+    "broken-compression": _error("Compress the file again, or provide it uncompressed."),
     "broken-parquet": _error("Write the Parquet file again."),
     "broken-csv": _error("Quote fields that have commas, quotes or line breaks in them, and double the quotes inside."),
-    "zip-bomb": _error("Hand the file over unpacked, if it is meant to be that large."),
+    "zip-bomb": _error("Provide the file uncompressed, if it is meant to be that large."),
     "row-too-long": _error("Put each row on a line of its own, and split rows of this size."),
     "not-utf-8": _error("Save the file as UTF-8."),
-    "byte-order-mark": _warning("It is passed over. Save the file as UTF-8 without a byte order mark (BOM)."),
+    "byte-order-mark": _warning("It is ignored. Save the file as UTF-8 without a byte order mark (BOM)."),
     "truncated": _error("The file was cut off while it was copied or written: copy it again, or remove the rest."),
     "not-rows": _error(
         "Write one object a line: `jq -c . FILE`, or with pandas to_json(…, orient='records', lines=True)."
@@ -40,21 +40,21 @@ RULES: dict[str, Rule] = {
     "array-in-jsonl": _error("Name the file .json, or let --fix write the rows as lines."),
     # The JSON.
     "broken-json": _error("Write the row again with a JSON library."),
-    "not-an-object": _error("Make the row an object with the form's keys."),
-    "too-deep": _error("Flatten the row: no form needs more than a few levels."),
-    "duplicate-key": _error("Keep one of them: which one counts is nowhere defined."),
+    "not-an-object": _error("Make the row an object with the format's keys."),
+    "too-deep": _error("Flatten the row: no format needs more than a few levels."),
+    "duplicate-key": _error("Keep one of them: which one counts is not defined."),
     "not-a-number": _error(
-        "NaN and Infinity are no JSON, nor are numbers that large: write null, or leave the key out."
+        "JSON has neither NaN and Infinity nor numbers that large: write null, or leave the key out."
     ),
     "wrong-columns": _error("Give every row as many values as the header has names."),
     # The form.
-    "missing-key": _error("Add the key, or name the form with format."),
-    "wrong-type": _error("Give the value the type that the form asks for."),
-    "unknown-key": _warning("It is passed over. Remove it, or correct its spelling."),
-    "unsupported": _error("Passed over, it would change what is learnt: rewrite these rows, or leave them out."),
-    "not-llama2-text": _error("Write the text as [INST] question [/INST] answer, or take another form."),
+    "missing-key": _error("Add the key, or set format."),
+    "wrong-type": _error("Give the value the type that the format requires."),
+    "unknown-key": _warning("It is ignored. Remove it, or correct its spelling."),
+    "unsupported": _error("Ignoring it would change what is learnt: rewrite these rows, or leave them out."),
+    "not-llama2-text": _error("Write the text as [INST] question [/INST] answer, or use another format."),
     # The conversation.
-    "unknown-role": _error("Take one of the known roles."),
+    "unknown-role": _error("Use one of the known roles."),
     "roles-out-of-order": _error("Let user and assistant take turns, a system message only at the start."),
     "no-answer": _error("End the conversation with the assistant's answer, or remove it."),
     "empty-content": _error("Fill it in, or remove the row."),
@@ -62,29 +62,29 @@ RULES: dict[str, Rule] = {
     "noncharacter": _error("Remove it: Unicode's noncharacters stand for nothing in any text."),
     "nul": _error("Remove the NUL character; --fix does."),
     "lone-surrogate": _error(
-        "Remove it, or write the whole pair: half a surrogate pair is no character; --fix removes it."
+        "Remove it, or write the whole pair: half a surrogate pair is not a character; --fix removes it."
     ),
     "template-token": _warning(
-        "The row is left out, since the token would be read as the template's own. --fix takes out the token alone."
+        "The row is left out, since the token would be read as the template's own. --fix removes only the token."
     ),
     # The content.
     "too-few-rows": _error("Add rows with other questions: some are trained on, and others are held out."),
     "duplicate": _warning("Only the first of them is trained on."),
-    "near-duplicate": _warning("Both are kept. Remove what says the same; --fix leaves the later one out."),
+    "near-duplicate": _warning("Both are kept. Remove one of them; --fix leaves the later one out."),
     "different-answers": _warning("Check which answer is right: the model learns a mixture of them."),
-    "leakage": _warning("The rows were kept on the training side, so that none is judged that was trained on."),
-    "overlap": _warning("Scores may be too good: look whether the held-out row is a copy of what is trained on."),
-    "secret": _warning("Withdraw it where it was issued, and remove it; --fix writes a placeholder."),
+    "leakage": _warning("The rows were kept on the training side, so that no held-out row repeats one of them."),
+    "overlap": _warning("Scores may be too good: check whether the held-out row copies a training row."),
+    "secret": _warning("Revoke it where it was issued, and remove it; --fix writes a placeholder."),
     "personal-data": _warning("Remove it, or make sure that you may train on it; --fix writes a placeholder."),
     # The tokens.
     "too-long": _warning("It is cut at the end. Raise prepare.max_tokens, or split the conversation."),
     "answer-cut-away": _warning("The row is left out. Raise prepare.max_tokens, or shorten the question."),
     "not-rendered": _error("Change the row, or choose another template with prepare.template."),
-    "thought-left-out": _warning("Only the rest of the answer is learnt, as this template has it."),
+    "thought-left-out": _warning("Only the rest of the answer is learnt, as this template does it."),
     "lost-by-tokenizer": _error(
-        "The model's tokenizer files are damaged or incomplete: fetch tokenizer.json and what lies beside it again."
+        "The model's tokenizer files are damaged or incomplete: fetch tokenizer.json and the files beside it again."
     ),
-    "beyond-embedding": _error("Take the tokenizer that belongs to these weights, or enlarge the model's embedding."),
-    "beyond-context": _warning("What lies further away was never seen by the model: lower prepare.max_tokens."),
-    "no-trainable-tokens": _error("Remove the row: the tokenizer makes nothing of its answer."),
+    "beyond-embedding": _error("Use the tokenizer that belongs to these weights, or enlarge the model's embedding."),
+    "beyond-context": _warning("The model was not made for longer rows: lower prepare.max_tokens."),
+    "no-trainable-tokens": _error("Remove the row: the tokenizer gives no tokens for its answer."),
 }

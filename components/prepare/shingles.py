@@ -1,4 +1,4 @@
-"""Runs of words as numbers, for a whole batch of texts at once: what near duplicates and leakage are found by."""
+"""Runs of words as numbers, for a whole batch of texts at once: by which near duplicates and leakage are found."""
 
 import numpy as np
 import numpy.typing as npt

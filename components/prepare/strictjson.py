@@ -1,4 +1,4 @@
-"""JSON as its standard has it: Python's decoder lets keys stand twice, and NaN, Infinity and 1e999 pass."""
+"""JSON as its standard has it: Python's decoder accepts duplicate keys, NaN, Infinity and 1e999."""
 
 import json
 import math
@@ -9,13 +9,13 @@ from components.prepare.sensitive import path_key, quoted
 
 
 class _Doubled(dict[str, Any]):
-    """An object in which keys stand twice."""
+    """An object with duplicate keys."""
 
     keys_twice: list[str]
 
 
 class StrictDecoder:
-    """Decodes, and afterwards tells what should not have been there, which costs next to nothing where all is well."""
+    """Decodes, and afterwards reports what is not allowed, which costs next to nothing for valid rows."""
 
     def __init__(self) -> None:
         self._decoder = json.JSONDecoder(
@@ -59,10 +59,10 @@ def _faults(row: Any) -> Iterator[tuple[str, str, str]]:
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, float) and not math.isfinite(value):
-            yield "not-a-number", f"{value} is no number in JSON.", path
+            yield "not-a-number", f"{value} is not a number in JSON.", path
         if isinstance(value, _Doubled):
             for key in value.keys_twice:
-                yield "duplicate-key", f"the key {quoted(key)} stands twice in one object.", join(path, key)
+                yield "duplicate-key", f"the key {quoted(key)} occurs twice in one object.", join(path, key)
         if isinstance(value, dict):
             waiting += [(join(path, key), inner) for key, inner in reversed(value.items())]
         elif isinstance(value, list):

@@ -20,7 +20,7 @@ from components.prepare.sensitive import quoted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FIRST_ROWS, _EVERY_ROW = 2000, 50  # rows whose text is compared with what their tokens say
+_FIRST_ROWS, _EVERY_ROW = 2000, 50  # rows whose text is compared with their decoded tokens
 
 Ids = npt.NDArray[np.int32]
 
@@ -68,7 +68,7 @@ class Tokens:
     ) -> None:
         self._backend = backend = tokenizer.backend_tokenizer
         if isinstance(backend.model, BPE) and backend.pre_tokenizer is None:
-            backend.model._resize_cache(0)  # its words are whole rows: never found again, only kept
+            backend.model._resize_cache(0)  # its entries would be whole rows: never found again, only kept
         self._encode = backend.encode_batch
         self._samples = template.samples
         self._max_tokens = max_tokens
@@ -82,7 +82,7 @@ class Tokens:
         self.examples: list[Sample] = []
 
     def batch(self, rows: Iterable[PlacedRow]) -> list[TokenRow]:
-        """Tokenise, cut and count; rows that have nothing left to learn are told and left out."""
+        """Tokenise, cut and count; rows that have nothing left to learn are reported and left out."""
         rendered = [(row, sample) for row in rows for sample in self._rendered(row)]
         self.examples = self.examples or [sample for _, sample in rendered[:3]]
         encodings = self._encode([sample.text for _, sample in rendered], add_special_tokens=False)
@@ -90,7 +90,7 @@ class Tokens:
         return [row for row in made if row]
 
     def _rendered(self, row: PlacedRow) -> list[Sample]:
-        """The row's samples; none where the template does not take it, which is told."""
+        """The row's samples; none where the template refuses it, which is reported."""
         try:
             samples = self._samples(row.messages)
         except NotRenderedError as error:
@@ -126,10 +126,10 @@ class Tokens:
         return TokenRow(row, input_ids, labels)
 
     def _is_given_back(self, place: Place, text: str, ids: list[int]) -> bool:
-        """Whether the tokens say what the text says, beyond what the tokenizer makes equal; else that is told.
+        """Whether the tokens decode to the text, but for what the tokenizer normalises; else that is reported.
 
-        Looked at are the first rows and then some of the others. Spaces around special tokens are passed over: they
-        come and go with the kind of tokenizer.
+        The first rows and some of the others are checked. Spaces around special tokens are ignored: they depend on the
+        kind of tokenizer.
         """
         self._num_seen += 1
         if self._num_seen > _FIRST_ROWS and self._num_seen % _EVERY_ROW:
@@ -138,7 +138,7 @@ class Tokens:
         if found == text or self._pieces(found) == self._pieces(text):
             return True
         wanted, given = _around_difference(text, found)
-        told = f"the tokenizer does not give the text back: {quoted(wanted)} becomes {quoted(given)}."
+        told = f"the tokenizer does not reproduce the text: {quoted(wanted)} becomes {quoted(given)}."
         self._findings.add(place, "lost-by-tokenizer", told)
         return False
 
@@ -148,7 +148,7 @@ class Tokens:
         return [piece for piece in pieces if piece]
 
     def _is_known(self, place: Place, ids: Ids) -> bool:
-        """Whether the embedding has a row for every token; else that is told."""
+        """Whether the embedding has a row for every token; else that is reported."""
         if not self._limits.num_embeddings or ids.max(initial=0) < self._limits.num_embeddings:
             return True
         token = int(ids.max())

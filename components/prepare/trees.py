@@ -19,7 +19,7 @@ _TYPES: dict[str, Any] = {
 def best_threads(rows: Iterable[tuple[Place, Row]], findings: Findings) -> Iterator[tuple[Place, Row]]:
     """The best-ranked conversation of each tree.
 
-    A tree's rows stand together, parents before children. Trees whose first question nobody answered give nothing.
+    A tree's rows stand together, parents before children. Trees without an answer to the first question give nothing.
     """
     whole = (placed for placed in rows if _is_tree_row(*placed, findings))
     for _, tree in itertools.groupby(whole, key=lambda placed: placed[1]["message_tree_id"]):
@@ -28,7 +28,7 @@ def best_threads(rows: Iterable[tuple[Place, Row]], findings: Findings) -> Itera
         for place, row in placed:
             children.setdefault(row.get("parent_id"), []).append((place, row))
         thread: list[tuple[Place, Row]] = []
-        # Taken out as they are read: messages that are each other's parents would be read for ever.
+        # Removed as they are read: messages that are each other's parents would be read for ever.
         while replies := children.pop(thread[-1][1]["message_id"] if thread else None, None):
             thread.append(
                 min(replies, key=lambda reply: math.inf if reply[1].get("rank") is None else reply[1]["rank"])
@@ -41,7 +41,7 @@ def best_threads(rows: Iterable[tuple[Place, Row]], findings: Findings) -> Itera
 
 
 def _is_tree_row(place: Place, row: Row, findings: Findings) -> bool:
-    """Whether a row can be put into its tree; if not, that is told."""
+    """Whether a row can be put into its tree; if not, that is reported."""
     faults = [key for key, kinds in _TYPES.items() if not isinstance(row.get(key), kinds)]
     for key in faults:
         if key in row:

@@ -1,6 +1,6 @@
 """The weights that a model's architecture needs, compared with those that its files hold, from their headers alone.
 
-Transformers gives a weight that it does not find random numbers and goes on. What is needed is asked of Transformers
+Transformers initialises a missing weight randomly and continues. What is needed is asked of Transformers
 itself: the model is built without memory (torch's meta device).
 """
 
@@ -16,7 +16,7 @@ _UNUSED = (".rotary_emb.inv_freq", ".attention.bias", ".masked_bias")  # buffers
 
 
 def check_weights(source: Path, where: str) -> None:
-    """See that the model folder `source` has every weight that its config.json asks for, and none that it does not.
+    """Check that the model folder `source` has every weight that its config.json asks for, and none that it does not.
 
     Raises:
         Tune16Error: the first weight that is missing, has another shape, is there twice, or belongs to nothing.
@@ -39,10 +39,10 @@ def check_weights(source: Path, where: str) -> None:
             raise Tune16Error(f"{where}: the weight {name} is {found}, but config.json asks for {wanted}. {_REMEDY}")
     for name in stored.keys() - needed.keys():
         if not name.endswith(_UNUSED):
-            raise Tune16Error(f"{where}: holds the weight {name}, which is no part of the architecture. {_REMEDY}")
+            raise Tune16Error(f"{where}: holds the weight {name}, which is not part of the architecture. {_REMEDY}")
 
 
-_REMEDY = "Take the model as its makers publish it, or write it anew with save_pretrained."
+_REMEDY = "Use the model as published, or save it again with save_pretrained."
 
 
 def _needed(source: Path, where: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
@@ -53,9 +53,9 @@ def _needed(source: Path, where: str) -> tuple[dict[str, tuple[int, ...]], set[s
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever the library makes of a stranger's config.json
+    except Exception as error:  # whatever the library raises on an unknown config.json
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Tune16Error(f"{where}: Transformers makes no model of its config.json: {reason}") from None
+        raise Tune16Error(f"{where}: Transformers cannot build a model from its config.json: {reason}") from None
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     return shapes, tied

@@ -86,7 +86,7 @@ def _is_quantized(stored: StoredTensor) -> bool:
 
 
 def _parts(stored: StoredTensor, weight: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
-    """The tensors that stand for one weight in the checkpoint, under the names Transformers expects."""
+    """The tensors that represent one weight in the checkpoint, under the names Transformers expects."""
     name = stored.name
     if bits == 16 or not _is_quantized(stored):
         if weight.is_floating_point() and not all(extreme.isfinite() for extreme in weight.aminmax()):
@@ -111,7 +111,7 @@ def _parts(stored: StoredTensor, weight: torch.Tensor, bits: int) -> dict[str, t
 
 
 def _write_companions(source: Path, folder: Path, base_config: dict[str, Any], bits: int) -> None:
-    """Copy what is not weights, and say in config.json how the weights are stored."""
+    """Copy all but the weights, and note in config.json how the weights are stored."""
     for path in companions(source):
         if path.name not in {"config.json", INDEX_FILE}:
             shutil.copyfile(path, folder / path.name)

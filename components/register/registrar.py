@@ -33,7 +33,7 @@ _TIMEOUT_SECONDS = 60  # for one call of the client, which is a few requests
 
 
 class UnavailableError(Tune16Error):
-    """The registry gives no answer, or one that may be another a little later."""
+    """The registry does not answer, or refuses for a transient reason."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Registered:
 
 
 def register_patiently(manifest: dict[str, Any], path: str, source: Source, config: RegisterConfig) -> Registered:
-    """Register as :func:`register` does, and wait a quarter of an hour for a registry that is away.
+    """Register as :func:`register` does, and wait a quarter of an hour for a registry that does not answer.
 
     Raises:
         Tune16Error: as there.
@@ -102,7 +102,7 @@ def register(manifest: dict[str, Any], path: str, source: Source, config: Regist
         UnavailableError: it may answer later.
     """
     if not config.server:
-        say("register", "no registry is named in registry_url: nothing registered")
+        say("register", "registry_url is empty: nothing registered")
         return Registered()
     with _explained(config.server):
         registry = _connect(config.server, _token())
@@ -119,7 +119,7 @@ def register(manifest: dict[str, Any], path: str, source: Source, config: Regist
 
 
 def archive(server: str, path: str) -> None:
-    """Archive the registered model of `path`, which is as near to its removal as a registry goes.
+    """Archive the registered model of `path`, since a registry cannot remove it.
 
     Raises:
         Tune16Error: the registry cannot be reached or refuses.
@@ -142,7 +142,7 @@ def _registry_name(server: str) -> str:
 
 
 def check_registry(server: str, token: str) -> None:
-    """See whether a registry answers and takes this token.
+    """Check that a registry answers and accepts this token.
 
     Raises:
         Tune16Error: it does not.
@@ -184,7 +184,7 @@ def _connect(server: str, token: str) -> "ModelRegistry":
 
 
 def _run(coroutine: Coroutine[Any, Any, Answer]) -> Answer:
-    """Run a call of the client, for a minute at most: by itself it waits five for a server that accepts and is silent.
+    """Run a call of the client, for a minute at most: by itself it waits five for a server that never answers.
 
     Raises:
         TimeoutError: there was no answer.
@@ -207,9 +207,9 @@ def _own_model(registry: "ModelRegistry", path: str, server: str) -> str | None:
         return None
     if found.owner != _owner(path) or found.name != _name(path):
         raise Tune16Error(
-            f"{server}: has a model named {found.name} already, which belongs to {found.owner or 'nobody'}. Choose "
-            "another last part for destination_path: a registry can neither rename nor delete, and may take capital "
-            "and small letters for the same."
+            f"{server}: has a model named {found.name} already, which belongs to {found.owner or 'another'}. Choose "
+            "another last part for destination_path: a registry can neither rename nor delete, and may ignore "
+            "case."
         )
     if found.state == _ARCHIVED:
         found.state = type(found.state)("LIVE")
@@ -246,8 +246,8 @@ def _checked_version(registry: "ModelRegistry", manifest: dict[str, Any], path: 
     assert version is not None
     if (version.custom_properties or {}).get(_CONTENT) != _properties(manifest)[_CONTENT]:
         raise Tune16Error(
-            f"The registry has a version {manifest['version']} of {_name(path)} already, of another content. Start a "
-            "new run: its version gets a name of its own."
+            f"The registry has a version {manifest['version']} of {_name(path)} already, with other content. Start "
+            "a new run: its version gets a name of its own."
         )
     if version.state == _ARCHIVED:
         version.state = type(version.state)("LIVE")
@@ -260,7 +260,7 @@ def _checked_version(registry: "ModelRegistry", manifest: dict[str, Any], path: 
 
 
 def _mark_champion(registry: "ModelRegistry", path: str, champion: str) -> None:
-    """Say of the model which version is champion, and of that version that it is."""
+    """Record the champion on the model and on that version."""
     model = registry.get_registered_model(_name(path))
     assert model is not None
     before = (model.custom_properties or {}).get(_CHAMPION)
@@ -286,7 +286,7 @@ def _uri(manifest: dict[str, Any]) -> str:
 
 
 def _artifact(manifest: dict[str, Any], path: str, source: Source) -> dict[str, str]:
-    """What the artifact says beside its address: format, connection, and the run that the dashboard links to."""
+    """The artifact's properties besides its address: format, connection, and the run that the dashboard links to."""
     return {
         "model_format_name": "vLLM",
         "model_format_version": "1",
@@ -335,7 +335,7 @@ def _explained(server: str) -> Iterator[None]:
         raise Tune16Error(f"{server}: its certificate is not trusted ({error}). Set SSL_CERT_FILE to its CA.") from None
     except TimeoutError:
         raise UnavailableError(
-            f"{server}: accepts connections and gives no answer within {at_most(_TIMEOUT_SECONDS):.0f} s. Check "
+            f"{server}: accepts connections but does not answer within {at_most(_TIMEOUT_SECONDS):.0f} s. Check "
             "registry_url: is it the registry's REST service, with its port?"
         ) from None
     except (aiohttp.ClientError, OSError) as error:
@@ -347,8 +347,8 @@ def _explained(server: str) -> Iterator[None]:
 def _refusal(status: int | None, body: str) -> str:
     if body.lstrip().startswith("<"):
         return (
-            f"answers {status}, but not as a model registry: with XML or a web page. Check registry_url; the object "
-            "storage's address is another one."
+            f"answers {status}, but not as a model registry: with XML or a web page. Check registry_url; it is not "
+            "the object storage's address."
         )
     if status in (401, 403):
         return (
@@ -356,5 +356,5 @@ def _refusal(status: int | None, body: str) -> str:
             "model-registry."
         )
     if status == 404:
-        return "no model registry of the API v1alpha3 answers there (404). Check registry_url."
+        return "no model registry with the API v1alpha3 answers there (404). Check registry_url."
     return f"the registry answers {status}: {sentence(body)[:300]}."

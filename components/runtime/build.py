@@ -1,6 +1,6 @@
-"""What this very code is called: caches and run keys trust nothing that other code has made.
+"""The name of this code: caches and run keys trust nothing that other code has made.
 
-The name is taken from the content of what decides a result, so that nobody has to think of it. Pages and servers for
+The name is taken from the content of what decides a result, so that it needs no upkeep. Pages and servers for
 finished models are left out: they change no result.
 """
 

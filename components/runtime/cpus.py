@@ -27,5 +27,5 @@ def _limit() -> int | None:
         else:
             quota, period = ((_GROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return math.ceil(int(quota) / int(period)) if int(quota) > 0 else None
-    except (OSError, ValueError):  # there are no control groups, or "max"
+    except (OSError, ValueError):  # without control groups, or with "max"
         return None

@@ -1,4 +1,4 @@
-"""The one exception root for mistakes that a person can mend, and what becomes of it at the door."""
+"""The base exception for mistakes that a user can fix, and how a process reports it."""
 
 import errno
 import os
@@ -20,12 +20,12 @@ _KILLED = ("DataLoader worker", "process pool was terminated", "terminated abrup
 
 
 class Tune16Error(Exception):
-    """Something that the user can mend: the message says what was wrong, where, and what to do next."""
+    """Something that the user can fix: the message says what was wrong, where, and what to do next."""
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a :class:`Tune16Error` into one message on stderr and exit code 2; let our own bugs show their traceback.
+    """Turn a :class:`Tune16Error` into one message on stderr and exit code 2; our own bugs show their traceback.
 
     A full disk, a folder that may not be written, and a lack of memory count as the user's: wherever they strike, the
     output folder in the making has been removed by then (see :func:`components.runtime.outputs.new_folder`) and an
@@ -49,13 +49,13 @@ def user_errors() -> Iterator[None]:
 
 
 def message_of(error: Exception) -> str:
-    """What was wrong and what to do, by a person or by the machine; empty where the fault is our own."""
+    """What was wrong and what to do, for faults of the user or the machine; empty for our own."""
     if isinstance(error, Tune16Error):
         return str(error)
     if is_disk_full(error):
         scratch = tempfile.tempdir or "/tmp"  # asked for anew, it would be looked for on the full disk
         return (
-            f"The disk is full ({error}). Make room where the output is written and in {scratch}, the folder for "
+            f"The disk is full ({error}). Free space where the output is written and in {scratch}, the folder for "
             "temporary files (TMPDIR chooses another), then run the step again."
         )
     if isinstance(error, OSError) and error.errno in _NO_ACCESS and error.filename:
@@ -65,7 +65,7 @@ def message_of(error: Exception) -> str:
         )
     text = str(error)
     if isinstance(error, FileNotFoundError) and _NO_SCRATCH in text:
-        return f"{error.strerror}: make room in one of them, or let TMPDIR name a folder that can be written."
+        return f"{error.strerror}: free space in one of them, or set TMPDIR to a folder that can be written."
     if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or _has(text, _NO_MEMORY):
         return f"There is not enough memory ({_first_line(error)}). Give the step more, then run it again."
     if _has(text, _KILLED):

@@ -1,4 +1,4 @@
-"""Output folders of the steps: they appear whole or not at all, and each carries the settings it was made with."""
+"""Output folders of the steps: they appear complete or not at all, and each carries the settings it was made with."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ RECORD = "tune16.json"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"  # verdict and scores, in the output of evaluate
 TEACHER = "teacher"  # folder in the output of quantize: the weights of the model to learn from, where there is one
-PUBLISHED = "published.json"  # how the merged model does when it is loaded as strangers do
+PUBLISHED = "published.json"  # how the merged model does when it is loaded as its users do
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def read_record(folder: Path, step: str) -> dict[str, Any]:
     """
     path = folder / RECORD
     if not path.is_file():
-        raise Tune16Error(f"{folder} is no output of the step {step}: it has no {RECORD}. Run that step first.")
+        raise Tune16Error(f"{folder} is not an output of the step {step}: it has no {RECORD}. Run that step first.")
     record: dict[str, Any] = json.loads(path.read_text())
     if record["step"] != step:
         raise Tune16Error(f"{folder} was made by the step {record['step']}, but an output of {step} is needed here.")

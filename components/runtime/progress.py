@@ -37,7 +37,7 @@ class Progress:
 
     @classmethod
     def parse(cls, line: str) -> Self | None:
-        """Read a line back; None where it is none of these."""
+        """Read a line back; None for any other line."""
         match = _LINE.fullmatch(line.strip())
         if match is None:
             return None

@@ -21,7 +21,7 @@ from urllib.parse import quote, quote_plus
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|CREDENTIALS?|KEY|KEY_ID)$|SECRET|PASSWORD|PASSWD", re.IGNORECASE)
 _PATHS = {"TUNE16_SIGNING_KEY", "TUNE16_VERIFY_KEY"}  # files with keys
 _SHORTEST = 8  # characters; shorter values are parts of ordinary words and numbers
-_NO_SECRETS = {"password", "minioadmin", "changeme", "changeit"}  # which people meet as words, too
+_NO_SECRETS = {"password", "minioadmin", "changeme", "changeit"}  # which also occur as ordinary words
 _PLACES = re.compile(
     r"(?P<head>://[^\s/:@\"'<>]*:)(?P<password>[^\s/@\"'<>]+)(?=@)"
     r"|(?P<parameter>X-Amz-(?:Signature|Security-Token|Credential)=)[^&\s\"'<>\\]+"

@@ -35,7 +35,7 @@ mark { background: #c9ecd2; color: inherit; } img { max-width: 100%; }
   .wide td:before { content: attr(data-head) ": "; color: #555c6b; }
 }
 """
-_LEAST_GIB = 0.1  # less is told in MiB
+_LEAST_GIB = 0.1  # less is shown in MiB
 _WIDE = 3  # columns of a table that a narrow page shows as cards
 
 
@@ -84,7 +84,7 @@ Colour = Literal["good", "bad", "open", "plain"]
 
 
 def verdict(colour: Colour, text: str) -> str:
-    """The sentence that decides, in green, red, or amber where nothing is decided; plain where it only tells."""
+    """The sentence that decides, in green, red, or amber where nothing is decided; plain where it only informs."""
     return f'<div class="verdict {colour}"><strong>{escape(text)}</strong></div>'
 
 
@@ -97,7 +97,7 @@ def picture(figure: "Figure", alternative: str) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people, in GiB, or in MiB where that says more."""
+    """Bytes as text, in GiB, or in MiB for small sizes."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= _LEAST_GIB * 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 
 

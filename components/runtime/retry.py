@@ -1,4 +1,4 @@
-"""Trying again what may work a little later: one way for S3, HTTP, the cluster's API and the pipeline server.
+"""Retries: one way for S3, HTTP, the cluster's API and the pipeline server.
 
 Who calls says which faults may pass; how long is waited is decided here. By default that is a minute, with growing
 pauses; :func:`patience` makes it a quarter of an hour, for work that has taken hours by then.
@@ -14,7 +14,7 @@ from components.runtime.timeouts import at_most
 
 Answer = TypeVar("Answer")
 
-OUTAGE_SECONDS = 900.0  # that work of hours waits for a service that is away
+OUTAGE_SECONDS = 900.0  # that work of hours waits for a service that does not answer
 _NUM_TRIES = 5
 _SHORT_SECONDS = 60.0  # no new try after that: a server that swallows requests costs a minute each
 _FIRST_PAUSE_SECONDS = 0.5  # at most, by chance; doubled from try to try
@@ -25,7 +25,7 @@ _patience_seconds = 0.0  # of the whole process: uploads and downloads have thre
 
 @contextmanager
 def patience(seconds: float = OUTAGE_SECONDS) -> Iterator[None]:
-    """Let this process wait so many seconds for a service that is away, where it would give up after five tries."""
+    """Let this process wait so many seconds for a service that does not answer, instead of five tries."""
     global _patience_seconds
     before, _patience_seconds = _patience_seconds, seconds
     try:
@@ -51,7 +51,7 @@ def retry(
         seconds: after which there is no new try; 0 is a minute, or what :mod:`components.runtime.timeouts` allows.
         outage: seconds that a service may be away; 0 is five tries within a minute, unless :func:`patience` says more.
         pause: seconds between two tries; 0 is a growing, random pause (full jitter, as AWS recommends).
-        before_pause: is told of each fault that is waited for.
+        before_pause: is called with each fault before a pause.
 
     Returns:
         What `call` returns.

@@ -1,4 +1,4 @@
-"""What every step says of itself while it runs: one line for each thing that happened, in a pod and on a terminal."""
+"""What every step reports while it runs: one line for each thing that happened, in a pod and on a terminal."""
 
 import os
 import select
@@ -16,8 +16,8 @@ from components.runtime.errors import user_errors
 from components.runtime.lines import FINISHED, STARTED, Line
 from components.runtime.proxies import spare_loopback
 
-PARENT_VARIABLE = "TUNE16_PARENT"  # the process without which a step has nobody to work for: a run on this machine
-TERMINATED_EXIT_CODE = 143  # as a shell says of a process that SIGTERM has ended; 0 would be success to a pipeline
+PARENT_VARIABLE = "TUNE16_PARENT"  # the process of a run on this machine; its steps end with it
+TERMINATED_EXIT_CODE = 143  # as a shell reports a process that SIGTERM has ended; 0 would be success to a pipeline
 
 
 @dataclass
@@ -41,7 +41,7 @@ def say(step: str, text: str) -> None:
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Run one step: say when it starts and ends, and end it with one message and exit code 2 on a user's mistake.
+    """Run one step: report its start and end, and end it with one message and exit code 2 on a user's mistake.
 
     SIGTERM ends it with exit code 143, and what it has begun to write is removed. Nothing depends on that: a pod may be
     killed without any warning.
@@ -60,7 +60,7 @@ def step(name: str) -> Iterator[None]:
 
 @contextmanager
 def deferred_termination() -> Iterator[Termination]:
-    """Let SIGTERM only be noted, for work that ends at a place of its own choice."""
+    """Only record SIGTERM, for work that ends at a point of its own choice."""
     termination = Termination()
 
     def note(*_: object) -> None:
@@ -71,13 +71,13 @@ def deferred_termination() -> Iterator[Termination]:
 
 
 def quieten() -> None:
-    """Let libraries warn of nothing that is ours to decide, in this process."""
+    """Silence libraries' warnings about our own choices, in this process."""
     for pattern in _NOISE:
         warnings.filterwarnings("ignore", pattern)
 
 
 def _end_with_parent() -> None:
-    """Die with the process that runs this pipeline: it is killed alone, and nobody would wait for its steps."""
+    """Die with the process that runs this pipeline: it may be killed alone, and its steps would run on."""
     if PARENT_VARIABLE in os.environ:
         parent = os.pidfd_open(int(os.environ[PARENT_VARIABLE]))
 

@@ -1,4 +1,4 @@
-"""S3, and what is kept there. No step is known here.
+"""S3, and what is kept there, independent of the steps.
 
 s3          objects and folders
 transfer    one file, in parts

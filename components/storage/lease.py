@@ -1,10 +1,10 @@
-"""Leases in S3, and locks on a disk: who holds one is alone at something, and who has died holds none for long.
+"""Leases in S3, and locks on a disk: one process at a time holds one, and a dead holder loses it soon.
 
     <prefix>/lease/000007.json     made by a conditional write, renewed by its holder alone; the highest number counts
 
-A holder that has said nothing for :data:`EXPIRES_SECONDS` is dead. Its age is told by the server's clock; of a
-process on this very machine the system knows at once. Who takes over makes the next number, so that two can never both
-win; the one before sees that number and stops (a fencing token, as in Chubby, https://research.google/pubs/pub27897).
+A holder that has not renewed its lease for :data:`EXPIRES_SECONDS` is dead. The server's clock gives the lease's age;
+a process on this very machine is looked up at once. A new holder makes the next number, so that two can never win; the
+previous one sees that number and stops (a fencing token, as in Chubby, https://research.google/pubs/pub27897).
 """
 
 import fcntl
@@ -28,7 +28,7 @@ _NAME = re.compile(r"\d{6,}\.json")
 
 
 class TakenOverError(Tune16Error):
-    """Somebody else holds the lease now."""
+    """Another process holds the lease now."""
 
 
 class Lease:
@@ -42,23 +42,23 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """See that nobody has taken over; call it before anything that only the holder may do.
+        """Check that this process still holds the lease; call it before anything that only the holder may do.
 
         Raises:
-            TakenOverError: somebody has.
+            TakenOverError: another process has taken over.
             Tune16Error: the storage does not answer.
         """
-        if time.monotonic() - self._renewed > EXPIRES_SECONDS:  # nobody need have noticed: it counts again, or is lost
+        if time.monotonic() - self._renewed > EXPIRES_SECONDS:  # if no other has taken over, it counts again
             self._renew()
         newest = _newest(self._bucket, self._prefix)
         if newest != self._number:
             who = (_read(self._bucket, self._prefix, newest) or ({}, 0.0))[0].get("holder", "another run")
             raise TakenOverError(
-                f"{self._what}: {who} has taken over, since this process was not heard of for a while."
+                f"{self._what}: {who} has taken over, since this process did not renew its lease in time."
             )
 
     def release(self) -> None:
-        """Let the next one have it at once."""
+        """Release it for the next holder at once."""
         self._ended.set()
         self._thread.join()
         with suppress(Tune16Error):
@@ -83,7 +83,7 @@ def held(prefix: str, what: str) -> Iterator[Lease]:
 
     Args:
         prefix: below which its objects lie, in ``lease/``.
-        what: is alone with it; begins the messages.
+        what: the work that the lease protects; begins the messages.
 
     Raises:
         Tune16Error: another process, which is alive, holds it; the message says which.
@@ -102,7 +102,7 @@ def locked(path: Path, what: str = "") -> Iterator[None]:
 
     Args:
         path: the file, which is made.
-        what: is alone with it; begins the refusal. Without it, a lock that another process holds is waited for.
+        what: the protected work; begins the refusal. Without it, a lock that another process holds is waited for.
 
     Raises:
         Tune16Error: another process holds it.
@@ -111,7 +111,7 @@ def locked(path: Path, what: str = "") -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if what else 0))
         except BlockingIOError:
-            raise Tune16Error(f"{what}: another process on this disk is at it. Wait for its end, or stop it.") from None
+            raise Tune16Error(f"{what}: another process on this disk is working on it. Wait, or stop it.") from None
         yield
 
 
@@ -122,7 +122,7 @@ def _take(bucket: str, prefix: str, what: str) -> int:
         _wait_for_end(bucket, prefix, newest, what)
     number = newest + 1
     if not s3.claim(bucket, _key(prefix, number), _content()) or _newest(bucket, prefix) != number:
-        raise Tune16Error(f"{what}: another run has begun it at this very moment.")
+        raise Tune16Error(f"{what}: another run started it at the same moment.")
     for earlier in _numbers(bucket, prefix):
         if earlier < number:
             s3.delete(bucket, _key(prefix, earlier))
@@ -133,7 +133,7 @@ def _wait_for_end(bucket: str, prefix: str, number: int, what: str) -> None:
     """Return when the lease's holder has released it or died.
 
     Raises:
-        Tune16Error: the holder has given a sign of life.
+        Tune16Error: the holder is alive.
     """
     started, first_sign = time.monotonic(), None
     while found := _read(bucket, prefix, number):
@@ -142,9 +142,9 @@ def _wait_for_end(bucket: str, prefix: str, number: int, what: str) -> None:
             return
         first_sign = first_sign or content["sign"]
         if content["sign"] != first_sign or _is_here(content["process"]):
-            raise Tune16Error(f"{what}: {content['holder']} is at it. Wait for its end, or stop it.")
+            raise Tune16Error(f"{what}: {content['holder']} is working on it. Wait until it ends, or stop it.")
         if time.monotonic() - started > 2 * EXPIRES_SECONDS:
-            return  # the server's clock stands still, but ours has seen no sign of life
+            return  # the server's clock stands still, but by ours the lease has expired
         time.sleep(_LOOK_SECONDS)
 
 
@@ -153,7 +153,7 @@ def _newest(bucket: str, prefix: str) -> int:
 
 
 def _numbers(bucket: str, prefix: str) -> list[int]:
-    """The numbers of all leases of `prefix`; what others have put there is passed over."""
+    """The numbers of all leases of `prefix`; other objects there are ignored."""
     names = [PurePosixPath(stored.key).name for stored in s3.list_objects(bucket, f"{prefix}/lease/")]
     return [int(name.removesuffix(".json")) for name in names if _NAME.fullmatch(name)]
 
@@ -169,7 +169,7 @@ def _key(prefix: str, number: int) -> str:
 
 
 def own_name() -> str:
-    """What this process is called in messages of others: its pod, or its number and machine."""
+    """The name of this process in the messages of others: its pod, or its number and machine."""
     return os.environ.get("KFP_POD_NAME") or f"process {os.getpid()} on {os.uname().nodename}"
 
 
@@ -179,7 +179,7 @@ def _content(released: bool = False) -> bytes:
 
 
 def _identity(pid: int) -> list[str]:
-    """What tells a process from all others: the machine's boot, the container, the pid and when it started."""
+    """What identifies a process: the machine's boot, the container, the pid and when it started."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     space = os.readlink("/proc/self/ns/pid")  # noqa: PTH115  (no path of this file system)
     started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -195,5 +195,5 @@ def _is_here(process: list[str]) -> bool:
 
 
 def _is_dead(process: list[str]) -> bool:
-    """Whether this was a process of this very machine and container, and is none any more."""
+    """Whether this was a process of this very machine and container, and has ended."""
     return process[:2] == _identity(os.getpid())[:2] and not _is_here(process)

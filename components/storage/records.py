@@ -1,4 +1,4 @@
-"""What a run leaves for whoever asks later how it ended: its verdict with the scores, its report, what it published.
+"""What a run leaves to show later how it ended: its verdict with the scores, its report, what it published.
 
 It lies beside the models' folders, at ``<prefix>/records/<model name>/``, and nothing there depends on the pipeline
 server:
@@ -30,7 +30,7 @@ _KEPT = ("verdict", "reason", "base", "tuned", "loss_difference", "champion")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, as far as it has come: its evaluation, that one's report, and what was published."""
+    """The outcome of a run so far: its evaluation, that one's report, and what was published."""
 
     evaluation: Json | None
     report: str  # the key of the report in the bucket; empty where there is none
@@ -67,7 +67,7 @@ def read_outcome(path: str, run_id: str, ended: str = "") -> Outcome | None:
     Args:
         path: ``prefix/model-name`` in the connection's bucket.
         run_id: the run.
-        ended: when (ISO 8601); a later evaluation of the same inputs is another run's. Empty while it goes on.
+        ended: when (ISO 8601); a later evaluation of the same inputs is another run's. Empty while it runs.
 
     Returns:
         What is known; None where the run has left nothing there.
@@ -95,7 +95,7 @@ def read_report(outcome: Outcome) -> bytes:
     """
     content = s3.read(s3.default_bucket(), outcome.report) if outcome.report else None
     if content is None:
-        raise Tune16Error("This run has no report: it has not come to its evaluation.")
+        raise Tune16Error("This run has no report: it did not reach its evaluation.")
     return content
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong between this machine and S3: what is tried again, and what is said when that does not help."""
+"""What can go wrong between this machine and S3: what is tried again, and the messages when that does not help."""
 
 import builtins
 import os
@@ -24,9 +24,9 @@ from components.runtime.retry import Answer, retry
 _NO_BUCKET = "there is no such bucket. Create it, or correct AWS_S3_BUCKET."
 _NO_OBJECT = "there is no such object. Check the address."
 _BUSY = "the server is overloaded and asks to slow down. Try again later."
-_CHANGED = "bytes were changed on the way, again and again. Check the network, and proxies between here and the server."
-_FAILED = "the server fails, again and again. Look into its log, or try again later."
-_SKEWED = "this machine's clock is off by more than the server allows. Set it right."
+_CHANGED = "bytes were changed on the way, repeatedly. Check the network, and proxies between here and the server."
+_FAILED = "the server fails repeatedly. Check its log, or try again later."
+_SKEWED = "this machine's clock is off by more than the server allows. Correct it."
 _REMEDIES = {
     "NoSuchBucket": _NO_BUCKET,
     "NoSuchKey": _NO_OBJECT,
@@ -44,13 +44,13 @@ _REMEDIES = {
     "502": _FAILED,
     "504": _FAILED,
     "InternalError": _FAILED,
-    "EntityTooLarge": "the server takes no objects of this size. Raise its limit, or that of a proxy before it.",
-    "413": "the server takes no requests of this size. Raise its limit, or that of a proxy before it.",
+    "EntityTooLarge": "the server does not accept objects of this size. Raise its limit, or that of a proxy before it.",
+    "413": "the server does not accept requests of this size. Raise its limit, or that of a proxy before it.",
     "NotImplemented": "the server does not know this kind of request; it needs a newer S3 server.",
     "BadDigest": _CHANGED,
     "XAmzContentSHA256Mismatch": _CHANGED,
 }
-# Refusals that may be gone at the next try; all answers from 500 on count as well, but 501.
+# Refusals that may not recur at the next try; all answers from 500 on count as well, but 501.
 _TRANSIENT_CODES = {
     "BadDigest",
     "XAmzContentSHA256Mismatch",
@@ -73,7 +73,7 @@ _TRANSIENT = (
     IncompleteReadError,
     FlexibleChecksumError,
     ResponseParserError,
-    HTTPError,  # botocore reads refusals without a net
+    HTTPError,  # botocore reads refusals without catching errors
     Boto3Error,  # a download whose parts broke off too often
     builtins.ConnectionError,
     builtins.TimeoutError,
@@ -95,7 +95,7 @@ def attempt(address: str, call: Callable[[], Answer]) -> Answer:
 
 
 def code_of(error: ClientError) -> str:
-    """The server's word for what is wrong, such as NoSuchKey; the HTTP status where it says none."""
+    """The server's error code, such as NoSuchKey; the HTTP status where it sends none."""
     return error.response["Error"].get("Code") or str(status_of(error))
 
 
@@ -122,7 +122,7 @@ def explained(address: str) -> Iterator[None]:
     except SSLError as error:
         if "WRONG_VERSION_NUMBER" in str(error):
             raise Tune16Error(
-                f"{endpoint}: speaks no TLS. Correct AWS_S3_ENDPOINT: http://, or another port."
+                f"{endpoint}: does not use TLS. Correct AWS_S3_ENDPOINT: http://, or another port."
             ) from None
         raise Tune16Error(
             f"{endpoint}: its certificate is not trusted ({error}). Set AWS_CA_BUNDLE to your CA's file."
@@ -131,7 +131,7 @@ def explained(address: str) -> Iterator[None]:
         raise Tune16Error(f"{address} at {endpoint}: {_CHANGED} ({error})") from None
     except (IncompleteReadError, ResponseParserError, HTTPError, Boto3Error) as error:
         raise Tune16Error(
-            f"{address} at {endpoint}: answers break off or make no sense ({_line(error)}). Check the network, and "
+            f"{address} at {endpoint}: answers are cut off or not valid ({_line(error)}). Check the network, and "
             "proxies between here and the server."
         ) from None
     except (ConnectionError, HTTPClientError, builtins.ConnectionError, builtins.TimeoutError) as error:

@@ -61,13 +61,13 @@ def client() -> "S3Client":
         )
     _check_variables()
     if (bundle := os.environ.get("AWS_CA_BUNDLE")) and not Path(bundle).exists():
-        raise Tune16Error(f"S3 connection: {bundle}, which AWS_CA_BUNDLE names, is no file. Mount your CA there.")
+        raise Tune16Error(f"S3 connection: {bundle}, which AWS_CA_BUNDLE names, is not a file. Mount your CA there.")
     variables = (*CONNECTION_VARIABLES[:4], SESSION_TOKEN)
     return _client(*(os.environ.get(name, "") for name in variables), at_most(10), at_most(60))
 
 
 def _check_variables() -> None:
-    """Refuse what no server could make sense of; the values themselves may be secrets.
+    """Refuse values that cannot be right; the values themselves may be secrets.
 
     Raises:
         Tune16Error: names the variable, and what is wrong with it.
@@ -76,7 +76,7 @@ def _check_variables() -> None:
         value = os.environ.get(name, "")
         if any(character.isspace() for character in value):
             raise Tune16Error(
-                f"S3 connection: {name} has a line break or a blank in it. Write the Secret again without it (`echo` "
+                f"S3 connection: {name} contains a line break or a space. Write the Secret again without it (`echo` "
                 "adds a line break, `printf` and --from-literal do not)."
             )
     bucket, endpoint = os.environ.get("AWS_S3_BUCKET", ""), os.environ["AWS_S3_ENDPOINT"]
@@ -88,17 +88,17 @@ def _check_variables() -> None:
         url = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
         host, places = url.hostname or "", [part for part in url.path.split("/") if part]
     except ValueError as error:
-        raise Tune16Error(f"S3 connection: AWS_S3_ENDPOINT is no address ({error}). Correct it.") from None
+        raise Tune16Error(f"S3 connection: AWS_S3_ENDPOINT is not an address ({error}). Correct it.") from None
     is_bucket = bucket in places if bucket and len(places) > 1 else places not in ([], ["s3"])
     if is_bucket or url.query or url.fragment:
         raise Tune16Error(
-            f"S3 connection: AWS_S3_ENDPOINT has {url.path!r} behind the server's address. Leave it out; the bucket "
-            "belongs into AWS_S3_BUCKET."
+            f"S3 connection: AWS_S3_ENDPOINT has {url.path!r} after the server's address. Leave it out; the bucket "
+            "belongs in AWS_S3_BUCKET."
         )
     if bucket and host.startswith((f"{bucket}.s3.", f"{bucket}.s3-")):
         raise Tune16Error(
             f"S3 connection: AWS_S3_ENDPOINT begins with the bucket's name. Write {host!r} without "
-            f"{bucket + '.'!r}; the bucket belongs into AWS_S3_BUCKET."
+            f"{bucket + '.'!r}; the bucket belongs in AWS_S3_BUCKET."
         )
 
 
@@ -136,7 +136,7 @@ def _client(
     except ProfileNotFound:
         raise Tune16Error(
             f"S3 connection: AWS_PROFILE is {os.environ.get('AWS_PROFILE')!r}, and there is no such profile. Unset it: "
-            "the connection's own variables say all."
+            "the connection's own variables are enough."
         ) from None
     except (BotoCoreError, ValueError, OSError) as error:
         raise Tune16Error(f"S3 connection: {error}. Check AWS_S3_ENDPOINT and AWS_CA_BUNDLE.") from None
@@ -180,7 +180,7 @@ def list_objects(bucket: str, prefix: str) -> list[StoredObject]:
                 for found in page.get("Contents", [])
             ]
         except ClientError as error:
-            if code_of(error) == "NoSuchKey":  # so some servers say that there is nothing
+            if code_of(error) == "NoSuchKey":  # some servers say so of an empty listing
                 return []
             raise
 
@@ -217,7 +217,7 @@ def create(bucket: str, key: str, content: bytes) -> bool:
     Where it had to be tried again, an object of this very content is ours: the answer to an earlier try was lost.
 
     Raises:
-        Tune16Error: the storage cannot be written, or has no conditional writes.
+        Tune16Error: the storage cannot be written, or does not support conditional writes.
     """
     address = f"s3://{bucket}/{key}"
     num_tries = 0
@@ -233,8 +233,8 @@ def create(bucket: str, key: str, content: bytes) -> bool:
                 return False
             if code_of(error) == "NotImplemented" or status_of(error) == 501:
                 raise Tune16Error(
-                    f"{address}: the server has no conditional writes (If-None-Match), by which runs that publish at "
-                    "the same time are kept apart. It needs a newer S3 server."
+                    f"{address}: the server does not support conditional writes (If-None-Match), which keep runs apart "
+                    "that publish at the same time. Use a newer S3 server."
                 ) from None
             raise
         return True
@@ -245,7 +245,7 @@ def create(bucket: str, key: str, content: bytes) -> bool:
 def claim(bucket: str, key: str, content: bytes) -> bool:
     """Like :func:`create`, for an object of which two processes may want to be the maker at the very same moment.
 
-    Some servers, such as Swift, look first and write later, and tell both that they have made it. It belongs to the one
+    Some servers, such as Swift, check first and write later, and report success to both. It belongs to the one
     whose content is there once both writes have ended; so `content` has to be this process's own.
     """
     if not create(bucket, key, content):
@@ -270,7 +270,7 @@ def upload(path: Path, bucket: str, key: str, advance: Callable[[int], None] | N
         path: the file.
         bucket: where to.
         key: where to.
-        advance: is told the bytes that are there.
+        advance: is called with the bytes that have arrived.
         sha256: of the file, if known: kept with the object, and a large one that is there with it is not sent again.
     """
     transfer.send(client(), path, bucket, key, sha256, advance or (lambda _: None))
@@ -370,14 +370,14 @@ def check_writable(bucket: str, prefix: str) -> None:
     delete(bucket, key)
     if is_overwritten:
         raise Tune16Error(
-            f"s3://{bucket}/{key}: was overwritten by a write that was to do so in no case (If-None-Match), by which "
-            "runs that publish at the same time are kept apart. It needs a newer S3 server."
+            f"s3://{bucket}/{key}: was overwritten in spite of If-None-Match, which keeps runs apart that publish at "
+            "the same time. Use a newer S3 server."
         )
     _check_rights_on_parts(bucket, f"{prefix}/")
 
 
 def _check_rights_on_parts(bucket: str, prefix: str) -> None:
-    """See that parts of files may be sent, listed and taken away, as publishing does.
+    """Check that parts of files may be sent, listed and removed, as publishing does.
 
     Raises:
         Tune16Error: the server forbids one of these.
@@ -398,14 +398,13 @@ def _check_rights_on_parts(bucket: str, prefix: str) -> None:
 
 
 def _allowed(right: str, call: Callable[[], Any]) -> Any:
-    """What `call` gives; None where the server answers with something else than a refusal."""
+    """The result of `call`; None where it fails with anything but a refusal."""
     try:
         return call()
     except ClientError as error:
         if status_of(error) == 403:
             raise Tune16Error(
-                f"S3 connection: the right {right} is missing, which publishing needs ({code_of(error)}). Ask for it "
-                "on this bucket."
+                f"S3 connection: publishing needs the permission {right} ({code_of(error)}). Ask for it on this bucket."
             ) from None
     except (BotoCoreError, ResponseParserError, HTTPError, KeyError):
         pass

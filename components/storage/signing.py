@@ -3,7 +3,7 @@
 A manifest has every file's SHA-256, so that its signature is the model's, also of a part of it.
 
 ``TUNE16_SIGNING_KEY``    file with the private key (PEM, elliptic curve), from a mounted Secret: the step upload signs
-``TUNE16_VERIFY_KEY``     file with the public key: whoever reads a version then demands a valid signature
+``TUNE16_VERIFY_KEY``     file with the public key: every reader of a version then requires a valid signature
 """
 
 import os
@@ -43,14 +43,14 @@ def is_demanded() -> bool:
 
 
 def verify(manifest: bytes, signature: bytes | None, address: str) -> None:
-    """See that a manifest was signed with the key's other half.
+    """Check that a manifest was signed with the key's other half.
 
     Raises:
         Tune16Error: it was not, the key cannot be used, or the library is not installed.
     """
     if signature is None:
         raise Tune16Error(
-            f"{address}: has no signature, and {VERIFY_VARIABLE} demands one. Publish it with {SIGNING_VARIABLE} set."
+            f"{address}: has no signature, and {VERIFY_VARIABLE} requires one. Publish it with {SIGNING_VARIABLE} set."
         )
     verifier = _library("verifying").Config()
     try:
@@ -87,9 +87,9 @@ def _library(module: str) -> Any:
 
 
 def _unusable(variable: str, kind: str, error: Exception) -> Tune16Error:
-    """No word of the key itself."""
+    """The error, without anything of the key itself."""
     reason = error.strerror if isinstance(error, OSError) else type(error).__name__
     return Tune16Error(
-        f"{variable}: {os.environ[variable]} is no {kind} key that can be used ({reason}). It takes a PEM file with an "
+        f"{variable}: {os.environ[variable]} is not a usable {kind} key ({reason}). It takes a PEM file with an "
         "unencrypted elliptic-curve key: openssl ecparam -name prime256v1 -genkey -noout."
     )

@@ -61,10 +61,10 @@ def send(client: "S3Client", path: Path, bucket: str, key: str, sha256: str, adv
         bucket: where to.
         key: where to.
         sha256: of the file, if known: kept with the object, and a large one that is there with it is not sent again.
-        advance: is told the bytes that are there, from several threads.
+        advance: is called with the bytes that have arrived, from several threads.
 
     Raises:
-        Tune16Error: the storage does not take it; parts that are there are removed, as far as it still answers.
+        Tune16Error: the storage does not accept it; parts that are there are removed, as far as it still answers.
     """
     upload = _Upload(client, path, bucket, key, {"sha256": sha256} if sha256 else {}, advance)
     size = path.stat().st_size
@@ -149,7 +149,7 @@ def _send_parts(upload: _Upload, size: int) -> None:
             etags = list(threads.map(lambda number: _send_part(upload, identity, number, part_bytes, there), numbers))
         parts = [{"PartNumber": number, "ETag": etag} for number, etag in zip(numbers, etags, strict=True)]
         attempt(upload.address, lambda: _complete(upload, identity, parts, size))
-    except Exception:  # who is told to end leaves the parts for the next one, as who is killed does
+    except Exception:  # not on a request to end: then the parts stay for the next run, as after a kill
         with suppress(Tune16Error):
             upload.abort(identity)
         raise
@@ -176,7 +176,7 @@ def _parts_there(upload: _Upload, identity: str) -> dict[int, tuple[int, str]]:
 
 
 def _send_part(upload: _Upload, identity: str, number: int, part_bytes: int, there: dict[int, tuple[int, str]]) -> str:
-    """Bring one part there, if it is not; returns its ETag."""
+    """Upload one part unless it is there; returns its ETag."""
     with upload.path.open("rb") as file:
         file.seek((number - 1) * part_bytes)
         content = file.read(part_bytes)

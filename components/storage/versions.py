@@ -56,12 +56,12 @@ def read_log(path: str, newest: int | None = None) -> list[Champion]:
     """The champion and those before it, the newest first; at most so many, or all.
 
     Raises:
-        Tune16Error: the log has something else than entries.
+        Tune16Error: the log contains something other than entries.
     """
     bucket, prefix = s3.default_bucket(), f"{path}/{_CHAMPIONS}/"
     names = [stored.key.removeprefix(prefix) for stored in s3.list_objects(bucket, prefix)]
     if strange := [name for name in names if not _ENTRY.fullmatch(name)]:
-        raise Tune16Error(f"s3://{bucket}/{prefix}{strange[0]}: is no entry of the champion log. Remove it.")
+        raise Tune16Error(f"s3://{bucket}/{prefix}{strange[0]}: is not an entry of the champion log. Remove it.")
     numbers = sorted((int(Path(name).stem) for name in names), reverse=True)
     return [Champion(number, _read_entry(path, number)["version"]) for number in numbers[:newest]]
 
@@ -77,7 +77,7 @@ def _read_entry(path: str, number: int) -> dict[str, str]:
         entry: dict[str, str] = json.loads(content or b"")
         entry["version"].split("/")
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Tune16Error(f"{where}: is no entry of the champion log. Look who wrote it.") from None
+        raise Tune16Error(f"{where}: is not an entry of the champion log. Find out who wrote it.") from None
     return entry
 
 
@@ -94,7 +94,7 @@ def champion_version(path: str) -> str:
 
 
 def still_champion(path: str, version: str, step: str) -> bool:
-    """Whether `version` is what the world should know and use; `step` says so where another run has come in between."""
+    """Whether `version` is still champion; `step` reports where another run has come in between."""
     champion = champion_version(path)
     if champion != version:
         say(step, f"{version} is no longer champion, {champion} is: nothing done")
@@ -173,7 +173,7 @@ def _check_names(names: list[str], where: str) -> None:
     """Refuse names that would be written elsewhere, or over each other.
 
     Raises:
-        Tune16Error: one is absolute, leads out of the folder, is no plain name, or is there twice.
+        Tune16Error: one is absolute, leads out of the folder, is not a plain name, or occurs twice.
     """
     seen: set[str] = set()
     for name in names:
@@ -233,7 +233,7 @@ def download(path: str, version: str, folder: Path, part: str = "") -> Path:
 
 
 def check_copy(path: str, version: str, folder: Path, part: str = "") -> None:
-    """See that a folder still is the version, or the `part` of it, that was downloaded into it.
+    """Check that a folder still is the version, or the `part` of it, that was downloaded into it.
 
     Raises:
         Tune16Error: a file differs, is missing, is a link, or was added.
@@ -251,7 +251,7 @@ def _files_of(path: str, manifest: dict[str, Any], part: str) -> dict[str, dict[
 
 
 def _check_listing(path: str, manifest: dict[str, Any]) -> None:
-    """See that exactly the files of the manifest lie in S3."""
+    """Check that exactly the files of the manifest are in S3."""
     where, prefix = address(path, manifest["version"]), f"{path}/{manifest['version']}/"
     stored = {found.key.removeprefix(prefix) for found in s3.list_objects(s3.default_bucket(), prefix)}
     listed = {file["path"] for file in manifest["files"]}

@@ -1,4 +1,4 @@
-"""A training run's settings in the words of Transformers and TRL."""
+"""A training run's settings as arguments of Transformers and TRL."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def training_arguments(config: TrainConfig, dtype: torch.dtype, max_tokens: int,
         scratch: folder for what the trainers write by themselves.
 
     Raises:
-        Tune16Error: Weights & Biases is asked for but nobody is logged in.
+        Tune16Error: Weights & Biases is configured, but without an API key.
     """
     options = _options(config, dtype, scratch)
     arguments: TrainingArguments
@@ -38,7 +38,7 @@ def training_arguments(config: TrainConfig, dtype: torch.dtype, max_tokens: int,
 
 
 def sequences_per_step(arguments: TrainingArguments) -> int:
-    """Rows, or passes, that all processes take between two steps of the optimiser."""
+    """Rows, or micro-batches, of all processes in one step of the optimiser."""
     batch: int = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     return batch
 
@@ -68,7 +68,7 @@ def _options(config: TrainConfig, dtype: torch.dtype, scratch: Path) -> dict[str
         "dataloader_pin_memory": on_gpu,
         "eval_strategy": "steps",
         "save_strategy": "no",  # state.Resumable keeps checkpoints of its own
-        "logging_nan_inf_filter": False,  # it waits for the GPU in every pass; _metrics refuses such losses
+        "logging_nan_inf_filter": False,  # it waits for the GPU in every micro-batch; _metrics refuses such losses
         "report_to": _trackers(config),
         "disable_tqdm": True,
         "seed": config.seed,
@@ -76,16 +76,16 @@ def _options(config: TrainConfig, dtype: torch.dtype, scratch: Path) -> dict[str
 
 
 def _trackers(config: TrainConfig) -> list[str]:
-    """MLflow where its server is named in the environment, Weights & Biases where a project is asked for.
+    """MLflow where its server is named in the environment, Weights & Biases where a project is set.
 
     Raises:
-        Tune16Error: Weights & Biases is asked for but nobody is logged in.
+        Tune16Error: Weights & Biases is configured, but without an API key.
     """
     trackers = ["mlflow"] if os.environ.get("MLFLOW_TRACKING_URI") else []
     if config.wandb_project:
         if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
             raise Tune16Error(
-                "train.wandb_project: is set, but there is no WANDB_API_KEY in the environment. Put it into the "
+                "train.wandb_project: is set, but WANDB_API_KEY is not in the environment. Put it into the "
                 "Secret that with_tokens_secret names, or set WANDB_MODE=offline."
             )
         os.environ["WANDB_PROJECT"] = config.wandb_project

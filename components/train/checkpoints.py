@@ -1,10 +1,10 @@
-"""Checkpoints of a training run: each whole or absent, and found again by whoever starts the same run anew.
+"""Checkpoints of a training run: each complete or absent, and found again when the same run is restarted.
 
     <folder>/<run key>/step-00000120/                           state.safetensors, state.json, trainer_state.json,
                                                                 and checkpoint.json: their sizes and SHA-256
     s3://bucket/<prefix>/checkpoints/<run key>/step-00000120/   the same, checkpoint.json last
 
-The run key is a hash of everything that decides the result, so that a run never goes on from another one's state. A
+The run key is a hash of everything that decides the result, so that a run never continues from another one's state. A
 pipeline step gets no warning before it is killed; what is written here every few minutes is all that will be left.
 """
 
@@ -61,8 +61,8 @@ class Place:
 class Checkpoints:
     """The checkpoints of one run.
 
-    They are written and copied to S3 by threads in the background. What goes wrong there is said and ends nothing: the
-    run is more valuable than its checkpoint.
+    They are written and copied to S3 by threads in the background. Errors there are reported but do not end the
+    run, which is more valuable than its checkpoint.
 
     Args:
         made_of: everything that decides the result; its hash is the run key.
@@ -83,7 +83,7 @@ class Checkpoints:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Be the only process that works on this run; what is under way in the background is finished at the end.
+        """Be the only process that works on this run; work in the background is finished at the end.
 
         Raises:
             Tune16Error: another process, which is alive, works on it.
@@ -129,9 +129,9 @@ class Checkpoints:
             self._uploading.result()
 
     def newest(self, in_s3_only: bool = False) -> Path | None:
-        """The newest whole checkpoint, brought to this disk; says which was taken, and which were not and why.
+        """The newest whole checkpoint, brought to this disk; reports which was used, and which were skipped and why.
 
-        Damaged ones are removed: they would be taken for newer than those that are still to come.
+        Damaged ones are removed: they would count as newer than those that are still to come.
 
         Args:
             in_s3_only: take none that lies on this disk alone, since other nodes need it too.
@@ -177,7 +177,7 @@ class Checkpoints:
         return path
 
     def finish(self) -> None:
-        """The run has its result: on a disk that goes with it nothing is kept, elsewhere the last one is, for a week.
+        """The run has its result: beside the output nothing is kept, elsewhere the last checkpoint is, for a week.
 
         The result may yet be lost with its pod before the pipeline has stored it.
         """
@@ -190,7 +190,7 @@ class Checkpoints:
     def _abort_uploads(self) -> None:
         """Take away the parts, which no listing shows, of checkpoints that killed processes were uploading.
 
-        Those of the newest one here are gone on with.
+        Those of the newest one here are resumed.
         """
         if not self.prefix:
             return
@@ -220,7 +220,7 @@ class Checkpoints:
                 seal(partial, step, self._made_of)
             sync(self.folder)
         except (OSError, SafetensorError, DamagedError) as error:
-            say("train", f"the checkpoint of step {step:,} could not be kept ({error}); training goes on")
+            say("train", f"the checkpoint of step {step:,} could not be kept ({error}); training continues")
             return
         say("train", f"checkpoint of step {step:,} kept, {_size(path) / 2**20:,.0f} MiB")
         self._remove_old()
@@ -228,7 +228,7 @@ class Checkpoints:
             self._uploading = self._uploader.submit(self._upload_newest)
 
     def _upload_newest(self) -> None:
-        """Copy the newest checkpoint to S3, its seal last, unless it is there already."""
+        """Copy the newest checkpoint to S3, checkpoint.json last, unless it is there already."""
         steps = sorted(_steps(self.folder))
         if not self.prefix or not steps:
             return
@@ -254,7 +254,7 @@ class Checkpoints:
         return path
 
     def _remote_steps(self) -> set[int]:
-        """Steps of which S3 has a sealed checkpoint."""
+        """Steps of which S3 has a complete checkpoint."""
         if not self.prefix:
             return set()
         keys = [stored.key for stored in s3.list_objects(s3.default_bucket(), f"{self.prefix}/step-")]
@@ -280,21 +280,21 @@ def _size(folder: Path) -> int:
 
 
 def _remove_folder(path: Path) -> None:
-    """Take a checkpoint away: out of sight at once, then file by file."""
+    """Remove a checkpoint: renamed at once, then file by file."""
     hidden = path.with_name(f".{path.name}.old")
     path.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def _remove_run(folder: Path) -> None:
-    """Take a run's folder away, and the folder of all runs once it is empty."""
+    """Remove a run's folder, and the folder of all runs once it is empty."""
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         folder.parent.rmdir()
 
 
 def _remove_remains(folder: Path) -> None:
-    """What killed processes have begun to write or to remove, and the runs of long ago beside this one."""
+    """Remove what killed processes left half written or half removed, and old runs beside this one."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
     for run in folder.parent.iterdir():
@@ -304,7 +304,7 @@ def _remove_remains(folder: Path) -> None:
 
 
 def _remove_stale(prefix: str) -> None:
-    """Take away the checkpoints in S3 of runs that have said nothing for a week."""
+    """Remove the checkpoints in S3 of runs without a sign of life for a week."""
     try:
         bucket, of_run = s3.default_bucket(), defaultdict[str, list[s3.StoredObject]](list)
         for stored in s3.list_objects(bucket, f"{prefix}/"):

@@ -21,11 +21,11 @@ class GivenAnswersTrainer(Resumable, DistillationTrainer):
     """A DistillationTrainer on rows with ``input_ids`` and ``labels``, of which only labelled tokens are learnt."""
 
     def compute_loss_context_manager(self) -> Any:
-        """Mixed precision, which TRL's own loss goes around."""
+        """Mixed precision, which TRL's own loss bypasses."""
         return self.accelerator.autocast()
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """TRL's sampler, whose order depends on the epoch alone: a run that goes on has not drawn those before."""
+        """TRL's sampler, whose order depends on the epoch alone: a resumed run has not drawn those before."""
         sampler = super()._get_train_sampler(dataset)
         sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(sampler.seed + epoch)
         return sampler
@@ -56,11 +56,11 @@ def fit_teacher(teacher: Any, student: Any) -> Any:
     """Cut the teacher's head to the student's vocabulary: sizes of one family pad theirs differently.
 
     Raises:
-        Tune16Error: the teacher has fewer words than the student.
+        Tune16Error: the teacher's vocabulary is smaller than the student's.
     """
     words, wanted = teacher.config.vocab_size, student.config.vocab_size
     if words < wanted:
-        raise Tune16Error(f"train.teacher: has {words:,} words, the student {wanted:,}. Take a teacher of its family.")
+        raise Tune16Error(f"train.teacher: has {words:,} tokens, the student {wanted:,}. Use one of its family.")
     if words > wanted:
         head = teacher.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight[:wanted].clone(), requires_grad=False)

@@ -26,7 +26,7 @@ from components.runtime.redaction import protect_output
 from components.runtime.steps import TERMINATED_EXIT_CODE, deferred_termination, quieten, say
 from components.train.checkpoints import Place
 
-# By which people compare runs: the metric's name on the pages, which sort by it, and here.
+# The metrics by which runs are compared: the metric's name on the pages, which sort by it, and here.
 _COMPARED = {
     "loss_training": "train_loss_last",
     "peak_memory_gib": "peak_memory_gib",
@@ -100,7 +100,7 @@ def train_in_processes(
     """
     _check_gpus(config.num_gpus)
     group = group if group.port else Group(group.num_nodes, group.node, group.address, _free_port())
-    say("train", f"{config.num_processes} processes, of which {config.processes_per_node} here")
+    say("train", f"{config.num_processes} processes, {config.processes_per_node} of them on this node")
     messages = multiprocessing.get_context("spawn").SimpleQueue()
     arguments = (weights, rows, output, config, group, Place.of(output, path), messages)
     with deferred_termination() as termination:
@@ -119,8 +119,8 @@ def train_in_processes(
                 raise SystemExit(TERMINATED_EXIT_CODE) from None
             if killed_by := getattr(error, "signal_name", None):
                 raise Tune16Error(
-                    f"train: one of the training processes was killed ({killed_by}); the usual reason is a lack of "
-                    "memory. Start the run again: it goes on from its newest checkpoint."
+                    f"train: one of the training processes was killed ({killed_by}); usually for lack of memory. "
+                    "Start the run again: it continues from its newest checkpoint."
                 ) from None
             raise RuntimeError(f"a training process ended unexpectedly: {error}") from error
 
@@ -135,7 +135,7 @@ def _work(
     place: Place,
     messages: Any,
 ) -> None:
-    """One process of the group. All do the same; only the first one speaks, and only its output is kept."""
+    """One process of the group. All do the same; only the first one prints, and only its output is kept."""
     protect_output()
     quieten()
     rank = group.node * config.processes_per_node + local_rank
@@ -169,7 +169,7 @@ def _work(
 def _check_gpus(wanted: int) -> None:
     found = torch.cuda.device_count()
     if found < wanted and (found or is_step_of_pipeline()):  # a laptop may train on its CPU, a cluster's pod not
-        raise Tune16Error(f"train.num_gpus: is {wanted}, but there are {found} GPUs here.")
+        raise Tune16Error(f"train.num_gpus: is {wanted}, but this node has {found} GPUs.")
 
 
 def _free_port() -> int:

@@ -16,8 +16,8 @@ from components.train.scratch import ALIVE_SECONDS, JobEndedError, Scratch
 
 _MASTER_PORT = 29500
 _ENDED = (
-    "train: the nodes were told to end before the last step (node {node} says so; was a node drained, or its pod "
-    "evicted?), so there is no result. Start the run again: it goes on from its newest checkpoint."
+    "train: the nodes were stopped before the last step (reported by node {node}; perhaps a node was drained, or "
+    "its pod evicted), so there is no result. Start the run again: it continues from its newest checkpoint."
 )
 
 
@@ -64,7 +64,7 @@ def _variable(name: str, plain: str, default: str) -> str:
 
 
 def _watch(scratch: Scratch) -> None:
-    """End this pod when the step that began the job is gone; in a thread of its own, as training cannot look up.
+    """End this pod when the step that began the job is gone; in a thread of its own, since training blocks this one.
 
     A storage that cannot be asked says nothing about the step.
     """
@@ -76,4 +76,4 @@ def _watch(scratch: Scratch) -> None:
             Line("train", str(error), ERROR).write()
             os._exit(TERMINATED_EXIT_CODE)
         except Tune16Error as error:
-            say("train", f"the storage does not answer, training goes on: {error}")
+            say("train", f"the storage does not answer; training continues: {error}")

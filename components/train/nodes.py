@@ -41,17 +41,15 @@ def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig,
     A storage or an API that is away for a quarter of an hour ends nothing.
 
     Raises:
-        Tune16Error: this is no pod, the cluster serves no training jobs, the account may not make them, the job failed,
-            or its pods said nothing for half an hour although they were not waiting in a queue.
+        Tune16Error: this is not a pod, the cluster serves no training jobs, the account may not make them, the job
+            failed, or its pods said nothing for half an hour although they were not waiting in a queue.
     """
     if not path:
-        raise Tune16Error(
-            "train.num_nodes: the nodes meet below the model's place in the bucket. Set destination_path."
-        )
+        raise Tune16Error("train.num_nodes: the nodes exchange files below destination_path in the bucket. Set it.")
     job = new_job()
     scratch = Scratch.of_job(job, path)
     with kubeapi.explained("train.num_nodes"), patience():
-        api = kubeapi.connect("train.num_nodes: several nodes are for a cluster, whose pods train. Set it to 1.")
+        api = kubeapi.connect("train.num_nodes: training on several nodes needs a cluster. Set it to 1.")
         pod, kind = kubeapi.patiently(lambda: kubeapi.own_pod(api), POLL_SECONDS), _served_kind()
         namespace = pod["metadata"]["namespace"]
         _check_queue(_look, pod, config)
@@ -101,7 +99,7 @@ def _running(kind: Kind, namespace: str, body: Json) -> Iterator[None]:
             _patiently("DELETE", f"{path}/{name}", {"propagationPolicy": "Background"})
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             if getattr(error, "status", None) != 404:
-                say("train", f"{kind.name} {name} could not be removed ({error}); it goes with this pod")
+                say("train", f"{kind.name} {name} could not be removed ({error}); it is removed with this pod")
 
 
 def _create(path: str, body: Json) -> None:
@@ -167,8 +165,7 @@ class _Job:
             if error.status != 404:
                 raise
             raise Tune16Error(
-                f"{self.title} was deleted by somebody while it ran. Retry the run: it goes on from its newest "
-                "checkpoint."
+                f"{self.title} was deleted while it ran. Retry the run: it continues from its newest checkpoint."
             ) from None
         self._pods = self._list_pods()
         state, why = _state(job)
@@ -239,11 +236,11 @@ def _follow(job: _Job, scratch: Scratch) -> None:
             for line in job.last_words():
                 say("train", line)
             said = kubeapi.sentence(why) or "no reason given"
-            raise Tune16Error(f"{job.title} failed: {said}. Its pods' last lines stand above.")
+            raise Tune16Error(f"{job.title} failed: {said}. The last lines of its pods are above.")
         if time.monotonic() - last_news > _SILENCE_SECONDS:
             raise Tune16Error(
-                f"{job.title} has said nothing for {_SILENCE_SECONDS // 60} minutes{f': {why}' if why else ''}. Look "
-                "at its pods' events: are there nodes with enough free GPUs, and can they pull the image?"
+                f"{job.title} has reported nothing for {_SILENCE_SECONDS // 60} minutes{f': {why}' if why else ''}. "
+                "Check its pods' events: nodes with enough free GPUs, image pulls."
             )
         time.sleep(POLL_SECONDS)
 

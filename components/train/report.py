@@ -24,7 +24,7 @@ def write_report(history: list[dict[str, Any]], metrics: dict[str, float], confi
             "Settings that differ from the reference recipe",
             report.table(("Setting", "Value"), changed.items()) if changed else report.paragraph("None."),
         ),
-        result=report.verdict("plain", f"The loss on held-out rows is {metrics['held_out_loss']} at the end."),
+        result=report.verdict("plain", f"The final loss on held-out rows is {metrics['held_out_loss']}."),
     )
     (folder / REPORT).write_text(html, encoding="utf-8")
 

@@ -36,11 +36,11 @@ _CONFIG, _ALIVE, _ERROR = "config.json", "alive", "error-"
 
 
 class JobEndedError(Tune16Error):
-    """The job's pods have nothing left to work for."""
+    """The job's step has ended, or one of its pods failed."""
 
 
 def new_job() -> str:
-    """A name for a job, which nobody else has."""
+    """A name for a job, which is unique."""
     return f"tune16-train-{uuid.uuid4().hex[:8]}"
 
 
@@ -105,7 +105,7 @@ class Scratch:
         self.raise_reported()
         found = s3.read_aged(self.bucket, f"{self.prefix}/{_ALIVE}")
         if found is None or found[1] > _ORPHANED_SECONDS:
-            raise JobEndedError(f"{self.address}: the step that began this job is gone.")
+            raise JobEndedError(f"{self.address}: the step that started this job has ended.")
 
     def report(self, node: int, error: Tune16Error) -> None:
         """Leave a pod's message for the step, unless it has gone and cleaned up; the first message counts."""
@@ -150,6 +150,6 @@ class Scratch:
                 self._remove(f"{self._root}/{job}")
 
     def _remove(self, prefix: str) -> None:
-        """Take a job's folder away: ``alive`` first, so that a pod's late message is either seen here or taken back."""
+        """Remove a job's folder: ``alive`` first, so that a pod's late message is either seen here or taken back."""
         s3.delete(self.bucket, f"{prefix}/{_ALIVE}")
         s3.delete_folder(self.bucket, f"{prefix}/", first="")

@@ -1,8 +1,8 @@
 """The step upload: a version of the model in S3, complete or invisible.
 
 Files go first and the manifest last, by conditional write; then the champion log grows by one entry. One process at a
-time publishes below a path, by a lease. So whatever lies there without a manifest belongs to one that was killed: the
-next one goes on with it where it publishes the same, and else takes it away.
+time publishes below a path, by a lease. So whatever is there without a manifest belongs to one that was killed: the
+next one continues it if it publishes the same, and otherwise removes it.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def _publish(merged: Path, gguf: Path, evaluation: Path, path: str, lease: Lease
     if published:
         remove_leftovers(path)
         remove_old(path)
-        say("upload", f"{published['address']} is champion already, made of the same")
+        say("upload", f"{published['address']} is champion already, made from the same inputs")
         return published
     with tempfile.TemporaryDirectory(dir=merged.parent) as scratch:
         folder = _lay_out(merged, gguf, evaluation, settings, Path(scratch))
@@ -89,9 +89,9 @@ def _publish(merged: Path, gguf: Path, evaluation: Path, path: str, lease: Lease
 def _complete(
     folder: Path, path: str, manifest: dict[str, Any], before: versions.Champion | None, lease: Lease
 ) -> versions.Champion:
-    """Upload the files, then the manifest, then the entry in the log: what fails between is taken back.
+    """Upload the files, then the manifest, then the entry in the log; after a failure in between they are removed.
 
-    Who is told to end leaves what is there for the next one, and so does who has lost the lease: it is another's now.
+    A process that is asked to end leaves the files for the next one, and so does one that has lost the lease.
     """
     version = manifest["version"]
     try:
@@ -122,7 +122,7 @@ def _unfinished(path: str, content: str) -> str | None:
     same = sorted(name for name in names if name.endswith(f"-{content[:8]}"))
     if not same or same[-1] in {champion.version for champion in versions.read_log(path)}:
         return None
-    say("upload", f"going on with {same[-1]}, which a killed run has begun")
+    say("upload", f"continuing with {same[-1]}, which a killed run began")
     return same[-1]
 
 
@@ -143,13 +143,13 @@ def _check_champion(
     if champion.version != lineage["champion"]:
         raise Tune16Error(
             f"{current['address']} became champion during this run, and this model was not compared with it. Start the "
-            "run again: what has been done comes from the cache, and only the comparison is made anew."
+            "run again: finished steps come from the cache, and only the comparison is repeated."
         )
     return None
 
 
 def _lay_out(merged: Path, gguf: Path, evaluation: Path, settings: dict[str, Any], folder: Path) -> Path:
-    """Bring the version's files together under the names they have in S3; links, so that nothing is copied."""
+    """Collect the version's files under the names they have in S3; links, so that nothing is copied."""
     for part in ("merged", "adapter"):
         shutil.copytree(merged / part, folder / part, copy_function=_link)
     (folder / "report").mkdir()
@@ -228,7 +228,7 @@ def _upload_files(folder: Path, files: list[dict[str, Any]], prefix: str) -> Non
 
 
 def _progress(total: int) -> Callable[[int], None]:
-    """A callback that says now and then how much has gone; parts of a file report from several threads."""
+    """A callback that reports now and then how much has been sent; parts of a file report from several threads."""
     sent, started, said = 0, time.monotonic(), time.monotonic()
 
     def advance(count: int) -> None:
@@ -248,7 +248,7 @@ def remove_leftovers(path: str, but: str = "") -> int:
 
     Args:
         path: ``prefix/model-name`` in the connection's bucket, whose lease is held.
-        but: a version that stays, since it is gone on with.
+        but: a version that stays, since it is being continued.
 
     Returns:
         The number of objects and uploads removed.

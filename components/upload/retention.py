@@ -1,4 +1,4 @@
-"""How many versions of a model are kept: a file beside them says it, so that it holds wherever a run publishes.
+"""How many versions of a model are kept: a file beside them sets it, so that it holds wherever a run publishes.
 
     <path>/retention.json      {"keep_versions": 5}
 
@@ -26,7 +26,7 @@ def keep_versions(path: str, number: int) -> None:
 def remove_old(path: str) -> None:
     """Remove the versions beyond the number to keep, the oldest first; called with the lease held.
 
-    The publication is done by then, so that what goes wrong here is said and ends nothing.
+    The publication is done by then, so that errors here are reported and do not fail the step.
     """
     try:
         _remove_old(path, _read(path))

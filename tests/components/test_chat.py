@@ -245,12 +245,12 @@ def stream(url: str) -> str:
 def test_nonsense_from_an_endpoint_is_one_line(answer: bytes) -> None:
     with FakeModel([]) as model:
         model.raw = answer
-        with pytest.raises(Tune16Error, match="something that is not the OpenAI API") as error:
+        with pytest.raises(Tune16Error, match="does not answer as the OpenAI API") as error:
             Endpoint(model.url).ask("fake", [{"role": "user", "content": "?"}], GREEDY)
         assert "\n" not in str(error.value)
         model.raw = b"data: " + answer + b"\n\n"
         if answer.strip(b'{}"choices: []'):
-            with pytest.raises(Tune16Error, match="something that is not the OpenAI API"):
+            with pytest.raises(Tune16Error, match="does not answer as the OpenAI API"):
                 stream(model.url)
     with pytest.raises(Tune16Error, match="cannot be reached"):
         Endpoint(f"http://127.0.0.1:{free_port()}").list_models()
@@ -316,5 +316,5 @@ def test_what_is_served_is_found_in_every_kind_of_folder(tmp_path: Path) -> None
     assert find_target(tmp_path / "runs") == find_target(run) == find_target(gguf) == newest
     assert find_target(gguf / "model-Q4_K_M.gguf").model.name == "model-Q4_K_M.gguf"
     assert find_target(tmp_path / "runs" / "zebra-1") == find_target(weights) == Target(weights)
-    with pytest.raises(Tune16Error, match="there is no model"):
+    with pytest.raises(Tune16Error, match="no model found"):
         find_target(tmp_path / "nothing")

@@ -247,12 +247,12 @@ def test_a_disk_that_is_gone_is_made_up_for_from_s3(
 def test_one_process_works_on_a_run(bucket: str, tmp_path: Path) -> None:
     with Checkpoints(FACTS, Place(tmp_path / "one", "team")).held():
         with (
-            pytest.raises(Tune16Error, match="another process on this disk is at it"),
+            pytest.raises(Tune16Error, match="another process on this disk is working on it"),
             Checkpoints(FACTS, Place(tmp_path / "one")).held(),
         ):
             pass
         with (
-            pytest.raises(Tune16Error, match="train: the run .* is at it. Wait for its end, or stop it"),
+            pytest.raises(Tune16Error, match="train: the run .* is working on it. Wait until it ends, or stop it"),
             Checkpoints(FACTS, Place(tmp_path / "two", "team")).held(),
         ):
             pass

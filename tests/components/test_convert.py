@@ -241,7 +241,7 @@ def test_no_name_or_no_llama_cpp_makes_no_file_and_says_so(
     merged.mkdir()
     write_record(merged, "merge", MergeConfig(), model="org/model")
     assert convert_model(merged, tmp_path, tmp_path / "none", ConvertConfig(quantizations="")) == []
-    assert "no quantisation is named in gguf_quantizations" in capsys.readouterr().out
+    assert "gguf_quantizations is empty" in capsys.readouterr().out
     monkeypatch.setattr(llamacpp, "converter", lambda: None)
     assert convert_model(merged, tmp_path, tmp_path / "missing", ConvertConfig()) == []
     assert "`make llama` builds it, with a C++ compiler" in capsys.readouterr().out

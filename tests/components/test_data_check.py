@@ -266,7 +266,7 @@ def test_rows_with_the_templates_tokens_are_left_out(tmp_path: Path, make_model:
     counts = prepare_dataset(str(path), str(make_model("llama")), tmp_path / "out", PrepareConfig())
     assert (counts.rows, counts.dropped_template_token, counts.train_rows + counts.held_out_rows) == (32, 2, 30)
     _write(path, _pair("a</s>", "b"), _pair("c", "<s>"))
-    with pytest.raises(Tune16Error, match="every row has a token of the chat template in it"):
+    with pytest.raises(Tune16Error, match="every row contains a token of the chat template"):
         prepare_dataset(str(path), str(make_model("llama")), tmp_path / "out", PrepareConfig())
 
 
@@ -287,7 +287,7 @@ def test_fix_mends_what_it_can_and_says_so(tmp_path: Path) -> None:
     assert found.done == {
         "rows kept": 7,
         "duplicate: left out": 1,
-        "empty after mending: left out": 1,
+        "empty after repair: left out": 1,
         "byte-order-mark: taken out": 1,
         "empty-content: left out": 1,
         "truncated: left out": 1,
@@ -305,8 +305,8 @@ def test_fix_mends_what_it_can_and_says_so(tmp_path: Path) -> None:
 
 def test_fix_writes_no_empty_copy(tmp_path: Path) -> None:
     found = check_data(str(_write(tmp_path / "rows.jsonl", _pair("", "x"))), PrepareConfig(), fix=True)
-    assert found.clean is None and "no row can be mended" in found.findings.notes[0]
-    with pytest.raises(Tune16Error, match="no row is left after mending"):
+    assert found.clean is None and "no row can be repaired" in found.findings.notes[0]
+    with pytest.raises(Tune16Error, match="no row is left after repair"):
         check_data(str(_write(tmp_path / "rows.jsonl", _pair("<s>", "x"))), PrepareConfig(), fix=True)
     assert [item.name for item in tmp_path.iterdir()] == ["rows.jsonl"]
 

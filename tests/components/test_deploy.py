@@ -214,7 +214,7 @@ def test_a_version_that_crashes_gives_way_to_the_one_before(
     with pytest.raises(Tune16Error) as error:
         run(version=NEW)
     assert f"{NAME}@{NEW}-llama.cpp was not serving within" in str(error.value)
-    assert f"container kserve-container: CrashLoopBackOff CUDA out of memory. {OLD} serves on." in str(error.value)
+    assert f"container kserve-container: CrashLoopBackOff CUDA out of memory. {OLD} still serves." in str(error.value)
     assert "waiting: container kserve-container: CrashLoopBackOff" in capsys.readouterr().out
     assert cluster.service["spec"] == before
     assert cluster.remembered == OLD
@@ -222,7 +222,7 @@ def test_a_version_that_crashes_gives_way_to_the_one_before(
 
 def test_a_first_version_that_never_answers_is_taken_away(cluster: Cluster) -> None:
     cluster.model.answer = ""
-    with pytest.raises(Tune16Error, match="gives an empty answer. It was removed; nothing was served before"):
+    with pytest.raises(Tune16Error, match="returns an empty answer. It was removed; nothing was served before"):
         run()
     assert KEY not in cluster.api.objects
 
@@ -249,7 +249,7 @@ def test_a_first_version_that_nobody_has_remembered_is_not_taken_away(
     """The step was killed after the version served; what comes next must not end it."""
     run_killed(monkeypatch)
     cluster.model.answer = ""
-    with pytest.raises(Tune16Error, match="It was there before this step, so it stays applied"):
+    with pytest.raises(Tune16Error, match="It existed before this step, so it stays applied"):
         run()
     assert KEY in cluster.api.objects
 
@@ -261,7 +261,7 @@ def test_a_server_that_answers_nonsense_or_goes_on_with_the_old_version_does_not
     served = cluster.model.serves
     original = cluster._roll_out
     cluster._roll_out = lambda version, served_name: None  # type: ignore[method-assign]  # KServe is asleep
-    with pytest.raises(Tune16Error, match=f"still serves the version before. {OLD} serves on"):
+    with pytest.raises(Tune16Error, match=f"still serves the previous version. {OLD} still serves"):
         run(version=NEW)
     assert cluster.model.serves == served
     cluster._roll_out = original  # type: ignore[method-assign]
@@ -274,11 +274,11 @@ def test_going_back_is_to_what_has_served_whatever_was_killed_in_between(
     cluster.behave = lambda version: "CUDA out of memory" if version == NEW else ""
     run_killed(monkeypatch, version=NEW)
     assert cluster.service["metadata"]["annotations"]["tune16.dev/version"] == NEW
-    with pytest.raises(Tune16Error, match=f"CUDA out of memory. {OLD} serves on"):
+    with pytest.raises(Tune16Error, match=f"CUDA out of memory. {OLD} still serves"):
         run(version=NEW)
     assert cluster.service["metadata"]["annotations"]["tune16.dev/version"] == OLD
     cluster.behave = lambda version: "the node is gone"
-    with pytest.raises(Tune16Error, match="It has served before, and stays applied"):
+    with pytest.raises(Tune16Error, match="It served before, and stays applied"):
         cluster.model.serves = ""
         run(version=OLD)
 
@@ -297,7 +297,7 @@ def test_what_somebody_has_taken_away_stays_away(cluster: Cluster) -> None:
 def test_the_same_version_on_another_server_has_to_answer_itself(cluster: Cluster) -> None:
     run("llama.cpp", NEW)
     cluster.behave = lambda version: "no such runtime"
-    with pytest.raises(Tune16Error, match=f"CrashLoopBackOff no such runtime. {NEW} serves on"):
+    with pytest.raises(Tune16Error, match=f"CrashLoopBackOff no such runtime. {NEW} still serves"):
         run("vllm", NEW)
     assert cluster.service["spec"]["predictor"]["model"]["runtime"] == "tune16-llama-cpp"
 
@@ -325,7 +325,7 @@ def test_an_api_that_is_away_for_a_moment_is_waited_for(cluster: Cluster, capsys
 
     cluster.api.on_apply["inferenceservices"] = apply_and_go_away
     assert run() == cluster.model.url
-    assert "waiting: the cluster's API is away" in capsys.readouterr().out
+    assert "waiting: the cluster's API does not answer" in capsys.readouterr().out
 
 
 def test_rights_that_are_missing_are_named(cluster: Cluster) -> None:
@@ -339,7 +339,7 @@ def test_without_a_name_or_a_cluster_there_is_no_endpoint(
 ) -> None:
     monkeypatch.delenv("KUBECONFIG", raising=False)
     assert run("") == "" and "nothing deployed" in capsys.readouterr().out
-    with pytest.raises(Tune16Error, match="endpoints are for a cluster, where the step deploy runs in a pod"):
+    with pytest.raises(Tune16Error, match="endpoints need a cluster, where the step deploy runs in a pod"):
         run()
 
 
@@ -395,7 +395,7 @@ def test_names_and_runtimes_that_do_not_fit_are_told_at_once() -> None:
 def test_an_address_that_dns_does_not_take_is_refused_before_the_run() -> None:
     check_service_name("team/llm", "tune16")
     with pytest.raises(
-        Tune16Error, match=r"66 letters of which DNS takes 63. Shorten the last part of destination_path by 3"
+        Tune16Error, match=r"66 characters, and DNS allows 63. Shorten the last part of destination_path by 3"
     ):
         check_service_name(f"team/{'x' * 35}", "my-data-science-team")
 
@@ -408,12 +408,10 @@ def test_a_spec_that_no_runtime_serves_is_refused_at_once(cluster: Cluster) -> N
 
     cluster.api.on_apply["inferenceservices"] = refuse
     started = time.monotonic()
-    with pytest.raises(
-        Tune16Error, match="KServe takes no such InferenceService: NoSupportingRuntime: No runtime"
-    ) as e:
+    with pytest.raises(Tune16Error, match="KServe rejects this InferenceService: NoSupportingRuntime: No runtime") as e:
         run()
     assert time.monotonic() - started < deployer.PATIENCE_SECONDS
-    assert str(e.value).endswith("See `oc get servingruntimes`. It was removed; nothing was served before.")
+    assert str(e.value).endswith("Check `oc get servingruntimes`. It was removed; nothing was served before.")
 
 
 def test_while_one_version_replaces_another_the_reason_is_the_new_ones(cluster: Cluster) -> None:
@@ -427,7 +425,7 @@ def test_while_one_version_replaces_another_the_reason_is_the_new_ones(cluster: 
     cluster.api.on_apply["inferenceservices"] = fail
     with pytest.raises(Tune16Error, match="ModelLoadFailed: Error: tensor shapes do not match. ") as error:
         run(version=NEW)
-    assert f"{OLD} is applied again, and not ready yet." in str(error.value)  # nobody has seen it serve
+    assert f"{OLD} is applied again, but not ready yet." in str(error.value)  # nobody has seen it serve
     assert ".." not in str(error.value)
 
 

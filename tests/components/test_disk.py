@@ -34,6 +34,6 @@ def test_what_does_not_fit_is_not_begun(make_model: Any, tmp_path: Path, monkeyp
     check_space(tmp_path / "not" / "there", 1)
     model, usage = make_model("llama"), shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(Tune16Error, match=r"^The disk is too small: 0.* MiB are to be written, and 0.00 MiB are free"):
+    with pytest.raises(Tune16Error, match=r"^The disk is too small: 0.* MiB are needed, and 0.00 MiB are free"):
         quantize_checkpoint(str(model), tmp_path / "quantized", QuantizeConfig())
     assert not list(tmp_path.glob("*quantized*"))

@@ -256,7 +256,7 @@ def test_what_the_engine_cannot_train(make_model: Callable[..., Path], quantized
 
     mistral = load_base(make_model("mistral", sliding_window=64), torch.float32)
     assert reason(mistral) == ""
-    assert "looks back 64 tokens only, and rows have up to 65" in reason(mistral, 65)
+    assert "attention window is 64 tokens, and rows have up to 65" in reason(mistral, 65)
     assert "not plain LoRA" in reason(adapted(quantized("llama"), ["q_proj"], use_dora=True).get_base_model())
     turned = load_base(make_model("phi3", partial_rotary_factor=0.5), torch.float32)
     assert "rotates only a part of each head" in reason(turned)

@@ -103,17 +103,17 @@ OTHER = ChampionScore("v1", "hf://other/base@1")
     ("found", "config", "verdict", "reason"),
     [
         (_found(), {}, "promoted", "50.0% below the base model's, and there is no champion yet"),
-        (_found(num_rows=3), {}, "inconclusive", "only 3 rows were held out, and 10 are asked for"),
+        (_found(num_rows=3), {}, "inconclusive", "only 3 rows were held out, and 10 are required"),
         (_found(num_rows=3), {"minimum_rows": 3}, "promoted", "no champion yet"),
-        (_found(tuned=_tuned(1.99)), {}, "kept", "at least 1.0% below is asked for"),
+        (_found(tuned=_tuned(1.99)), {}, "kept", "at least 1.0% below is required"),
         (_found(tuned=_tuned(2.2)), {"minimum_improvement": 0}, "kept", "10.0% above the base model's"),
         (_found(loss_difference=_estimate(-1.0, 1.5)), {}, "inconclusive", "may be chance"),
         (_found(chrf_difference=_estimate(-0.2)), {}, "inconclusive", "agree less with the expected ones"),
         (_found(champion=BEATEN), {}, "promoted", "beats champion v1 (1.0000 against 1.2000"),
-        (_found(champion=EQUAL), {}, "inconclusive", "that it beats champion v1 may be chance"),
+        (_found(champion=EQUAL), {}, "inconclusive", "its lead over champion v1 may be chance"),
         (_found(champion=BETTER), {}, "kept", "champion v1 is at least as good"),
         (_found(champion=OTHER), {}, "kept", "made of another base model, hf://other/base@1"),
-        (_found(champion=OTHER), {"replace_other_base": True}, "promoted", "replaced unseen"),
+        (_found(champion=OTHER), {"replace_other_base": True}, "promoted", "replaced without a comparison"),
     ],
 )
 def test_verdicts(found: Comparison, config: dict[str, Any], verdict: str, reason: str) -> None:
@@ -150,7 +150,7 @@ def test_a_champion_is_beaten_row_by_row_and_never_unseen(flow: Flow, bucket: st
     found = other.judge("evaluation", champion=version)
     assert found.verdict == "kept" and "made of another base model" in found.reason
     told = other.judge("told", JUDGED.model_copy(update={"replace_other_base": True}), champion=version)
-    assert told.verdict == "promoted" and "replaced unseen" in told.reason
+    assert told.verdict == "promoted" and "replaced without a comparison" in told.reason
     recipe = Recipe(preflight=PreflightConfig(model=str(tmp_path / "other"), data=str(flow.data)))
     with pytest.raises(Tune16Error, match=r"upload.path: at team/llm, champion .* is made of another base model"):
         check(recipe, PATH)
@@ -257,7 +257,7 @@ def test_a_merged_model_that_does_not_do_as_it_was_judged_is_refused(
     adapter = tmp_path / "adapter"
     shutil.copytree(flow.adapter, adapter)
     (adapter / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
-    with pytest.raises(Tune16Error, match="Its files were changed after the training"):
+    with pytest.raises(Tune16Error, match="Its files were changed after training"):
         merge_adapter(str(flow.base), adapter, tmp_path / "out", MergeConfig(), flow.rows, flow.folder / "judged")
     assert not (flow.folder / "endless").exists() and not (tmp_path / "out").exists()
 
@@ -270,7 +270,7 @@ def test_a_window_that_the_conversion_loses_is_told(
     flow = Flow(make_model("mistral", sliding_window=8), orders, tmp_path, epochs=4)
     flow.judge("evaluation")
     merged = flow.merge("merged", "evaluation")
-    with pytest.raises(Tune16Error, match="the loss of the 16-bit GGUF file is .* that of the weights it was made of"):
+    with pytest.raises(Tune16Error, match="the loss of the 16-bit GGUF file is .* the weights it was made from"):
         convert_model(merged, flow.rows, tmp_path / "gguf", ConvertConfig(quantizations="Q8_0"))
     assert not (tmp_path / "gguf").exists()
 

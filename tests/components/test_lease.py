@@ -28,7 +28,7 @@ def test_one_holder_at_a_time(bucket: str) -> None:
     with lease.held(PREFIX, "training") as first:
         first.check()
         with (
-            pytest.raises(Tune16Error, match=f"training: process {os.getpid()} on .* is at it"),
+            pytest.raises(Tune16Error, match=f"training: process {os.getpid()} on .* is working on it"),
             lease.held(PREFIX, "training"),
         ):
             pass
@@ -47,7 +47,7 @@ with lease.held({PREFIX!r}, "x"):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with pytest.raises(Tune16Error, match="is at it"), lease.held(PREFIX, "x"):
+        with pytest.raises(Tune16Error, match="is working on it"), lease.held(PREFIX, "x"):
             pass
         process.kill()
     with lease.held(PREFIX, "x") as taken:
@@ -66,7 +66,7 @@ def test_silence_elsewhere_is_death_and_a_sign_is_life(bucket: str, monkeypatch:
     renewing = threading.Timer(0.5, lambda: s3.write(bucket, f"{PREFIX}/lease/000003.json", _sign(2)))
     _of_elsewhere(bucket, 3)
     renewing.start()
-    with pytest.raises(Tune16Error, match="x: pod-1 is at it"), lease.held(PREFIX, "x"):
+    with pytest.raises(Tune16Error, match="x: pod-1 is working on it"), lease.held(PREFIX, "x"):
         pass
     renewing.join()
 

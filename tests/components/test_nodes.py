@@ -260,7 +260,7 @@ def test_what_the_cluster_lacks_or_refuses(
 def test_a_pod_without_its_step_gives_up(bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "components", "train-node", "--source", "s3://tune16/scratch/gone"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "the step that began this job is gone" in done.stderr
+    assert done.returncode == 2 and "the step that started this job has ended" in done.stderr
 
 
 def test_only_folders_of_this_models_old_jobs_are_removed(
@@ -319,12 +319,12 @@ def test_a_storage_that_is_away_for_a_while_ends_nothing(
 
 def test_a_pod_goes_on_while_the_storage_cannot_be_asked(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = Scratch.of_job(new_job(), PATH)
-    with pytest.raises(JobEndedError, match="the step that began this job is gone"):
+    with pytest.raises(JobEndedError, match="the step that started this job has ended"):
         scratch.check_alive()
     scratch.renew()
     scratch.check_alive()
     monkeypatch.setattr(scratch_module, "_ORPHANED_SECONDS", -10)
-    with pytest.raises(JobEndedError, match="the step that began this job is gone"):
+    with pytest.raises(JobEndedError, match="the step that started this job has ended"):
         scratch.check_alive()
     monkeypatch.setenv("AWS_S3_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(again, "_NUM_TRIES", 1)
@@ -340,7 +340,7 @@ def test_a_node_that_is_told_to_end_leaves_no_result(
     serve_train_jobs(api, "runtimePatches")
     started = Nodes(api, told_to_end=1)
     config = TrainConfig(**{**SETTINGS, "epochs": 1, "micro_batch": 1, "num_nodes": 2, "checkpoint_minutes": 0.001})
-    with pytest.raises(Tune16Error, match="told to end before the last step.*goes on from its newest checkpoint"):
+    with pytest.raises(Tune16Error, match="stopped before the last step.*continues from its newest checkpoint"):
         train(*inputs, tmp_path / "out", config, path=PATH)
     started.thread.join()
     assert started.codes == [143, 143] and not (tmp_path / "out").exists()
@@ -395,7 +395,7 @@ def test_a_job_that_says_nothing_is_given_up_but_not_one_in_the_queue(
 
         threading.Timer(3, fail).start()
 
-    with pytest.raises(Tune16Error, match="has said nothing"):
+    with pytest.raises(Tune16Error, match="has reported nothing"):
         train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
     api.on_create["trainjobs"] = queue
     with pytest.raises(Tune16Error, match="failed: preempted"):
@@ -433,12 +433,12 @@ def test_a_crash_of_a_pod_leaves_its_last_lines(
 
     api.on_create["trainjobs"] = crash
     with pytest.raises(
-        Tune16Error, match="failed: jobset failed due to one or more job failures. Its pods' last lines"
+        Tune16Error, match="failed: jobset failed due to one or more job failures. The last lines of its pods"
     ):
         train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
     said = capsys.readouterr().out
     assert "-0: NCCL WARN Cuda failure" in said and "-0: terminate called" in said
-    assert "-1: it was killed because its memory was not enough (OOMKilled)" in said
+    assert "-1: it was killed because it ran out of memory (OOMKilled)" in said
 
 
 def test_pods_that_wait_are_not_running(
@@ -466,7 +466,7 @@ def test_a_job_that_somebody_deleted(api: KubernetesApi, inputs: tuple[Path, Pat
         del api.objects[TRAINER, "trainjobs", NAMESPACE, job["metadata"]["name"]]
 
     api.on_create["trainjobs"] = forget
-    with pytest.raises(Tune16Error, match="was deleted by somebody while it ran. Retry the run"):
+    with pytest.raises(Tune16Error, match="was deleted while it ran. Retry the run"):
         train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2), path=PATH)
 
 
@@ -488,6 +488,6 @@ def test_what_the_queue_can_never_admit_is_not_asked_for(
     api.add("kueue.x-k8s.io/v1beta1", "clusterqueues", cluster_queue)
     metadata = {"name": "gpus", "namespace": NAMESPACE}
     api.add("kueue.x-k8s.io/v1beta1", "localqueues", {**queue, "metadata": metadata})
-    with pytest.raises(Tune16Error, match="the ClusterQueue c has 3 nvidia.com/gpu in all, and 4 are asked for"):
+    with pytest.raises(Tune16Error, match="the ClusterQueue c has 3 nvidia.com/gpu in all, and 4 are requested"):
         train(*inputs, tmp_path / "out", TrainConfig(num_nodes=2, num_gpus=2), path=PATH)
     assert not [key for key in api.objects if key[1] == "trainjobs"]

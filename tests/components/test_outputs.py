@@ -65,7 +65,7 @@ def test_a_full_disk_is_told_and_bugs_are_not_hidden(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "error: The disk is full .* Make room .*TMPDIR"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: The disk is full .* Free space .*TMPDIR"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "error: The disk is full"),
         (OSError(errno.EROFS, "Read-only file system", "/data/out"), "error: /data/out: Read-only file system. Choose"),
         (
@@ -77,7 +77,7 @@ def test_a_full_disk_is_told_and_bugs_are_not_hidden(capsys: pytest.CaptureFixtu
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "error: A process .* was killed"),
         (
             FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
-            r"error: No usable temporary directory found in \['/tmp'\]: make room",
+            r"error: No usable temporary directory found in \['/tmp'\]: free space",
         ),
     ],
 )

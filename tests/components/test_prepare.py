@@ -200,7 +200,7 @@ def test_many_faults_are_told_at_once(tmp_path: Path, make_model: Callable[..., 
     ("content", "message"),
     [
         ("", "is empty"),
-        ('{"question": "x"}\n', "keys question, which is no known form"),
+        ('{"question": "x"}\n', "keys question, which is not a known format"),
         ('{"prompt": "x", "completion": "y"}\n' * 3, "1 row is left; at least 2 are needed"),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_missing_file_and_an_unknown_kind(tmp_path: Path, make_model: Callable
     with pytest.raises(Tune16Error, match="there is no such file or folder"):
         prepare_dataset(str(tmp_path / "none.jsonl"), str(make_model("llama")), tmp_path / "out", PrepareConfig())
     (tmp_path / "rows.xml").write_text("<a/>")
-    with pytest.raises(Tune16Error, match="unknown kind of file"):
+    with pytest.raises(Tune16Error, match="unknown type of file"):
         prepare_dataset(str(tmp_path / "rows.xml"), str(make_model("llama")), tmp_path / "out", PrepareConfig())
 
 

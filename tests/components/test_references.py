@@ -283,7 +283,7 @@ def test_a_snapshot_in_the_hubs_cache_links_to_its_blobs(model: Path, tmp_path: 
         ("[" * 100_000, "is nested too deeply"),
         ('{"a":' * 100_000, "is nested too deeply"),
         ("{", "is no JSON"),
-        ("[]", "is no JSON object"),
+        ("[]", "is not a JSON object"),
         ("\xff", "is no JSON"),
     ],
 )
@@ -425,7 +425,7 @@ def test_https_does_not_lead_to_http(hub: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("SSL_CERT_FILE", str(authority))
     with _serving(context, leads=f"{hub}/files/rows.jsonl") as address:
         for act in (pin, lambda reference: fetch(reference, tmp_path / "x", DATA_FILES)):
-            with pytest.raises(Tune16Error, match=r"leads to http://.*, without encryption"):
+            with pytest.raises(Tune16Error, match=r"redirects to http://.*, without encryption"):
                 act(parse(f"{address}/rows.jsonl", "data"))
 
 

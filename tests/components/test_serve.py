@@ -166,12 +166,12 @@ def test_a_developer_is_the_system(server: str) -> None:
         ({"messages": "hello"}, 400, "messages: "),
         ({"messages": [{"role": "alien", "content": "x"}]}, 400, "messages[0].role is 'alien'"),
         ({"messages": [{"role": "user"}]}, 400, "messages[0].content: text is needed"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "of the type 'image_url'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "has the type 'image_url'"),
         ({"messages": [*ASK, {"role": "tool", "content": "3"}]}, 400, "tool calls are not supported"),
         ({"messages": [{"role": "assistant", "content": "Hi"}, *ASK]}, 400, "the user begins"),
         ({"messages": [{"role": "user", "content": "lamps " * 200}]}, 400, "and the model takes 96"),
         ({"messages": [{"role": "user", "content": "lamps " * 200}], "stream": True}, 400, "and the model takes 96"),
-        ({"model": "gpt-4o"}, 404, "There is no model 'gpt-4o' here. There is 'tiny'"),
+        ({"model": "gpt-4o"}, 404, "There is no model 'gpt-4o' here; the model is 'tiny'"),
         ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format is not supported"),
         ({"logprobs": True}, 400, "logprobs is not supported"),
@@ -188,7 +188,7 @@ def test_addresses_and_bodies_that_are_none(server: str) -> None:
     broken = httpx.post(
         f"{server}/v1/chat/completions", content=b'{"model": ', headers={"content-type": "application/json"}
     )
-    assert broken.status_code == 400 and "no JSON" in broken.json()["error"]["message"]
+    assert broken.status_code == 400 and "not valid JSON" in broken.json()["error"]["message"]
     for address in ("/v1/nothing", "/v1/models/gpt-4o"):
         found = httpx.get(server + address)
         assert found.status_code == 404 and found.json()["error"]["message"]
@@ -236,10 +236,10 @@ def test_a_stop_string_is_found_across_tokens_and_nothing_after_it_goes_out() ->
 
 def test_what_is_no_model_is_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no model")
-    with pytest.raises(Tune16Error, match="is no GGUF file"):
+    with pytest.raises(Tune16Error, match="is not a GGUF file"):
         find_target(tmp_path / "notes.txt")
     (tmp_path / "adapter.gguf").write_bytes(b"GGUF" + b"adapter.lora.alpha\x06\x00\x00\x00")
-    with pytest.raises(Tune16Error, match="is an adapter, no model"):
+    with pytest.raises(Tune16Error, match="is an adapter, not a model"):
         find_target(tmp_path / "adapter.gguf")
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_model.safetensors").write_bytes(b"")

@@ -44,7 +44,7 @@ def test_keys_that_cannot_be_used_are_named_and_not_shown(keys: Path, monkeypatc
         signing.sign(b"manifest")
     assert "c2VjcmV0" not in str(caught.value)
     monkeypatch.setenv(signing.VERIFY_VARIABLE, str(keys / "absent.pem"))
-    with pytest.raises(Tune16Error, match="absent.pem is no public key that can be used .No such file"):
+    with pytest.raises(Tune16Error, match="absent.pem is not a usable public key .No such file"):
         signing.verify(b"manifest", signature, "s3://b/m")
 
 

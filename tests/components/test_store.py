@@ -213,7 +213,7 @@ def test_a_killed_publication_is_gone_on_with(
 def test_a_second_publisher_is_refused_and_told_of_the_first(bucket: str, outputs: tuple[Path, Path, Path]) -> None:
     with (
         lease.held(PATH, "somebody"),
-        pytest.raises(Tune16Error, match=f"publishing to s3://{bucket}/{PATH}: process .* is at it"),
+        pytest.raises(Tune16Error, match=f"publishing to s3://{bucket}/{PATH}: process .* is working on it"),
     ):
         publish(*outputs, UploadConfig(path=PATH))
     assert left(bucket) == []

@@ -144,7 +144,7 @@ def test_every_template_that_trl_ships_is_rendered_or_refused_in_words(name: str
         assert str(error)
         return
     if isinstance(own, ChatTemplate):  # of pictures: it shows nothing of a plain text
-        assert "does not show the messages" in own.note
+        assert "leaves the messages out" in own.note
         return
     assert samples[-1].text == made.apply_chat_template(CHAT[1:], tokenize=False)
     assert [text for sample in samples for text in learnt(sample)][-1].endswith(f"Good bye.{own.stop_token}") or (
@@ -201,8 +201,8 @@ def test_only_a_model_without_a_usable_template_gets_one_of_ours_and_that_is_sai
     given = choose_template("auto", tokenizer(None), "llama")
     assert isinstance(given, ChatTemplate) and given.note == "chatml, the family's, since the model has none of its own"
     empty = choose_template("auto", tokenizer("[INST]"), "mistral")
-    assert "does not show the messages" in empty.note
-    with pytest.raises(Tune16Error, match="ends an answer with no token, so that the tuned model would never stop"):
+    assert "leaves the messages out" in empty.note
+    with pytest.raises(Tune16Error, match="ends answers without a token, so the tuned model would never stop"):
         choose_template("auto", tokenizer("{% for m in messages %}{{ m['content'] }}\n{% endfor %}"), "llama")
     assert choose_template("chatml", tokenizer(ZEPHYR), "llama").note == "chatml, as prepare.template says"
 
@@ -251,7 +251,7 @@ def test_text_that_the_tokenizer_loses_is_an_error_that_shows_both(model: Path, 
     }
     (model / "tokenizer.json").write_text(json.dumps(description))
     with pytest.raises(
-        Tune16Error, match=r"does not give the text back: '.*Good bye.*' becomes '.*ood bye.*\[lost-by-tokenizer\]"
+        Tune16Error, match=r"does not reproduce the text: '.*Good bye.*' becomes '.*ood bye.*\[lost-by-tokenizer\]"
     ):
         prepare_dataset(write_rows(tmp_path / "rows.jsonl"), str(model), tmp_path / "out", PrepareConfig())
 
@@ -316,11 +316,11 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         (edit_weights(lambda w: w.update({DOWN: w[DOWN][:, :64].clone()})), f"the weight {DOWN} is 64 x 64"),
         (
             edit_weights(lambda w: w.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 64)})),
-            "lora_A.weight, which is no part of the architecture",
+            "lora_A.weight, which is not part of the architecture",
         ),
         (edit_weights(lambda w: w["model.norm.weight"].fill_(torch.nan) is None), "model.norm.weight holds NaN"),
         (edit_config(torch_dtype="torch.float16", dtype="torch.float16"), "Write 'float16' there"),
-        (edit_config(num_attention_heads=0), "Transformers makes no model|division|num_attention_heads"),
+        (edit_config(num_attention_heads=0), "Transformers cannot build a model|division|num_attention_heads"),
     ],
 )
 def test_weights_that_are_not_what_the_architecture_needs_are_refused_before_any_work(
@@ -344,7 +344,7 @@ def test_no_load_gives_a_weight_random_numbers(model: Path, tmp_path: Path) -> N
     shutil.copytree(model, tmp_path / "whole")
     load_model(tmp_path / "whole", torch.float32)
     edit_weights(lambda w: w.pop(DOWN) is None)(model)
-    with pytest.raises(Tune16Error, match=f"the weight {DOWN} is missing, and would get random numbers"):
+    with pytest.raises(Tune16Error, match=f"the weight {DOWN} is missing, and would be set randomly"):
         load_model(model, torch.float32)
     edit_config(intermediate_size=96)(tmp_path / "whole")
     with pytest.raises(Tune16Error, match="the model cannot be loaded|is misshapen"):

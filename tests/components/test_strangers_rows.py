@@ -151,7 +151,7 @@ def test_an_answer_that_is_not_to_be_learnt_has_no_label(
 
 
 def test_rows_of_which_nothing_is_to_be_learnt_are_refused() -> None:
-    with pytest.raises(BadRowError, match="none of its answers is to be learnt"):
+    with pytest.raises(BadRowError, match="none of its answers is trained on"):
         to_messages({"messages": chat("x", weight=0)}, "messages")
 
 
@@ -209,7 +209,7 @@ TWO = (
     [
         ({"README.md": TWO, "main/a.jsonl": "", "b.jsonl": ""}, "Set prepare.configuration to one of: main, extra"),
         ({"train.jsonl": "", "test.csv": "a,b\n"}, "splits have files of different kinds.*preflight.data"),
-        ({"README.md": "---\nconfigs: [oops\n---\n", "a.jsonl": ""}, "README.md, line 2: its header is no YAML"),
+        ({"README.md": "---\nconfigs: [oops\n---\n", "a.jsonl": ""}, "README.md, line 2: its header is not valid YAML"),
         ({"a.jsonl": "", "b.jsonl": "", "more.csv": "a,b\n"}, r"only .jsonl would be read, not more.csv"),
         ({"data.arrow": "x", "state.json": "{}", "dataset_info.json": "{}"}, "written by save_to_disk"),
         ({"data.arrow": "x"}, "has no data files"),

@@ -97,10 +97,10 @@ def _entry(begin: int, end: int, shape: object = (4,), dtype: str = "U8") -> dic
         ({"a": _entry(0, 2**60, [2**60])}, "cut short inside the tensor a"),
         ({"a": _entry(0, 8, [8], "F32")}, "takes 32 bytes, not 8"),
         ({"a": _entry(0, 8, [8], "F5")}, "cannot be read"),
-        ({"a": _entry(0, 4)}, "has 4 bytes that are no tensor's"),
+        ({"a": _entry(0, 4)}, "has 4 bytes outside its tensors"),
         ({"a": 3}, "cannot be read"),
         ({"a": {"dtype": "U8"}}, "cannot be read"),
-        ([], "bytes that are no tensor's"),
+        ([], "bytes outside its tensors"),
         ({"a": {**_entry(0, 8, [8]), "data_offsets": [0, 4, 8]}}, "cannot be read"),
     ],
 )
@@ -111,7 +111,7 @@ def test_headers_that_cannot_be_are_refused(tmp_path: Path, header: object, mess
 
 def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
     entry = json.dumps(_entry(0, 8, [8]))
-    with pytest.raises(Tune16Error, match="a name comes twice"):
+    with pytest.raises(Tune16Error, match="a name occurs twice"):
         read_header(_write(tmp_path / "x.safetensors", f'{{"a": {entry}, "a": {entry}}}', 8))
 
 
@@ -125,7 +125,7 @@ def test_nothing_is_allocated_for_a_header_that_is_not_there(tmp_path: Path, len
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", length) + b"{}")
     tracemalloc.start()
-    with pytest.raises(Tune16Error, match="no safetensors file, or cut short"):
+    with pytest.raises(Tune16Error, match="not a safetensors file, or cut short"):
         read_header(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()

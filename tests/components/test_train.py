@@ -270,7 +270,7 @@ def test_weights_and_biases_offline_and_mlflow(
     run = made("llama")
     config = run.config.model_copy(update={"wandb_project": "tests", "epochs": 0.1})
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(Tune16Error, match="there is no WANDB_API_KEY"):
+    with pytest.raises(Tune16Error, match="WANDB_API_KEY is not in the environment"):
         train(run.weights, run.rows, tmp_path / "out", config)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

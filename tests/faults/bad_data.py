@@ -69,7 +69,7 @@ def _names_places(text: str) -> bool:
     """Whether each fault has its file, and its line where it is not the file's as a whole."""
     faults = re.findall(r"^  (.*) \[([a-z0-9-]+)\]$", text, re.MULTILINE)
     if not faults:  # refused as a whole: nothing in it, or no known form
-        return bool(re.search(r"error: .*(is empty|no known form)", text, re.DOTALL))
+        return bool(re.search(r"error: .*(is empty|not a known format)", text, re.DOTALL))
     return all((match := _PLACE.match(line)) and (match[1] or rule in _WHOLE_FILE) for line, rule in faults)
 
 

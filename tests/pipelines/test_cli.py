@@ -51,8 +51,8 @@ def test_plan_for_another_model_and_gpu_with_time_cost_and_picture(tmp_path: Pat
     [
         (["plan", "nothing"], "There is no recipe 'nothing'"),
         (["plan", "--set", "train.rnk=3"], "unknown key 'train.rnk'. Did you mean 'rank'?"),
-        (["plan", "--set", "prepare.max_tokens=131072"], "Any of these alone fits: max_tokens_per_row "),
-        (["plan", "--gpu", "gtx"], "There is no GPU 'gtx' in the table. There are: t4, v100-16"),
+        (["plan", "--set", "prepare.max_tokens=131072"], "Any one of these fits: max_tokens_per_row "),
+        (["plan", "--gpu", "gtx"], "Unknown GPU 'gtx'. Known: t4, v100-16"),
         (["plan", "--picture", "plan.txt"], "plan.txt: the picture cannot be written"),
         (["run", "demo", "--set", "train.epochs=-1"], "'train.epochs' is -1"),
     ],

@@ -268,7 +268,7 @@ def queued(quota: int, *resources: str, **spec: Any) -> Callable[[KubernetesApi]
         ("", queued(1), "ok", "stand in none"),
         ("gpus", queued(100 * 2**30, "cpu", "memory", doctor.GPU), "ok", "gpus can admit the step train"),
         ("gpus", queued(100 * 2**30, "cpu", "memory"), "problem", "ClusterQueue all does not cover nvidia.com/gpu"),
-        ("gpus", queued(0, "cpu", "memory", doctor.GPU), "problem", "has 0 cpu in all, and 4 are asked for"),
+        ("gpus", queued(0, "cpu", "memory", doctor.GPU), "problem", "has 0 cpu in all, and 4 are requested"),
         ("gpus", queued(0, "cpu", "memory", doctor.GPU, cohort="x"), "ok", "can admit"),
         ("none", queued(1), "problem", "there is no LocalQueue none in tune16. There are: gpus"),
     ],

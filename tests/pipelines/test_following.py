@@ -78,11 +78,11 @@ EVICTED = {"phase": "Failed", "reason": "Evicted", "message": "The node was low 
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        (unscheduled(NO_GPU), "waiting: 0/1 nodes: Insufficient nvidia.com/gpu (3 min). Every GPU is taken"),
+        (unscheduled(NO_GPU), "waiting: 0/1 nodes: Insufficient nvidia.com/gpu (3 min). All GPUs are in use"),
         (unscheduled(TAINTED), "waiting: 0/3 nodes: 1 Insufficient memory, 2 node(s) had untolerated taint {a: b}"),
         (waiting("ImagePullBackOff", PULLED), f"waiting: image {IMAGE} cannot be pulled: not found"),
         (waiting("ErrImagePull", "401 Unauthorized"), "cannot be pulled: access denied (3 min). Link a pull"),
-        (waiting("ErrImagePull", "dial tcp: no such host"), "its registry cannot be reached (3 min). See whether"),
+        (waiting("ErrImagePull", "dial tcp: no such host"), "its registry cannot be reached (3 min). Check that"),
         (waiting("CreateContainerConfigError", "no secret"), "container main: CreateContainerConfigError no secret"),
         (
             waiting(
@@ -91,7 +91,7 @@ EVICTED = {"phase": "Failed", "reason": "Evicted", "message": "The node was low 
                 restartCount=4,
                 lastState={"terminated": {"exitCode": 137, "reason": "OOMKilled"}},
             ),
-            "started 4 times again, and the last time it was killed because its memory was not enough (OOMKilled)",
+            "started 4 times again, and last time it was killed because it ran out of memory (OOMKilled)",
         ),
     ],
 )  # fmt: skip
@@ -243,9 +243,9 @@ def test_a_failed_step_ends_with_its_own_error(
     ("status", "told"),
     [
         (EVICTED, "Evicted (The node was low on resource: memory)"),
-        (ended(137, "OOMKilled"), "it was killed because its memory was not enough (OOMKilled)"),
+        (ended(137, "OOMKilled"), "it was killed because it ran out of memory (OOMKilled)"),
         (ended(137), "it was killed (exit code 137)"),
-        (ended(1, "OOMKilled"), "it was killed because its memory was not enough (OOMKilled)"),
+        (ended(1, "OOMKilled"), "it was killed because it ran out of memory (OOMKilled)"),
         (None, "its pod was deleted"),
     ],
 )  # fmt: skip

@@ -19,11 +19,11 @@ def chat(place: Path, tuned: str, base: str, feedback: str, host: str, port: int
     """Serve the chat page until the process is told to stop.
 
     Args:
-        place: where a model is on this disk, as :mod:`components.playground.serve.target` looks for it; not looked at
+        place: where a model is on this disk, as :mod:`components.playground.serve.target` looks for it; ignored
             with `tuned`.
         tuned: address of the tuned model's server, with ``#name`` where it serves several; empty starts one here.
         base: the same of the base model. Without it, the base model is the tuned GGUF file with its adapter taken away.
-        feedback: where thumbs go, ``s3://…`` or a folder; empty: there are none.
+        feedback: where thumbs are saved, ``s3://…`` or a folder; empty: there are none.
         host: address to listen on.
         port: the page's port.
         context: longest conversation in tokens of the servers started here.
@@ -53,7 +53,7 @@ def chat(place: Path, tuned: str, base: str, feedback: str, host: str, port: int
                     Column("Base model", stack.enter_context(running(target, "base", context, inverse)), "base")
                 )
             columns.append(Column("Tuned model", stack.enter_context(running(target, "tuned", context)), "tuned"))
-        say("chat", f"http://{host}:{port}" + (f"; thumbs go to {feedback}" if feedback else ""))
+        say("chat", f"http://{host}:{port}" + (f"; thumbs are saved to {feedback}" if feedback else ""))
         serve_page(columns, feedback, host, port)
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-# Before Gradio is imported: nothing is sent home, and its calls are never summed up with pandas, which warns.
+# Before Gradio is imported: no usage data is sent, nor summed up with pandas, which warns.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_ANALYTICS_CACHE_FREQUENCY=str(10**9), HF_HUB_OFFLINE="1")
 
 import gradio as gr
@@ -128,12 +128,12 @@ def build_page(columns: list[Column], feedback: str) -> gr.Blocks:
         for number, (chat, column) in enumerate(zip(chats, columns, strict=True)):
             if feedback:
                 chat.like(_voter(number, column, feedback), [histories, systems], None)
-    queued: gr.Blocks = page.queue(default_concurrency_limit=16, max_size=64)  # by default visitors wait in a line
+    queued: gr.Blocks = page.queue(default_concurrency_limit=16, max_size=64)  # the default is one visitor at a time
     return queued
 
 
 async def _answer(column: Column, system: str, history: list[Turn], sampling: Sampling) -> None:
-    """Stream an answer into `history`; what goes wrong becomes a notice there and on top of the page."""
+    """Stream an answer into `history`; errors become a notice there and at the top of the page."""
     turn: Turn = {"role": "assistant", "content": ""}
     try:
         endpoint = await asyncio.to_thread(column.endpoint.answering)
@@ -185,8 +185,8 @@ def _voter(number: int, column: Column, feedback: str) -> Callable[..., None]:
         try:
             record_vote(feedback, messages, column.model or column.title, given)
         except (Tune16Error, OSError) as error:
-            gr.Warning(f"Your vote could not be kept: {html.escape(str(error))}", duration=20)
+            gr.Warning(f"Your vote could not be saved: {html.escape(str(error))}", duration=20)
             return
-        gr.Info(f"{html.escape(column.title)}: thumbs {given}" if given else "Your vote is withdrawn")
+        gr.Info(f"{html.escape(column.title)}: thumbs {given}" if given else "Your vote was withdrawn")
 
     return vote

@@ -1,9 +1,9 @@
 """Thumbs of the chat page as a data set: one JSON Lines file for each answer that got one.
 
     <place>/up/<id>.jsonl      {"messages": […]}: what people liked, ready to be trained on as it is
-    <place>/down/<id>.jsonl    what they did not, to be looked at
+    <place>/down/<id>.jsonl    what they did not like, to be reviewed
 
-The id is that of the conversation and its answer, so that a vote that is changed or withdrawn moves or goes.
+The id is that of the conversation and its answer, so a changed vote moves its file, and a withdrawn one removes it.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def record_vote(place: str, messages: Messages, model: str, vote: Vote) -> None:
 
     Raises:
         Tune16Error: the storage cannot be written.
-        OSError: nor can the disk.
+        OSError: the disk cannot be written.
     """
     name = hashlib.sha256(json.dumps([model, messages]).encode()).hexdigest()[:32]
     for folder in ("up", "down"):

@@ -1,9 +1,9 @@
-"""The chat endpoint of the OpenAI API for a model on this disk: what clients send, answered or refused in its words.
+"""The chat endpoint of the OpenAI API for a model on this disk: requests are answered or refused in its format.
 
 `python -m components.playground.serve.api MODEL --alias NAME --host HOST --port PORT`.
 
 A field that would change the answer and is not understood is refused; what means nothing here, or has its neutral
-value, is passed over. Every refusal is ``{"error": {"message": …}}`` with a status of 400 or 404. One answer is written
+value, is ignored. Every refusal is ``{"error": {"message": …}}`` with a status of 400 or 404. One answer is written
 at a time, in a thread; closing the connection ends it.
 """
 
@@ -66,7 +66,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "ignore_eos": (False,),
 }
-_LOOK_SECONDS = 0.5  # from one look at whether the client is still there to the next
+_LOOK_SECONDS = 0.5  # between checks that the client is still there
 _HELD_BACK = 64  # characters of a stop string at most
 
 
@@ -92,15 +92,15 @@ class Model(Protocol):
         """The tokens of a conversation up to where the answer begins; ValueError where the template refuses it."""
 
     def answer(self, prompt: list[int], sampling: Sampling, writer: "Writer") -> None:
-        """Write an answer until it ends, or the writer wants no more."""
+        """Write an answer until it ends, or the writer is stopped."""
 
 
 class Writer:
-    """Where a model writes its answer, from its own thread: text goes on as it comes, up to a stop string.
+    """Where a model writes its answer, from its own thread: text is passed on as it comes, up to a stop string.
 
     Attributes:
         num_tokens: written so far.
-        reason: why the answer has ended, in the API's words; None while it has not.
+        reason: why the answer has ended, by the API's terms; None while it has not.
     """
 
     def __init__(self, stops: list[str], most_tokens: int) -> None:
@@ -114,11 +114,11 @@ class Writer:
 
     @property
     def is_done(self) -> bool:
-        """Whether no more is wanted."""
+        """Whether to stop writing."""
         return self.reason is not None or self._is_cancelled.is_set()
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more."""
+        """The client has gone."""
         self._is_cancelled.set()
 
     def add(self, text: str) -> None:
@@ -137,14 +137,14 @@ class Writer:
             self.end("length")
 
     def end(self, reason: str) -> None:
-        """The answer is at its end; the first reason counts."""
+        """The answer is complete; the first reason counts."""
         if self.reason is None:
             self.reason = reason
             self._send(self._waiting)
             self._put(None)
 
     def fail(self, error: str) -> None:
-        """The answer could not be written to its end."""
+        """The answer could not be completed."""
         self.error = error
         self.end("error")
 
@@ -270,12 +270,12 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise ApiError(400, f"{where} is of the type {kind!r}; only text is understood.", "unsupported", "messages")
+    raise ApiError(400, f"{where} has the type {kind!r}; only text is supported.", "unsupported", "messages")
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """One answer on its way, and what its envelope says."""
+    """One answer in progress, and the response around it."""
 
     head: dict[str, Any]
     num_prompt: int
@@ -300,7 +300,7 @@ def build(model: Model, names: list[str]) -> FastAPI:
                 if not writer.is_done:
                     model.answer(prompt, sampling, writer)
                 writer.end("stop")
-            except Exception as error:  # told to the client, and the next one is served
+            except Exception as error:  # reported to the client, and the next one is served
                 writer.fail(f"{type(error).__name__}: {error}")
 
     @app.get("/v1/models")
@@ -359,7 +359,7 @@ def _entry(name: str) -> dict[str, Any]:
 
 def _check_name(name: str, names: list[str]) -> None:
     if name not in names:
-        raise ApiError(404, f"There is no model {name!r} here. There is {names[0]!r}.", "model_not_found", "model")
+        raise ApiError(404, f"There is no model {name!r} here; the model is {names[0]!r}.", "model_not_found", "model")
 
 
 async def _events(answer: _Answer, request: Request, with_usage: bool) -> AsyncIterator[str]:
@@ -373,7 +373,7 @@ async def _events(answer: _Answer, request: Request, with_usage: bool) -> AsyncI
         more = {"usage": None} if with_usage else {}
         return event([{"index": 0, "delta": content, "finish_reason": reason, "logprobs": None}], **more)
 
-    answer.start()  # here, as nobody would end it for a client that has gone before
+    answer.start()  # here, since nothing would end it for a client that left before
     yield delta({"role": "assistant", "content": ""})
     async for piece in answer.writer.pieces(request):
         yield delta({"content": piece})
@@ -398,7 +398,7 @@ def _add_refusals(app: FastAPI) -> None:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         if first["type"] == "json_invalid":
-            place, text = "", f"the body is no JSON: {first['ctx']['error']}."
+            place, text = "", f"the body is not valid JSON: {first['ctx']['error']}."
         else:
             text = first["msg"].removeprefix("Value error, ")
         refusal = ApiError(400, f"{place}: {text}" if place else text, None, place.partition(".")[0] or None)

@@ -18,7 +18,7 @@ _TEMPLATE = "tokenizer.chat_template"
 
 
 class GgufModel:
-    """A GGUF file in memory, with the chat template that stands in it, and perhaps with a LoRA file on it.
+    """A GGUF file in memory, with its own chat template, and perhaps with a LoRA file on it.
 
     Raises:
         Tune16Error: llama.cpp cannot load it, or it has no chat template.
@@ -31,9 +31,9 @@ class GgufModel:
                 str(file), n_ctx=context, lora_path=str(adapter) if adapter else None, verbose=False, **options
             )
         except (ValueError, RuntimeError, AssertionError) as error:
-            raise Tune16Error(f"{file}: llama.cpp cannot load it ({error}). Is it whole?") from None
+            raise Tune16Error(f"{file}: llama.cpp cannot load it ({error}). Is it complete?") from None
         if _TEMPLATE not in self._model.metadata:
-            raise Tune16Error(f"{file}: has no chat template in it, so nobody can talk to it.")
+            raise Tune16Error(f"{file}: has no chat template, so it cannot be served for chat.")
         first, last = (
             self._model._model.token_get_text(token) for token in (self._model.token_bos(), self._model.token_eos())
         )
@@ -65,7 +65,7 @@ class GgufModel:
 
 
 def _drawing(sampling: Sampling) -> dict[str, Any]:
-    """llama.cpp's names of what is asked for; the rest changes nothing."""
+    """The request's settings by llama.cpp's names; neutral ones are left out."""
     return {
         "temp": 1.0 if sampling.temperature is None else sampling.temperature,
         "top_p": 1.0 if sampling.top_p is None else sampling.top_p,

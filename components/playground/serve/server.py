@@ -1,6 +1,6 @@
 """An OpenAI-compatible server for a model on this disk, as a process of its own.
 
-It is :mod:`components.playground.serve.api`. GGUF files are run by llama.cpp, weights by Transformers.
+The process runs :mod:`components.playground.serve.api`. GGUF files are run by llama.cpp, weights by Transformers.
 """
 
 import importlib.util
@@ -74,10 +74,10 @@ def _free_port() -> int:
 
 
 def check_port(host: str, port: int) -> None:
-    """See that nobody listens there yet: a model takes minutes to load.
+    """Check that the port is free before loading a model, which takes minutes.
 
     Raises:
-        Tune16Error: somebody does, or this machine has no such address.
+        Tune16Error: it is taken, or this machine does not have the address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -86,7 +86,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise Tune16Error(
-                f"{host}:{port}: nothing can be served there ({error.strerror}). Choose another with --port or --host."
+                f"{host}:{port}: cannot listen there ({error.strerror}). Choose another with --port or --host."
             ) from None
 
 
@@ -94,7 +94,7 @@ def _wait(process: "subprocess.Popen[bytes]", endpoint: Endpoint, target: Target
     limit = time.monotonic() + _START_SECONDS
     while time.monotonic() < limit:
         if process.poll() is not None:
-            raise Tune16Error(f"{target.model}: its server ended with exit code {process.returncode}; see above why.")
+            raise Tune16Error(f"{target.model}: its server ended with exit code {process.returncode}; see its output.")
         try:
             endpoint.list_models()
             return
@@ -104,7 +104,7 @@ def _wait(process: "subprocess.Popen[bytes]", endpoint: Endpoint, target: Target
 
 
 def serve(target: Target, alias: str, host: str, port: int, context: int, gpu: bool = False) -> None:
-    """Become the server: this process goes on as it, so that signals reach it. Does not return.
+    """Become the server: it replaces this process, so that signals reach it. Does not return.
 
     Raises:
         Tune16Error: what it needs is not installed, or the port is taken.

@@ -47,13 +47,11 @@ def find_target(place: Path) -> Target:
                     return Target(config.parent)
     if place.is_dir() and any(place.rglob("adapter_model.safetensors")):
         raise Tune16Error(f"{place}: has an adapter only. Name the folder with the merged model, or a GGUF file.")
-    raise Tune16Error(
-        f"{place}: there is no model, neither a GGUF file nor weights. Run `make run` first, or name one."
-    )
+    raise Tune16Error(f"{place}: no model found, neither a GGUF file nor weights. Run `make run` first, or name one.")
 
 
 def _check_is_model(file: Path) -> None:
-    """Refuse what is no GGUF file, and one that is an adapter.
+    """Refuse files that are not GGUF, and adapters.
 
     Raises:
         Tune16Error: says what it is.
@@ -61,9 +59,9 @@ def _check_is_model(file: Path) -> None:
     with file.open("rb") as stream:
         start = stream.read(1 << 16)
     if not start.startswith(b"GGUF"):
-        raise Tune16Error(f"{file}: is no GGUF file. Name one, or the folder of a model.")
+        raise Tune16Error(f"{file}: is not a GGUF file. Name one, or the folder of a model.")
     if _ALPHA in start:
-        raise Tune16Error(f"{file}: is an adapter, no model. Name the model's file, which lies beside it.")
+        raise Tune16Error(f"{file}: is an adapter, not a model. Name the model's file beside it.")
 
 
 def _with_adapter(file: Path) -> Target:

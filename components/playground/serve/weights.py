@@ -1,4 +1,4 @@
-"""Weights in memory, run by Transformers: for where no GGUF file was made."""
+"""Weights in memory, run by Transformers, where there is no GGUF file."""
 
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ class WeightsModel:
         self._model = load_model(folder, choose_dtype("auto")).eval()
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # whatever the library meets in a stranger's folder
+        except Exception as error:  # whatever the library raises on an unknown folder
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Tune16Error(f"{folder}: its tokenizer cannot be loaded: {reason}") from None
         if not self._tokenizer.chat_template:
-            raise Tune16Error(f"{folder}: its tokenizer has no chat template, so nobody can talk to it.")
+            raise Tune16Error(f"{folder}: its tokenizer has no chat template, so it cannot be served for chat.")
         self._ends = set(as_list(self._model.generation_config.eos_token_id))
         self.context = int(self._model.config.max_position_embeddings)
 
@@ -72,7 +72,7 @@ def _drawing(sampling: Sampling) -> dict[str, Any]:
 
 
 class _Into(StoppingCriteria):
-    """Brings every new token's text to the writer, and ends the generation where the writer wants no more."""
+    """Brings every new token's text to the writer, and ends the generation where the writer is stopped."""
 
     def __init__(self, writer: Writer, tokenizer: Any, start: int, ends: set[int]) -> None:
         self._writer, self._tokenizer, self._start, self._ends = writer, tokenizer, start, ends
