@@ -1,15 +1,15 @@
-# What people and CI call. Every target that needs .venv sets it up by itself, once.
+# Targets for people and CI. Every target that needs .venv sets it up once.
 SHELL := /bin/bash
 PYTHON ?= python3
 RECIPE ?= demo
 BIN := .venv/bin
-# Images: where they are called, and what their build is told. PODMAN_FLAGS takes whatever else podman needs.
-# Of the tests: each takes one core and up to 3 GiB.
+# Test processes: each needs one core and up to 3 GiB.
 WORKERS ?= 2
+# Images: their registry, version and build arguments. PODMAN_FLAGS is for any other option of podman.
 REGISTRY ?= localhost/tune16
 VERSION := $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' components/images.py)
 IMAGE_ARGS = --build-arg VERSION=$(VERSION) $(foreach name,BASE_IMAGE ACCELERATOR TORCH_INDEX,$(if $($(name)),--build-arg $(name)=$($(name))))
-# The fault scripts, as tests/faults/README.md tells of them.
+# The fault scripts, described in tests/faults/README.md.
 FAULTS := kill_training damage_checkpoints kill_pipeline kill_uploads s3_faults champion_races bad_data seeded_defects \
   canary tampering full_disk
 # Processes that share the cores wait for each other instead of spinning.
@@ -20,29 +20,29 @@ export OMP_WAIT_POLICY := PASSIVE
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-run: $(BIN)/ready llama  ## Run a recipe here from end to end: RECIPE=demo, another name, or a path
+run: $(BIN)/ready llama  ## Run a recipe on this machine from end to end: RECIPE=demo, another name, or a path
 	@$(BIN)/tune16 run $(RECIPE)
 
-test: $(BIN)/ready llama .venv/checkov/ready lint  ## Lint, types and all tests, in WORKERS processes
+test: $(BIN)/ready llama .venv/checkov/ready lint  ## Run lint, type checks and all tests, in WORKERS processes
 	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
-llama: $(BIN)/ready  ## Build llama.cpp for GGUF files, once; where that cannot be done, say so
+llama: $(BIN)/ready  ## Build llama.cpp for GGUF files, once; report it if that is not possible
 	@if ! command -v c++ > /dev/null; then \
 	  echo "There is no C++ compiler: runs make no GGUF files. Install one (Debian: apt install g++) and run \`make llama\`."; \
 	elif ! $(MAKE) --no-print-directory $(BIN)/llama; then \
-	  echo "llama.cpp could not be built, as said above: runs make no GGUF files until \`make llama\` works."; fi
+	  echo "llama.cpp could not be built (see above): runs make no GGUF files until \`make llama\` works."; fi
 
-lint: $(BIN)/ready  ## Lint and types only
+lint: $(BIN)/ready  ## Run lint and type checks only
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-quick: $(BIN)/ready  ## The tests that take seconds
+quick: $(BIN)/ready  ## Run only the tests that take seconds
 	@$(BIN)/pytest -m "not slow"
 
 compile: $(BIN)/ready  ## Write manifests/base/pipeline.yaml and the page of settings
 	@$(BIN)/tune16 compile
 	@$(BIN)/python -m components knobs > components/KNOBS.md
 
-manifests: $(BIN)/ready .venv/checkov/ready  ## Build every overlay, validate every object, check the security
+manifests: $(BIN)/ready .venv/checkov/ready  ## Build every overlay, validate every object, check security
 	@$(BIN)/pytest tests/manifests
 
 images:  ## Build the images with podman: TARGET=tools, BASE_IMAGE=…, REGISTRY=…, ACCELERATOR=cpu
@@ -54,28 +54,28 @@ check-images: $(BIN)/ready  ## Run the demo's steps in the images, as any user, 
 	@rm -rf build/containers && TUNE16_REGISTRY=$(REGISTRY) PYTHONPATH=. unshare --net \
 	  $(BIN)/python tests/images/containers.py build/containers
 
-check-cluster: $(BIN)/ready  ## Runs on the cluster that `oc` is logged in to, and removes them: NAMESPACE=…, CPU=1 without GPUs
+check-cluster: $(BIN)/ready  ## Run acceptance checks on the cluster of the `oc` login: NAMESPACE=…, CPU=1 without GPUs
 	@$(BIN)/tune16 doctor --run --output build/check-cluster.json $(if $(NAMESPACE),--namespace $(NAMESPACE)) $(if $(CPU),--cpu)
 
 sbom: .venv/sbom/ready  ## Write each image's bill of materials (CycloneDX) from its lock to build/
 	@mkdir -p build && for lock in images/locks/*.txt; do \
 	  .venv/sbom/bin/cyclonedx-py requirements --output-reproducible $$lock -o build/$$(basename $$lock .txt).cdx.json || exit 1; done
 
-locks: $(BIN)/ready  ## Resolve the images' packages anew, within constraints.txt: images/locks/
+locks: $(BIN)/ready  ## Resolve the images' packages again, within constraints.txt: images/locks/
 	@$(BIN)/python images/locks.py
 
-faults: $(BIN)/ready llama  ## Kills, damage, faults and hostile input, all of it (over an hour): NAME=one script
+faults: $(BIN)/ready llama  ## Run the fault scripts: kills, damage, hostile input (over an hour); NAME=one script
 	@for name in $(or $(NAME),$(FAULTS)); do echo "== $$name"; PYTHONPATH=. $(BIN)/python tests/faults/$$name.py \
 	  --output tests/faults/results/$$name.json || failed="$$failed $$name"; done; \
-	  if [ -n "$$failed" ]; then echo "not reached:$$failed"; exit 1; fi
+	  if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
-bench: $(BIN)/ready  ## The benchmarks that need no GPU
+bench: $(BIN)/ready  ## Run the benchmarks that need no GPU
 	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
-bench-gpu: $(BIN)/ready  ## The benchmarks that need a GPU
+bench-gpu: $(BIN)/ready  ## Run the benchmarks that need a GPU
 	@for script in tests/bench/gpu_*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done
 
-clean:  ## Remove what the targets made
+clean:  ## Remove what the targets created
 	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/ready: pyproject.toml constraints.txt
@@ -84,7 +84,7 @@ $(BIN)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[trainer,pipelines,serve,chat,dev]'
 	@touch $@
 
-# Its own package has no build for this platform, and its build takes some minutes.
+# llama-cpp-python has no wheel for this platform, and compiling it takes some minutes.
 $(BIN)/llama: images/llama.py images/locks/gguf.txt $(BIN)/ready
 	@echo "Building llama.cpp; this takes some minutes, once."
 	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(BIN)/python images/llama.py images/locks/gguf.txt
@@ -96,7 +96,7 @@ $(BIN)/llama: images/llama.py images/locks/gguf.txt $(BIN)/ready
 	.venv/checkov/bin/pip install --quiet -r $<
 	@touch $@
 
-# What it brings makes `import kubernetes` a second slower.
+# Its dependencies would make `import kubernetes` a second slower.
 .venv/sbom/ready: constraints.txt
 	$(PYTHON) -m venv .venv/sbom
 	.venv/sbom/bin/pip install --quiet --constraint constraints.txt cyclonedx-bom

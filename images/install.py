@@ -1,7 +1,7 @@
-"""`python install.py INDEX LOCK… [--without PACKAGE]`: installs locks into the environment that runs this.
+"""`python install.py INDEX LOCK… [--without PACKAGE]`: installs locks into the current environment.
 
-pip asks every index for every package. So torch is installed by itself where the lock has its CPU build, which only
-torch's own INDEX has, and before all else: where that index cannot be reached, it is known at once.
+pip queries every index for every package. So the CPU build of torch, which only torch's own INDEX has, is installed
+separately, and first: an index that cannot be reached is noticed at once.
 """
 
 import argparse
@@ -15,7 +15,7 @@ _PIP = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes"]
 
 
 def main(index: str, locks: list[Path], without: str) -> None:
-    """Install `locks` but for the package `without`."""
+    """Install `locks`, except for the package `without`."""
     for lock in locks:
         text = lock.read_text()
         torch = entry(text, r"torch==\S*\+cpu")
@@ -26,7 +26,7 @@ def main(index: str, locks: list[Path], without: str) -> None:
 
 
 def entry(lock: str, requirement: str) -> str:
-    """A package's lines in a lock, its version and hashes; empty where it is not there."""
+    """A package's lines in a lock, its version and hashes; empty if the lock does not have it."""
     found = re.search(rf"^{requirement}.*\n(?:[ \t]+--hash=.*\n?)*", lock, re.MULTILINE)
     return found[0] if found else ""
 

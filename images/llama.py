@@ -1,7 +1,7 @@
-"""`make llama`: builds llama.cpp from llama-cpp-python's source archive, and puts llama.cpp's converter beside it.
+"""`make llama`: builds llama.cpp from llama-cpp-python's source archive, and adds llama.cpp's converter.
 
-The archive is the one whose hash images/locks/gguf.txt has. What pip builds of it lacks the converter, which is scripts
-and modules of their own; they go into the installed package's folder ``converter``, where the step convert looks.
+The archive is the one with the hash in images/locks/gguf.txt. What pip builds from it lacks the converter, a set of
+scripts and modules; they go into the installed package's folder ``converter``, where the step convert finds them.
 """
 
 import re
@@ -34,7 +34,7 @@ _PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 
 def main(lock: Path) -> None:
-    """Install llama-cpp-python as `lock` has it, with the converter; what else it needs is installed already."""
+    """Install llama-cpp-python as pinned in `lock`, with the converter; its dependencies are installed already."""
     with tempfile.TemporaryDirectory() as scratch:
         requirement = Path(scratch) / "llama.txt"
         requirement.write_text(_wanted(lock))
@@ -46,7 +46,7 @@ def main(lock: Path) -> None:
 
 
 def _build(source: list[str]) -> None:
-    """Compile and install, and say now and then how far it is: it takes many minutes, and pip by itself is silent."""
+    """Compile and install, with progress lines: it takes many minutes, and pip alone prints nothing."""
     command = [*(part for part in _PIP if part != "--quiet"), "--verbose", "install", *source]
     last: list[str] = []
     said = 0
@@ -65,7 +65,7 @@ def _build(source: list[str]) -> None:
 def _wanted(lock: Path) -> str:
     """The package's lines in the lock: its version and hashes."""
     found = entry(lock.read_text(), f"{PACKAGE}==")
-    assert "--hash=" in found, f"{lock} has no {PACKAGE}, or not its hashes"
+    assert "--hash=" in found, f"{lock} lacks {PACKAGE} or its hashes"
     return found
 
 

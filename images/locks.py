@@ -1,7 +1,7 @@
 """`make locks`: resolves each image's packages, with hashes, from pyproject.toml within constraints.txt.
 
-uv resolves, because it reads metadata only; pip installs. The CPU build of torch has a version of its own ("+cpu") on
-torch's index, or where TORCH_LINKS, a folder of wheels, has it.
+uv resolves, because it only reads metadata; pip installs. The CPU build of torch has its own version ("+cpu"), from
+torch's index or from TORCH_LINKS, a folder of wheels.
 """
 
 import os
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _chat_requirements() -> str:
-    """Of what every step needs, the chat page has little."""
+    """The few common packages that the chat page needs, and its own."""
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     names = ("boto3", "httpx2", "pydantic", "pyyaml", "typer")
     shared = [line for line in project["dependencies"] if line.startswith(names)]

@@ -1,4 +1,4 @@
-"""Run at the end of each image's build: everything that its steps need can be loaded and works."""
+"""Run at the end of each image's build: checks that everything its steps need can be loaded and works."""
 
 import importlib
 import os
@@ -55,7 +55,7 @@ def check_image(image: str, accelerator: str) -> None:
 
 
 def _check_converter() -> None:
-    """llama.cpp's converter lies beside its library, and can be started."""
+    """Check that llama.cpp's converter is installed and can be started."""
     from components.convert.llamacpp import converter
 
     folder = converter()

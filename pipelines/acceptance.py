@@ -1,8 +1,8 @@
-"""`tune16 doctor --run`: an installation goes through all that people do with it, with the demo's tiny model.
+"""`tune16 doctor --run`: acceptance checks of an installation, with the demo's tiny model.
 
-It is what an administrator runs after installing or upgrading. Everything that it makes has a name of its own, and is
-removed in the end: runs, schedules, what it uploaded, its folder in the bucket, what its runs left in the pipeline
-server's part of it.
+An administrator runs them after installing or upgrading. Everything that they create has a unique name and is removed
+at the end: runs, schedules, uploads, their folder in the bucket, and what their runs left in the pipeline server's part
+of it.
 """
 
 import time
@@ -45,7 +45,7 @@ _KILLED_EPOCHS, _KILLED_CHECKPOINT_MINUTES = 20, 0.05
 
 @dataclass(frozen=True)
 class Result:
-    """How one check ended: its name, ok, failed or skipped, in which time, and one line for people."""
+    """How one check ended: its name, ok, failed or skipped, its duration, and one line of text."""
 
     check: str
     outcome: Literal["ok", "failed", "skipped"]
@@ -54,7 +54,7 @@ class Result:
 
 
 class SkippedError(Tune16Error):
-    """A check is not for this cluster."""
+    """A check does not apply to this cluster."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Acceptance:
         connected: the pipeline server and its cluster.
         recipe: the demo's recipe, with what the namespace needs changed.
         bucket: variables of the connection's bucket.
-        show: takes lines on what is going on.
+        show: called with lines on the progress.
     """
 
     connected: Connected
@@ -78,16 +78,16 @@ class Acceptance:
 
     @property
     def folder(self) -> str:
-        """The folder in the bucket that is this check's own: models, checkpoints and records lie in it."""
+        """The folder in the bucket for this check alone, with models, checkpoints and records."""
         return f"{_ROOT}/{self.name}"
 
     @property
     def path(self) -> str:
-        """The model's place, whose last part names its endpoint and its entry in the registry."""
+        """The model's path, whose last part names its endpoint and its entry in the registry."""
         return f"{self.folder}/{self.name}"
 
     def make(self) -> Iterator[Result]:
-        """Make all checks; whatever happens, what was made is removed."""
+        """Run all checks; whatever happens, what they created is removed."""
         checks: tuple[tuple[str, Callable[[], str]], ...] = (
             ("pipeline", self._pipeline),
             ("first run", self._first_run),
@@ -108,7 +108,7 @@ class Acceptance:
             yield removal
 
     def _tried(self, name: str, check: Callable[[], str]) -> Result:
-        self.show(f"{name}: begins")
+        self.show(f"{name}: started")
         started = time.monotonic()
         outcome: Literal["ok", "failed", "skipped"] = "ok"
         try:
@@ -122,7 +122,7 @@ class Acceptance:
     @property
     def _cluster(self) -> Cluster:
         if self.connected.cluster is None:
-            raise SkippedError("nobody is logged in to the cluster.")
+            raise SkippedError("not logged in to the cluster.")
         return self.connected.cluster
 
     def _pipeline(self) -> str:
@@ -134,7 +134,7 @@ class Acceptance:
             from pipelines.local import put_demo
 
             put_demo(Path(folder) / "demo", self.folder)
-        return f"{version['display_name']} was {'uploaded' if is_ours else 'there already, as it was applied'}"
+        return f"{version['display_name']} was {'uploaded' if is_ours else 'on the server already'}"
 
     def _first_run(self) -> str:
         run = self._run_to_its_end()
@@ -145,15 +145,15 @@ class Acceptance:
         states = {step.name: step.state for step in steps_of(run)}
         anew = [name for name in ("prepare", "quantize", "train", "evaluate") if states.get(name) != "from the cache"]
         if anew:
-            raise Tune16Error(f"the same run again did {', '.join(anew)} anew. Is the server's cache on?")
+            raise Tune16Error(f"not taken from the cache: {', '.join(anew)}. Is the server's cache enabled?")
         return f"{self._verdict(run)} in {duration(took(run) or 0)}, without training"
 
     def _failing_step(self) -> str:
         watch, run = self._run(f"preflight.data=s3:///{self.folder}/nothing-here.jsonl")
         lines = [line for _, line in watch.failures(run)]
         if run["state"] == SUCCEEDED or not lines or not lines[-1].startswith("error: "):
-            raise Tune16Error(f"a run on rows that are not there ended as {watch.state(run)}, and said: {lines[-1:]}")
-        return f"it said: {lines[-1].removeprefix('error: ')}"
+            raise Tune16Error(f"a run on missing data ended as {watch.state(run)}, and reported: {lines[-1:]}")
+        return f"it reported: {lines[-1].removeprefix('error: ')}"
 
     def _killed_pod(self) -> str:
         longer = (f"train.epochs={_KILLED_EPOCHS}", f"train.checkpoint_minutes={_KILLED_CHECKPOINT_MINUTES}")
@@ -165,17 +165,17 @@ class Acceptance:
         if not by_itself:
             told = [line for step, line in watch.failures(run) if step == "train"]
             if not told or "retry" not in told[-1]:
-                raise Tune16Error(f"the step's pod was killed, and the run's end does not say so: {told[-1:]}")
+                raise Tune16Error(f"the step's pod was killed, but the run does not report it: {told[-1:]}")
             self.connected.server.retry_run(run["run_id"])
             run = self._to_the_end(watch)
         if run["state"] != SUCCEEDED:
             raise Tune16Error(f"after the retry: {self._why(watch, run)}")
-        if not any("going on from the checkpoint" in line for line in watch.log(run, "train").own("train")):
-            raise Tune16Error("training began anew: it did not find its checkpoint.")
-        return f"training went on from its checkpoint{', by itself' if by_itself else ' after the retry'}"
+        if not any("continuing from the checkpoint" in line for line in watch.log(run, "train").own("train")):
+            raise Tune16Error("training started from scratch: it did not find its checkpoint.")
+        return f"training resumed from its checkpoint{' by itself' if by_itself else ' after the retry'}"
 
     def _kill_in_the_middle(self, watch: Watch) -> None:
-        """Delete the pod of train as soon as it has made some steps and a checkpoint."""
+        """Delete the pod of train as soon as it has run some steps and kept a checkpoint."""
         for run in watch.follow(POLL_SECONDS):
             self._refuse_stuck(watch, run)
             row = next((row for row in watch.rows(run) if row.step == "train"), None)
@@ -195,12 +195,12 @@ class Acceptance:
         self._made.callback(self._forget_schedule)
         server.set_schedule_enabled(made["recurring_run_id"], False)
         if find_schedule(server, self.name).get("status") != "DISABLED":
-            raise Tune16Error("the schedule goes on although it was paused.")
+            raise Tune16Error("the schedule is still enabled although it was paused.")
         server.set_schedule_enabled(made["recurring_run_id"], True)
         server.delete_schedule(made["recurring_run_id"])
         if any(entry["display_name"] == self.name for entry in server.list_schedules()):
             raise Tune16Error("the schedule is still there although it was deleted.")
-        return "made, paused, resumed and deleted"
+        return "created, paused, resumed and deleted"
 
     def _forget_schedule(self) -> None:
         for entry in self.connected.server.list_schedules():
@@ -229,19 +229,19 @@ class Acceptance:
         said = self._watch(run).log(run, "deploy").own("deploy")
         answer = next((line for line in said if "it says:" in line), "")
         if not answer:
-            raise Tune16Error("the step deploy ended well, but no answer of the endpoint stands in its log.")
+            raise Tune16Error("the step deploy succeeded, but its log has no answer from the endpoint.")
         return answer.removeprefix("deploy: ")
 
     def _registry(self) -> str:
         server = self.recipe.register.server
         if not server:
-            raise SkippedError("no registry is named: --set register.server=https://…")
+            raise SkippedError("no registry is set: use --set register.server=https://…")
         self._made.callback(self._archive_registered, server)
         run = self._run_to_its_end(f"register.server={server}")
         said = self._watch(run).log(run, "register").own("register")
         entry = next((line for line in said if "is champion" in line), "")
         if not entry:
-            raise Tune16Error("the step register ended well, but says of no entry that it made.")
+            raise Tune16Error("the step register succeeded, but its log names no entry.")
         return entry.removeprefix("register: ")
 
     def _archive_registered(self, server: str) -> None:
@@ -250,7 +250,7 @@ class Acceptance:
         archive(server, self.path)
 
     def _place(self, name: str) -> str:
-        """A place for another model, which has no champion to beat there."""
+        """A path for another model, which has no champion there."""
         return f"upload.path={self.folder}/{name}"
 
     def _recipe(self, *settings: str) -> Recipe:
@@ -277,7 +277,7 @@ class Acceptance:
         return watch, self._to_the_end(watch)
 
     def _run_to_its_end(self, *settings: str) -> Json:
-        """A run that has to end well.
+        """A run that has to succeed.
 
         Raises:
             Tune16Error: it did not, and why.
@@ -299,7 +299,7 @@ class Acceptance:
         return run
 
     def _refuse_stuck(self, watch: Watch, run: Json) -> None:
-        """Stop a run of which a step waits for what does not come.
+        """Stop a run in which a step waits too long.
 
         Raises:
             Tune16Error: one does.
@@ -317,7 +317,7 @@ class Acceptance:
         path = run["runtime_config"]["parameters"]["destination_path"]
         outcome = read_outcome(path, run["run_id"], run["finished_at"])
         if outcome is None or outcome.evaluation is None:
-            raise Tune16Error(f"the run has left no verdict below s3://{s3.default_bucket()}/{self.folder}/.")
+            raise Tune16Error(f"the run left no verdict in s3://{s3.default_bucket()}/{self.folder}/.")
         verdict, reason = outcome.evaluation["verdict"], outcome.evaluation["reason"]
         if verdict != PROMOTED:
             raise Tune16Error(f"the demo's model was not promoted: {verdict}: {reason}")
@@ -337,7 +337,7 @@ class Acceptance:
             raise Tune16Error(f"{path}: cannot be deleted: {error}") from None
 
     def _remove(self) -> str:
-        """Remove all that was made; what cannot be removed is named."""
+        """Remove everything that was created; report what cannot be removed."""
         left: list[str] = []
 
         @contextmanager
@@ -356,7 +356,7 @@ class Acceptance:
             s3.delete_folder(s3.default_bucket(), f"{self.folder}/", first="")
         if left:
             raise Tune16Error(f"left behind: {'; '.join(left)}")
-        return f"{len(self._runs)} runs and s3://{s3.default_bucket()}/{self.folder}/ are gone"
+        return f"{len(self._runs)} runs and s3://{s3.default_bucket()}/{self.folder}/ were removed"
 
     def _remove_run(self, run: Json) -> None:
         server = self.connected.server

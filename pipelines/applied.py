@@ -1,8 +1,8 @@
 """Versions of the pipeline that were applied as Kubernetes objects, and those of them that the server does not list.
 
-The admission webhook labels a version as it is written, and the server lists what is labelled. The webhook starts
-with the first pipeline server that keeps pipelines as objects: what was applied before stays without a label, and
-applying it again changes nothing. Any other change of the object is a new write, which the webhook sees.
+The admission webhook labels a version when it is written, and the server lists what is labelled. The webhook starts
+with the first pipeline server that stores pipelines as objects: what was applied before has no label, and applying it
+again changes nothing. Any other change of the object is a new write, which the webhook sees.
 """
 
 import time
@@ -26,19 +26,19 @@ _MERGE_PATCH = "application/merge-patch+json"
 
 
 def unlisted(cluster: Cluster) -> list[Json]:
-    """The applied versions without the webhook's label; none where they cannot be seen."""
+    """The applied versions without the webhook's label; none if they cannot be read."""
     found = cluster.look(_PATH)
     return [entry for entry in (found or {}).get("items", []) if not _is_listed(entry)]
 
 
 def heal(cluster: Cluster, is_wanted: Callable[[Json], bool]) -> bool:
-    """Write the wanted versions that the server does not list anew, and wait until the webhook has labelled them.
+    """Touch the wanted versions that the server does not list, and wait until the webhook has labelled them.
 
     Returns:
         Whether there were any, and all are listed now.
 
     Raises:
-        Tune16Error: there are some, and this account may not write them, or the webhook does not label them.
+        Tune16Error: this account may not write them, or the webhook does not label them.
     """
     names = [entry["metadata"]["name"] for entry in unlisted(cluster) if is_wanted(_as_told(entry))]
     if not names:
@@ -57,13 +57,13 @@ def heal(cluster: Cluster, is_wanted: Callable[[Json], bool]) -> bool:
             return True
         time.sleep(PAUSE_SECONDS)
     raise Tune16Error(
-        f"{', '.join(names)}: is applied, but the pipeline server's admission webhook does not label it. See whether "
-        "that runs: oc get mutatingwebhookconfigurations | grep pipelineversions"
+        f"{', '.join(names)}: was applied, but the pipeline server's admission webhook does not label it. Check that "
+        "it exists: oc get mutatingwebhookconfigurations | grep pipelineversions"
     )
 
 
 def explain(cluster: Cluster, names: list[str]) -> str:
-    """Why the server does not list versions, and the command that lets the webhook see them again."""
+    """Why the server does not list versions, and the command that makes the webhook label them."""
     touch = f"oc label pipelineversion {' '.join(names)} {_TOUCHED}=again --overwrite -n {cluster.namespace}"
     return (
         f"{', '.join(names)}: was applied before the pipeline server's webhook ran, so the server does not list it. "
@@ -72,7 +72,7 @@ def explain(cluster: Cluster, names: list[str]) -> str:
 
 
 def _as_told(entry: Json) -> Json:
-    """An object's names as the pipeline server calls them."""
+    """An object's names in the pipeline server's terms."""
     return {"name": entry["metadata"]["name"], "description": entry.get("spec", {}).get("description")}
 
 

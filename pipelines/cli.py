@@ -1,4 +1,4 @@
-"""The command `tune16`: plan, run and compile here; the commands that speak to a cluster are in cli_cluster.py."""
+"""The command `tune16`: plan, run and compile on this machine; the other cli_*.py have the rest."""
 
 import json
 import sys
@@ -62,18 +62,18 @@ _BAR = 40  # columns of the terminal for the whole GPU
 def run(
     recipe: RecipeName = "demo",
     set_: Settings = [],  # noqa: B006
-    folder: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
-    new: Annotated[bool, typer.Option("--new", help="Begin another run, even if this one was interrupted.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where to create the run's folder.")] = Path("runs"),
+    new: Annotated[bool, typer.Option("--new", help="Start a new run instead of resuming an interrupted one.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the pipeline on this machine, from data set to uploaded model; an interrupted run is gone on with."""
+    """Run the pipeline on this machine, from data set to uploaded model; an interrupted run is resumed."""
     from pipelines.local import find_interrupted, run_locally
 
     settings = override(find_recipe(recipe), set_)
     out = Console(highlight=False, file=sys.stderr if as_json else sys.stdout)  # kfp gets another stdout
     interrupted = None if new else find_interrupted(folder, settings)
     if interrupted:
-        out.print(f"going on with the run {interrupted}, which was interrupted; --new begins another", soft_wrap=True)
+        out.print(f"resuming the interrupted run {interrupted}; --new starts another", soft_wrap=True)
     place = interrupted or folder / f"{Path(recipe).stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     result = run_locally(
         settings, place.absolute(), lambda step, text: out.print(f"[bold cyan]{step:>9}[/] {escape(text)}")
@@ -89,9 +89,9 @@ def plan_(
     recipe: RecipeName = "llama2-7b-16gb",
     model: Annotated[str, typer.Option(help="Model to plan for, instead of the recipe's.")] = "",
     gpu: Annotated[str, typer.Option(help="GPU to plan for: t4, v100-16, a10, l4, a100-40, h100, ...")] = "",
-    price: Annotated[float, typer.Option(help="What an hour of this GPU costs, in any currency.", min=0)] = 0,
+    price: Annotated[float, typer.Option(help="Cost of one hour of this GPU, in any currency.", min=0)] = 0,
     tokens: Annotated[float, typer.Option(help="Millions of tokens to train on.", min=0.001)] = 1,
-    picture: Annotated[Path | None, typer.Option(help="Draw the plan to this file: .png or .svg.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write a chart of the plan to this file: .png or .svg.")] = None,
     set_: Settings = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
@@ -106,7 +106,7 @@ def plan_(
     shape, teacher = find_shapes(settings)
     planned = plan(shape, settings, card, teacher)
     if price and not planned.tokens_per_second:
-        raise Tune16Error("--price: needs a --gpu, and the engine tune16, whose speed is known.")
+        raise Tune16Error("--price needs --gpu and the engine tune16: other speeds are not known.")
     num_gpus = settings.train.num_processes
     hours = tokens * 1e6 / planned.tokens_per_second / num_gpus / 3600 if planned.tokens_per_second else None
     cost = hours * num_gpus * price if hours and price else None
@@ -129,7 +129,7 @@ def _print_plan(planned: "MemoryPlan", model: str, tokens: float, hours: float |
         bar = round(_BAR * part / max(planned.available, planned.total))
         table.add_row(name, size(part), "█" * bar or "▏")
     table.add_section()
-    table.add_row(f"together, of {size(planned.available)}", size(planned.total), "")
+    table.add_row(f"total, of {size(planned.available)}", size(planned.total), "")
     console.print(table)
     for fact in planned.facts():
         console.print(fact)
@@ -143,7 +143,7 @@ def compile_(
     output: Annotated[
         Path | None, typer.Option(help="File to write; the default is manifests/base/pipeline.yaml.")
     ] = None,
-    ir: Annotated[bool, typer.Option("--ir", help="The plain form, for the dashboard's upload (tune16.yaml).")] = False,
+    ir: Annotated[bool, typer.Option("--ir", help="The plain form, to upload in the dashboard (tune16.yaml).")] = False,
 ) -> None:
     """Compile the pipeline to YAML."""
     from pipelines.compile import MANIFEST, compile_ir, compile_manifest

@@ -1,4 +1,4 @@
-"""The commands of `tune16` that look at a cluster and start runs there: doctor and submit."""
+"""The commands of `tune16` that check a cluster and start runs on it: doctor and submit."""
 
 import json
 import os
@@ -25,11 +25,9 @@ from pipelines.outcome import connection_values
 _MARKS = {"ok": "[green]ok[/]", "problem": "[red]problem[/]", "unknown": "[yellow]unknown[/]"}
 _OUTCOMES = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "skipped": "[yellow]skipped[/]"}
 
-Uploaded = Annotated[
-    bool, typer.Option("--uploaded", help="Run the newest version that is on the server, and upload nothing.")
-]
+Uploaded = Annotated[bool, typer.Option("--uploaded", help="Run the newest version on the server; upload nothing.")]
 Unchecked = Annotated[
-    bool, typer.Option("--unchecked", help="Do not look at the Secret, GPU nodes, quotas and images first.")
+    bool, typer.Option("--unchecked", help="Skip the checks of the Secret, GPU nodes, quotas and images.")
 ]
 
 
@@ -39,15 +37,13 @@ def doctor(
     recipe: RecipeName = "llama2-7b-16gb",
     set_: Settings = [],  # noqa: B006
     run: Annotated[
-        bool, typer.Option("--run", help="Then run the demo through everything, and remove what that made.")
+        bool, typer.Option("--run", help="Then run the acceptance checks with the demo, and remove what they create.")
     ] = False,
-    cpu: Annotated[
-        bool, typer.Option("--cpu", help="With --run: GPU steps use the CPU, where there is no GPU.")
-    ] = False,
-    output: Annotated[Path | None, typer.Option(help="With --run: also write the results here, as JSON.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="With --run: run the GPU steps on the CPU.")] = False,
+    output: Annotated[Path | None, typer.Option(help="With --run: write the results to this JSON file too.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check the whole way of a run on the cluster, from the login to the GPU; with --run, make runs."""
+    """Check everything that a run needs on the cluster, from the login to the GPU; with --run, also run the demo."""
     from pipelines.doctor import Context, Finding, examine
 
     recipe = "demo" if run else recipe
@@ -68,7 +64,7 @@ def doctor(
 
 
 def _accept(connected: Connected, settings: Recipe, output: Path | None, as_json: bool) -> None:
-    """Make the acceptance run; exit code 1 where a check failed."""
+    """Run the acceptance checks; exit code 1 if one failed."""
     from pipelines import acceptance
 
     bucket = _demo_bucket(settings, connected.cluster)
@@ -110,7 +106,7 @@ def submit(
 
 
 def prepare(where: Where, recipe: str, set_: list[str], unchecked: bool) -> tuple[Recipe, Connected]:
-    """What comes before any start: settings, memory, connection, the namespace, and the demo's files in the bucket."""
+    """Prepare any start: settings, memory plan, connection, checks of the namespace, the demo's files in the bucket."""
     settings = override(find_recipe(recipe), set_)
     _plan(settings)
     connected = where.connect()
@@ -121,7 +117,7 @@ def prepare(where: Where, recipe: str, set_: list[str], unchecked: bool) -> tupl
 
 
 def _plan(settings: Recipe) -> None:
-    """Refuse what will not fit; a model that cannot be seen from here is planned by the step preflight."""
+    """Refuse what does not fit; a model that cannot be read from here is planned by the step preflight."""
     from components.planning.memory import plan
     from components.preflight.checks import refuse_unfit
 
@@ -130,7 +126,7 @@ def _plan(settings: Recipe) -> None:
     try:
         shape, teacher = find_shapes(settings)
     except Tune16Error as error:
-        notes.print(f"the memory is planned on the cluster, not here: {escape(str(error))}", soft_wrap=True)
+        notes.print(f"memory will be planned on the cluster, not here: {escape(str(error))}", soft_wrap=True)
         return
     refuse_unfit(plan(shape, settings, teacher=teacher), settings, shape, teacher)
 
@@ -143,9 +139,9 @@ def _refuse_unready(connected: Connected, settings: Recipe) -> None:
 
 
 def _put_demo(settings: Recipe, cluster: Cluster | None) -> None:
-    """Bring the demo's model and rows into the bucket of the cluster's connection.
+    """Upload the demo's model and rows to the bucket of the cluster's connection.
 
-    Exported variables name it, else the namespace's Secret does.
+    It is given by exported variables, else by the namespace's Secret.
 
     Raises:
         Tune16Error: neither can be used from here, or the storage refuses.
@@ -159,20 +155,20 @@ def _put_demo(settings: Recipe, cluster: Cluster | None) -> None:
 
 
 def _demo_bucket(settings: Recipe, cluster: Cluster | None) -> dict[str, str]:
-    """The variables of the bucket that the demo's files go into; none where they are exported already."""
+    """The variables of the bucket for the demo's files; none if they are exported already."""
     if os.environ.get("AWS_S3_ENDPOINT"):
         return {}
     remedy = f"Export the connection's variables first ({', '.join(CONNECTION_VARIABLES)})."
     if cluster is None:
-        raise Tune16Error(f"The demo's model and rows are made here and go into the cluster's bucket. {remedy}")
+        raise Tune16Error(f"The demo's model and rows are created here and uploaded to the cluster's bucket. {remedy}")
     name = settings.cluster.connection
     try:
         values = connection_values(cluster, name)
     except (NotFoundError, ForbiddenError) as error:
-        raise Tune16Error(f"The demo's model and rows go into the cluster's bucket. {error} {remedy}") from None
+        raise Tune16Error(f"The demo's model and rows are uploaded to the cluster's bucket. {error} {remedy}") from None
     if is_inside_only(values["AWS_S3_ENDPOINT"]) and not cluster.inside:
         raise Tune16Error(
-            f"The demo's model and rows go into the cluster's bucket, but {values['AWS_S3_ENDPOINT']} of the Secret "
-            f"{name} answers inside the cluster only. {remedy} AWS_S3_ENDPOINT is the address of its Route."
+            f"The demo's model and rows are uploaded to the cluster's bucket, but {values['AWS_S3_ENDPOINT']} of the "
+            f"Secret {name} is reachable only inside the cluster. {remedy} AWS_S3_ENDPOINT is the address of its Route."
         )
     return values

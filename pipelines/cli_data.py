@@ -17,7 +17,7 @@ from pipelines.options import AsJson
 if TYPE_CHECKING:
     from components.prepare.checkup import Checkup
 
-_PLACES = 3  # of each rule on the terminal; the report has more
+_PLACES = 3  # per rule on the terminal; the report lists more
 
 data = typer.Typer(help="Data sets: check them before a run.", no_args_is_help=True)
 console = Console(highlight=False)
@@ -31,16 +31,16 @@ def _data() -> None:
 @data.command()
 def check(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file or folder, s3://, https:// or org/name.")],
-    model: Annotated[str, typer.Option(help="Model whose tokenizer and chat template count.")] = "",
+    model: Annotated[str, typer.Option(help="Model whose tokenizer and chat template are used.")] = "",
     form: Annotated[str, typer.Option("--format", help="Format of the rows.")] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 1024,
-    configuration: Annotated[str, typer.Option(help="Configuration, where the data set's card names several.")] = "",
-    split: Annotated[str, typer.Option(help="Split, where the data set has several.")] = "train",
+    configuration: Annotated[str, typer.Option(help="Configuration, if the data set's card lists several.")] = "",
+    split: Annotated[str, typer.Option(help="Split, if the data set has several.")] = "train",
     report: Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")] = None,
-    fix: Annotated[bool, typer.Option("--fix", help="Write a cleaned copy beside the file.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Write a cleaned copy next to the file.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a data set by all rules of the step prepare; exit code 2 where it would be refused."""
+    """Check a data set against all rules of the step prepare; exit code 2 if it would be refused."""
     from components.prepare.checkup import check_data
 
     options = {"format": form, "configuration": configuration, "split": split}
@@ -77,7 +77,7 @@ def _print(found: "Checkup", file: str, report: Path | None) -> None:
         console.print(table)
     errors = sum(findings.counts[rule] for rule in findings.rules("error"))
     warnings = sum(findings.counts[rule] for rule in findings.rules("warning"))
-    console.print(f"{findings.num_rows:,} rows that can be read, {errors:,} errors, {warnings:,} warnings")
+    console.print(f"{findings.num_rows:,} readable rows, {errors:,} errors, {warnings:,} warnings")
     for note in findings.notes:
         console.print(escape(note))
     for what, count in found.done.items():

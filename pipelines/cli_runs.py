@@ -24,9 +24,9 @@ from pipelines.runs import SUCCEEDED, has_ended, local_time, steps_of, took
 from pipelines.server import Json
 
 POLL_SECONDS = 5.0
-_REMIND_SECONDS = 600  # of what still waits, where lines are printed
+_REMIND_SECONDS = 600  # after which a step that still waits is printed again
 _DONE = ("succeeded", "from the cache")
-_PERCENT = 10  # of training between two lines
+_PERCENT = 10  # of training between two printed lines
 
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id or name.")]
 
@@ -37,7 +37,7 @@ runs = typer.Typer(cls=WithDefault, help="List, show, stop and retry runs, and r
 @somewhere
 def list_runs(
     where: Where,
-    limit: Annotated[int, typer.Option(help="The most that are listed.", min=1)] = 20,
+    limit: Annotated[int, typer.Option(help="Maximum number of runs.", min=1)] = 20,
     as_json: AsJson = False,
 ) -> None:
     """List the newest runs."""
@@ -62,7 +62,7 @@ def list_runs(
 def show(
     where: Where,
     run: RunId,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a run, its steps, its scores and its verdict."""
@@ -96,13 +96,13 @@ def stop(where: Where, run: RunId) -> None:
 @runs.command()
 @somewhere
 def retry(where: Where, run: RunId) -> None:
-    """Go on with a run that failed or was stopped: only what is missing is done."""
+    """Continue a run that failed or was stopped: only what is missing is run."""
     connected = where.connect()
     content = find_run(connected, run)
     if not has_ended(content) or content.get("state") == SUCCEEDED:
         raise Tune16Error(f"{content['display_name']} has not failed: {state_in_words(connected, content)}.")
     connected.server.retry_run(content["run_id"])
-    console.print(f"{content['display_name']} goes on")
+    console.print(f"{content['display_name']} continues")
 
 
 @runs.command()
@@ -110,14 +110,14 @@ def retry(where: Where, run: RunId) -> None:
 def logs(
     where: Where,
     run: RunId,
-    step: Annotated[str, typer.Option(help="Only this step; the default is all that have begun.")] = "",
-    everything: Annotated[bool, typer.Option("--all", help="Also what KFP's launcher prints around a step.")] = False,
+    step: Annotated[str, typer.Option(help="Only this step; the default is all that have started.")] = "",
+    everything: Annotated[bool, typer.Option("--all", help="Include the output of KFP's launcher.")] = False,
 ) -> None:
-    """Print what the steps said."""
+    """Print the output of the steps."""
     connected = where.connect()
     content = find_run(connected, run)
     watch = Watch(connected.server, connected.cluster, content["run_id"])
-    begun = [found.name for found in steps_of(content) if found.state not in ("not begun", "from the cache")]
+    begun = [found.name for found in steps_of(content) if found.state not in ("not started", "from the cache")]
     begun = [name for name in CONFIG_OF_STEP if name in {*begun, *watch.steps_with_pods()}]
     if step and step not in begun:
         raise Tune16Error(f"The step '{step}' has not run in this run. These have: {', '.join(begun) or 'none yet'}.")
@@ -145,7 +145,7 @@ def report(
 
 
 def state_in_words(connected: Connected, run: Json) -> str:
-    """A run's state in a word, as its workflow knows it where the server does not."""
+    """A run's state as one word, from its workflow where the server does not know it."""
     return Watch(connected.server, connected.cluster, run["run_id"]).state(run)
 
 
@@ -162,7 +162,7 @@ def find_run(connected: Connected, name: str) -> Json:
 def follow(connected: Connected, run_id: str, as_json: bool) -> None:
     """Show the steps until the run has ended, then how it did; exit code 1 if it failed or was stopped.
 
-    Leaving with Ctrl-C leaves the run alone.
+    Ctrl-C ends the display, not the run.
     """
     run: Json = {}
     watch = Watch(connected.server, connected.cluster, run_id)
@@ -196,12 +196,12 @@ def _print_ending(connected: Connected, watch: Watch, run: Json) -> None:
 
 
 def _print_failures(watch: Watch, run: Json) -> None:
-    """What the failed steps said last, the error at the end; of a run that was stopped, only that."""
+    """The last lines of the failed steps, the error last; for a stopped run, only that it was stopped."""
     message = (run.get("error") or {}).get("message", "")
     state = watch.state(run)
     notes.print(f"[red]{state}[/] {escape(message)}".rstrip(), soft_wrap=True)
     if state == "stopped":
-        notes.print(f"`tune16 runs retry {run['display_name']}` goes on with what is missing.", soft_wrap=True)
+        notes.print(f"`tune16 runs retry {run['display_name']}` continues with what is missing.", soft_wrap=True)
         return
     for step, line in watch.failures(run):
         notes.print(f"[bold cyan]{step:>9}[/] {escape(line)}", soft_wrap=True)
@@ -226,14 +226,14 @@ def _as_dict(row: Row) -> Json:
 
 
 class VerdictOf:
-    """The verdict of a run in a word, for a list: from the bucket, else from which steps came."""
+    """The verdict of a run as one word, for a list: from the bucket, else from the steps that have run."""
 
     def __init__(self, connected: Connected) -> None:
         self._server = connected.server
         self._bucket = Bucket(connected.server, connected.cluster)
 
     def __call__(self, run: Json) -> str:
-        """The verdict; empty of a run that has none, or whose verdict cannot be known from here."""
+        """The verdict; empty if the run has none, or it cannot be determined from here."""
         if run.get("state") != SUCCEEDED:
             return ""
         with suppress(Tune16Error):
@@ -272,7 +272,7 @@ def _state_display(watch: Watch, as_json: bool) -> Iterator[Callable[[Json], Non
 
 
 def _change(row: Row) -> object:
-    """What has to differ for a row to be worth another line: the minutes of a wait, or a step of training, are not."""
+    """What must change for a row to be printed again: not the minutes of a wait, nor a single step of training."""
     if row.progress:
         return row.state, int(100 * row.progress.step / max(row.progress.num_steps, 1)) // _PERCENT
     return row.state, row.note.partition(" (")[0]

@@ -1,4 +1,4 @@
-"""`tune16 schedule`: recipes that run again and again, listed, paused and deleted."""
+"""`tune16 schedule`: create, list, pause, resume and delete recurring runs of recipes."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -17,11 +17,11 @@ from pipelines.runs import local_time
 from pipelines.schedules import describe, find_schedule, last_run, next_run, read_cron, read_interval, schedule
 from pipelines.server import Json, PipelineServer
 
-_LOOK_THROUGH = (100, 2000)  # runs: a weekly schedule's last one may lie behind many of others
+_LOOK_THROUGH = (100, 2000)  # runs: many others may be newer than a weekly schedule's last one
 
 ScheduleName = Annotated[str, typer.Argument(metavar="NAME", help="The schedule's name.")]
 
-schedules = typer.Typer(cls=WithDefault, help="Repeat a run: schedule RECIPE --cron … or --every …, and the rest.")
+schedules = typer.Typer(cls=WithDefault, help="Recurring runs: schedule RECIPE --cron … or --every …")
 
 
 @schedules.command(name="set")
@@ -29,17 +29,17 @@ schedules = typer.Typer(cls=WithDefault, help="Repeat a run: schedule RECIPE --c
 def set_schedule(
     where: Where,
     recipe: RecipeName,
-    cron: Annotated[str, typer.Option(help="When, as a cron expression, such as '0 3 * * 1'.")] = "",
-    every: Annotated[str, typer.Option(help="How often, such as 12h or 7d.")] = "",
+    cron: Annotated[str, typer.Option(help="When to run: a cron expression in UTC, such as '0 3 * * 1'.")] = "",
+    every: Annotated[str, typer.Option(help="How often to run, such as 12h or 7d.")] = "",
     name: Annotated[str, typer.Option(help="The schedule's name; the default is the recipe's.")] = "",
     set_: Settings = [],  # noqa: B006
     uploaded: Uploaded = False,
     unchecked: Unchecked = False,
     as_json: AsJson = False,
 ) -> None:
-    """Create the schedule of a recipe, or bring it up to date; one run at a time, and none is made up for."""
+    """Create or update the schedule of a recipe; one run at a time, and missed runs are not made up for."""
     if bool(cron) == bool(every):
-        raise Tune16Error("Say when: --cron '0 3 * * 1' or --every 7d, one of the two.")
+        raise Tune16Error("Give either --cron '0 3 * * 1' or --every 7d.")
     trigger = read_cron(cron) if cron else read_interval(every)
     settings, connected = prepare(where, recipe, set_, unchecked)
     name = name or Path(recipe).stem
@@ -73,7 +73,7 @@ def list_schedules(where: Where, as_json: AsJson = False) -> None:
 
 
 def _runs_of(connected: Connected, schedules: list[Json]) -> list[Json]:
-    """The newest runs, as many as it takes that each schedule has one among them, or all that are looked through."""
+    """The newest runs: enough to include the last one of each schedule, or up to the limit."""
     runs: list[Json] = []
     for limit in _LOOK_THROUGH:
         runs = connected.server.list_runs(limit)
@@ -93,17 +93,17 @@ def pause(where: Where, name: ScheduleName) -> None:
 @schedules.command()
 @somewhere
 def resume(where: Where, name: ScheduleName) -> None:
-    """Let a paused schedule go on."""
+    """Resume a paused schedule."""
     _with_schedule(name, where.connect(), lambda server, id_: server.set_schedule_enabled(id_, True))
-    console.print(f"schedule {name}: goes on")
+    console.print(f"schedule {name}: resumed")
 
 
 @schedules.command()
 @somewhere
 def delete(where: Where, name: ScheduleName) -> None:
-    """Delete a schedule; its runs stay."""
+    """Delete a schedule; its runs are kept."""
     _with_schedule(name, where.connect(), lambda server, id_: server.delete_schedule(id_))
-    console.print(f"schedule {name}: deleted; its runs stay")
+    console.print(f"schedule {name}: deleted; its runs are kept")
 
 
 def _with_schedule(name: str, connected: Connected, action: Callable[[PipelineServer, str], None]) -> None:

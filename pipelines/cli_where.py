@@ -1,4 +1,4 @@
-"""What the commands of `tune16` that speak to a cluster share: which cluster is meant, and how a result is shown."""
+"""Shared by the commands of `tune16` that use a cluster: which cluster to use, and how to show a result."""
 
 import functools
 import inspect
@@ -23,10 +23,10 @@ notes = Console(highlight=False, stderr=True)
 
 
 class WithDefault(TyperGroup):
-    """A group whose first command is meant where none of them is named: `schedule RECIPE` is `schedule set RECIPE`."""
+    """A group whose first command is the default: `schedule RECIPE` is `schedule set RECIPE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the first command's name before what does not begin with one."""
+        """Insert the first command's name if no command is named."""
         asks_for_help = args[:1] in (["--help"], ["-h"])
         if not asks_for_help and (not args or args[0] not in self.commands):
             args = [next(iter(self.commands)), *args]
@@ -35,7 +35,7 @@ class WithDefault(TyperGroup):
 
 @dataclass(frozen=True)
 class Connected:
-    """A pipeline server, and the cluster that it is on where anybody is logged in there."""
+    """A pipeline server, and its cluster if there is a login."""
 
     server: PipelineServer
     cluster: Cluster | None
@@ -50,20 +50,20 @@ class Connected:
 
 @dataclass(frozen=True)
 class Where:
-    """Which cluster is meant: the options that all commands here share."""
+    """Which cluster to use: the options that all its commands share."""
 
-    namespace: Annotated[str, typer.Option(help="Namespace; by default the login's own. Or TUNE16_NAMESPACE.")] = ""
-    host: Annotated[str, typer.Option(help="The pipeline server's URL, if it is elsewhere. Or TUNE16_HOST.")] = ""
+    namespace: Annotated[str, typer.Option(help="Namespace (default: the login's). Or TUNE16_NAMESPACE.")] = ""
+    host: Annotated[str, typer.Option(help="URL of a pipeline server elsewhere. Or TUNE16_HOST.")] = ""
     ca: Annotated[str, typer.Option(help="File with the CA of the cluster's certificates. Or TUNE16_CA.")] = ""
     timeout: Annotated[
-        float, typer.Option(help="Seconds that one request may take, to the cluster, S3 or the Hub.", min=0.1)
+        float, typer.Option(help="Time limit of one request to the cluster, S3 or the Hub, in seconds.", min=0.1)
     ] = 30
 
     def connect(self) -> Connected:
-        """Find the pipeline server and see that it answers.
+        """Find the pipeline server and check that it answers.
 
         Raises:
-            Tune16Error: nobody is logged in, there is no server, or it does not take the token.
+            Tune16Error: there is no login or no server, or it does not accept the token.
         """
         cluster: Cluster | None = None
         with suppress(Tune16Error) if self.host or given_host() else nullcontext():

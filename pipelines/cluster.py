@@ -1,8 +1,8 @@
 """Finding the cluster: the Kubernetes API with token and namespace, and the pipeline server with address and CA.
 
-Flags come first, then the variables ``TUNE16_HOST``, ``TUNE16_TOKEN``, ``TUNE16_NAMESPACE`` and ``TUNE16_CA``, then
-the login of ``oc`` (kubeconfig), then the account of the pod that this runs in. A token is never a flag: flags are
-visible to everyone on the machine. The login's token goes over TLS or to this machine only.
+Flags take precedence, then the variables ``TUNE16_HOST``, ``TUNE16_TOKEN``, ``TUNE16_NAMESPACE`` and ``TUNE16_CA``,
+then the login of ``oc`` (kubeconfig), then the service account of the pod in which this runs. A token is never a flag:
+flags are visible to everyone on the machine. The login's token is sent only over TLS or to this machine.
 """
 
 import base64
@@ -27,7 +27,7 @@ from components.runtime.errors import Tune16Error
 
 PIPELINE_SERVER = ("datasciencepipelinesapplications.opendatahub.io", "v1", "datasciencepipelinesapplications")
 _CONSOLE_LINK = ("console.openshift.io", "v1", "consolelinks")
-_INSIDE = "the pod's own account"
+_INSIDE = "the pod's service account"
 _RUN_LABEL = "pipeline/runid"
 _WORKFLOWS = "/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows"
 _DASHBOARD_LINK = "rhodslink"  # what OpenShift AI calls its entry in the console's menu
@@ -35,7 +35,7 @@ _DASHBOARD_LINK = "rhodslink"  # what OpenShift AI calls its entry in the consol
 
 @dataclass(frozen=True)
 class Cluster:
-    """Access to a Kubernetes API: the client, the namespace that Tune16 works in, and who says so."""
+    """Access to a Kubernetes API: the client, the namespace that Tune16 works in, and the origin of the login."""
 
     api: client.ApiClient
     namespace: str
@@ -81,12 +81,12 @@ class Cluster:
         return sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp")))
 
     def find_workflow(self, run_id: str) -> dict[str, Any] | None:
-        """The workflow of a pipeline run; None where it has been removed, or this account may not see workflows."""
+        """The workflow of a pipeline run; None if it was removed, or this account may not read workflows."""
         found = self.look(_WORKFLOWS, labelSelector=f"{_RUN_LABEL}={run_id}")
         return next(iter(found["items"]), None) if found else None
 
     def look(self, path: str, **query: Any) -> Any:
-        """GET what only adds to what is known; None where it is not there, or may not be seen."""
+        """GET optional information; None if it does not exist or may not be read."""
         return kubeapi.look(self.api, path.format(namespace=self.namespace), **query)
 
     def read_log(self, pod: str, last: int = 0) -> str:
@@ -110,7 +110,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """Where the pipeline server answers: URL, bearer token (empty: none), and its CA's file (empty: the usual CAs)."""
+    """Address of the pipeline server: URL, bearer token (empty: none), and CA file (empty: the system's CAs)."""
 
     url: str
     token: str
@@ -121,7 +121,7 @@ def find_cluster(namespace: str = "", ca: str = "") -> Cluster:
     """Find the Kubernetes API.
 
     Raises:
-        Tune16Error: nobody is logged in, or no namespace is chosen.
+        Tune16Error: there is no login.
     """
     settings = client.Configuration()
     settings.retries = False
@@ -129,14 +129,14 @@ def find_cluster(namespace: str = "", ca: str = "") -> Cluster:
         own, origin = _load_kubeconfig(settings)
     except (ConfigException, OSError) as error:
         if not account.token():
-            raise Tune16Error(f"Nobody is logged in to a cluster ({error}). Log in with `oc login`.") from None
+            raise Tune16Error(f"Not logged in to a cluster ({error}). Log in with `oc login`.") from None
         files = (str(account.FOLDER / name) for name in ("token", "ca.crt"))
         InClusterConfigLoader(*files).load_and_set(settings)
         own, origin = account.namespace(), _INSIDE
     token = os.environ.get("TUNE16_TOKEN")
     if token:
         settings.api_key["authorization"] = f"Bearer {token}"
-        settings.refresh_api_key_hook = None  # else the login's own token comes back with the next request
+        settings.refresh_api_key_hook = None  # otherwise the next request restores the login's token
         settings.cert_file = settings.key_file = None
         origin = f"TUNE16_TOKEN, {origin}"
     chosen_ca = ca or os.environ.get("TUNE16_CA", "")
@@ -146,7 +146,7 @@ def find_cluster(namespace: str = "", ca: str = "") -> Cluster:
 
 
 def find_server(cluster: Cluster | None, host: str = "", ca: str = "") -> ServerAddress:
-    """Find the pipeline server: the `host` given, for which nobody need be logged in, or the one in the namespace.
+    """Find the pipeline server: the given `host`, which needs no login, or the one in the namespace.
 
     Raises:
         Tune16Error: there is none, or it is not ready yet.
@@ -155,9 +155,7 @@ def find_server(cluster: Cluster | None, host: str = "", ca: str = "") -> Server
     ca = ca or os.environ.get("TUNE16_CA", "") or os.environ.get("SSL_CERT_FILE", "")
     if not host:
         if cluster is None:
-            raise Tune16Error(
-                "There is no pipeline server to speak to. Log in with `oc login`, or name one with --host."
-            )
+            raise Tune16Error("No pipeline server is known. Log in with `oc login`, or give its address with --host.")
         host = _server_in_namespace(cluster)
     if not ca and cluster is not None and cluster.inside:
         ca = account.service_ca(host)
@@ -180,8 +178,8 @@ def server_object(cluster: Cluster) -> dict[str, Any]:
     """
     group, version, plural = PIPELINE_SERVER
     missing = Tune16Error(
-        f"The namespace {cluster.namespace} has no pipeline server. Apply manifests/overlays/openshift-ai, or make one "
-        "in the dashboard, or use --namespace. An upstream Kubeflow Pipelines is named with --host."
+        f"The namespace {cluster.namespace} has no pipeline server. Apply manifests/overlays/openshift-ai, create one "
+        "in the dashboard, or use --namespace. For upstream Kubeflow Pipelines, use --host."
     )
     try:
         with explained(cluster, "read the pipeline server"):
@@ -198,7 +196,7 @@ def not_ready(server: dict[str, Any]) -> str:
     said = conditions(server)
     ready = said.pop("Ready", None)
     if ready is None:
-        return "its operator has not looked at it yet"
+        return "its operator has not reconciled it yet"
     if ready["status"] == "True":
         return ""
     others = [
@@ -210,19 +208,19 @@ def not_ready(server: dict[str, Any]) -> str:
 
 
 def find_dashboard(cluster: Cluster | None) -> str:
-    """The URL of the OpenShift AI dashboard, as its entry in the console's menu has it; empty where there is none."""
+    """The URL of the OpenShift AI dashboard, from its entry in the console's menu; empty if there is none."""
     if cluster is None:
         return ""
     group, version, plural = _CONSOLE_LINK
     try:
         link = cluster.get(f"/apis/{group}/{version}/{plural}/{_DASHBOARD_LINK}")
     except (ApiException, urllib3.exceptions.HTTPError):
-        return ""  # only for the link: nothing depends on it
+        return ""  # only used for a link
     return str(link["spec"]["href"]).rstrip("/")
 
 
 class NotFoundError(Tune16Error):
-    """What was asked for is not on the cluster, or the cluster does not know its kind."""
+    """The object is not on the cluster, or the cluster does not know its kind."""
 
 
 class ForbiddenError(Tune16Error):
@@ -230,7 +228,7 @@ class ForbiddenError(Tune16Error):
 
 
 class NotStartedError(Tune16Error):
-    """What was asked for is not there yet, as a container's log before it runs."""
+    """The object does not exist yet, such as the log of a container before it runs."""
 
 
 @contextmanager
@@ -248,7 +246,7 @@ def explained(cluster: Cluster, action: str) -> Iterator[None]:
     except ApiException as error:
         if error.status == 401:
             remedy = "Renew TUNE16_TOKEN." if "TUNE16_TOKEN" in cluster.origin else f"Log in again: oc login {where}"
-            raise Tune16Error(f"{where}: {cluster.origin} is not a valid login (any more). {remedy}") from None
+            raise Tune16Error(f"{where}: the login ({cluster.origin}) is invalid or has expired. {remedy}") from None
         if error.status == 403:
             raise ForbiddenError(
                 f"This account may not {action} in namespace {cluster.namespace}. {_right_for(action)}"
@@ -262,32 +260,32 @@ def explained(cluster: Cluster, action: str) -> Iterator[None]:
         raise unreachable(where, error) from None
 
 
-# Whom to ask for a right, by what an action says; the role edit has neither of these.
+# Who can grant a right, by a word in the action.
 _RIGHTS = {
     "nodes": "Nodes belong to the whole cluster: ask its administrator for view on nodes (ClusterRole cluster-reader).",
-    "review": "Only the role admin may ask for others: ask the namespace's owner for it.",
+    "review": "Only the role admin may review other accounts: ask the namespace's owner for it.",
     "Secret": "Ask its owner for the role edit; an account of a pod needs a Role that names the Secret.",
-    "pipeline server": "Ask its owner for get on datasciencepipelinesapplications, or name the server with --host.",
+    "pipeline server": "Ask its owner for get on datasciencepipelinesapplications, or use --host.",
     "serving runtimes": "Ask its owner for list on servingruntimes.serving.kserve.io.",
-    "quotas": "Ask its owner for list on resourcequotas, which the role view has.",
+    "quotas": "Ask its owner for list on resourcequotas, which the role view includes.",
     "the image": "Ask the owner of the image's namespace for get on imagestreamtags (role registry-viewer).",
-    "logs": "Ask its owner for get on pods/log, which the role view has.",
-    "pods": "Ask its owner for list on pods, which the role view has.",
+    "logs": "Ask its owner for get on pods/log, which the role view includes.",
+    "pods": "Ask its owner for list on pods, which the role view includes.",
     "queue": "Ask its owner for get on localqueues.kueue.x-k8s.io.",
 }
 
 
 def _right_for(action: str) -> str:
     found = next((remedy for word, remedy in _RIGHTS.items() if word in action), "")
-    return found or f"Ask its owner for the right to {action}, or name another namespace with --namespace."
+    return found or f"Ask its owner for the right to {action}, or choose another namespace with --namespace."
 
 
 def unreachable(where: str, error: Exception) -> Tune16Error:
-    """The message for a server that gives no answer."""
+    """The error for a server that does not answer."""
     text = " ".join(str(getattr(error, "reason", None) or error).split())
     if "certificate" in text.lower() or "ssl" in text.lower():
         return Tune16Error(
-            f"{where}: its certificate is not trusted ({text}). Name the file with its CA: --ca ca.crt, or TUNE16_CA. "
+            f"{where}: its certificate is not trusted ({text}). Give its CA: --ca ca.crt, or TUNE16_CA. "
             "OpenShift's own is in the ConfigMap default-ingress-cert in openshift-config-managed."
         )
     refused = isinstance(error, urllib3.exceptions.NewConnectionError)  # urllib3 counts it as a time-out too
@@ -308,9 +306,7 @@ def _server_in_namespace(cluster: Cluster) -> str:
     server = server_object(cluster)
     name, why = server["metadata"]["name"], not_ready(server)
     if why:
-        raise Tune16Error(
-            f"The pipeline server {name} in {cluster.namespace} is not ready: {why}. Try again when it is."
-        )
+        raise Tune16Error(f"The pipeline server {name} in {cluster.namespace} is not ready: {why}. Try again later.")
     if cluster.inside:
         return f"https://ds-pipeline-{name}.{cluster.namespace}.svc.cluster.local:8443"
     external = server.get("status", {}).get("components", {}).get("apiServer", {}).get("externalUrl")
@@ -324,12 +320,12 @@ def _server_in_namespace(cluster: Cluster) -> str:
     except NotFoundError:
         raise Tune16Error(
             f"The pipeline server {name} in {cluster.namespace} has no Route, so it cannot be reached from here. Set "
-            f"spec.apiServer.enableOauth: true in it (oc edit dspa {name}), or name its address with --host."
+            f"spec.apiServer.enableOauth: true in it (oc edit dspa {name}), or give its address with --host."
         ) from None
     return f"https://{route['spec']['host']}"
 
 
 def _existing_ca(path: str) -> str:
     if path and not Path(path).is_file():
-        raise Tune16Error(f"{path}: there is no such file with a CA. Correct --ca, TUNE16_CA or SSL_CERT_FILE.")
+        raise Tune16Error(f"{path}: the CA file does not exist. Correct --ca, TUNE16_CA or SSL_CERT_FILE.")
     return path

@@ -16,8 +16,8 @@ MANIFEST = Path("manifests/base/pipeline.yaml")
 def compile_manifest(target: Path) -> None:
     """Write the objects Pipeline and PipelineVersion.
 
-    The version's description ends in its name, by which `submit` knows it again: an overlay names it after what that
-    patches into it.
+    The version's description ends in its name, by which `submit` recognises it: an overlay renames the version after
+    its own patches.
     """
     name = version_name()
     pipeline, version = yaml.safe_load_all(_compiled(_options(name)))

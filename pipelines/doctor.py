@@ -1,7 +1,7 @@
-"""`tune16 doctor`: looks at all that a run needs on a cluster, from the login to the GPU, before anyone waits for one.
+"""`tune16 doctor`: checks everything that a run needs on a cluster, from the login to the GPU, before it waits for one.
 
-Every check gives one finding: ok, a problem with what to do, or unknown where this account may not look or an earlier
-check failed. None of them changes anything but for a probe in the storage, which is removed at once.
+Every check gives one finding: ok, a problem with its remedy, or unknown if this account lacks a right or an earlier
+check failed. Nothing is changed, except for a probe in the storage, which is removed at once.
 """
 
 import base64
@@ -55,7 +55,7 @@ _INTERNAL_REGISTRY = "image-registry.openshift-image-registry.svc:5000"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: its name, its outcome, and one line for people."""
+    """What one check found: its name, its outcome, and one line of text."""
 
     check: str
     outcome: Literal["ok", "problem", "unknown"]
@@ -63,7 +63,7 @@ class Finding:
 
 
 class UnknownError(Tune16Error):
-    """A check could not be made; that alone is no problem."""
+    """A check could not be made, which is not a problem by itself."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Context:
 
 
 def examine(context: Context, names: Iterable[str] = ()) -> Iterator[Finding]:
-    """Make all checks, or those of these `names`, in the order in which a run would meet them."""
+    """Run all checks, or those with these `names`, in the order in which a run depends on them."""
     for name in names or _CHECKS:
         try:
             yield Finding(name, "ok", _CHECKS[name](context))
@@ -104,7 +104,7 @@ def examine(context: Context, names: Iterable[str] = ()) -> Iterator[Finding]:
 
 
 def refuse_unready(context: Context) -> None:
-    """Refuse a run that the namespace is known not to take; what may not be looked at passes.
+    """Refuse a run that the namespace is known not to support; what cannot be checked is accepted.
 
     Raises:
         Tune16Error: the connection's Secret, GPU nodes, quota or images do not suit the recipe; one line for each.
@@ -112,7 +112,7 @@ def refuse_unready(context: Context) -> None:
     findings = examine(context, ("connection", "GPU", "quota", "queue", "images"))
     problems = [f"{found.check}: {found.text}" for found in findings if found.outcome == "problem"]
     if problems:
-        raise Tune16Error("\n".join([*problems, "Nothing was started. --unchecked starts it all the same."]))
+        raise Tune16Error("\n".join([*problems, "Nothing was started. Use --unchecked to start it anyway."]))
 
 
 def _login(context: Context) -> str:
@@ -126,7 +126,7 @@ def _login(context: Context) -> str:
             if getattr(error, "status", None) != 404:
                 raise
             cluster.get("/version")  # before Kubernetes 1.28
-            name = "somebody"
+            name = "an unnamed user"
     context.found_cluster, context.user = cluster, name
     return f"{name} at {cluster.api.configuration.host}, by {cluster.origin}"
 
@@ -146,7 +146,7 @@ def _pipeline_server(context: Context) -> str:
     host = context.host or given_host()
     if host:
         context.runner = _UPSTREAM_RUNNER
-        raise UnknownError(f"{host} is named; the namespace's own was not looked at.")
+        raise UnknownError(f"{host} was given; the namespace's own was not checked.")
     server = server_object(context.cluster)
     name = server["metadata"]["name"]
     context.runner = f"pipeline-runner-{name}"
@@ -155,15 +155,15 @@ def _pipeline_server(context: Context) -> str:
         raise Tune16Error(f"{name} is not ready: {why}. See `oc describe dspa {name}`.")
     _check_same_storage(context, server)
     if server["spec"].get("apiServer", {}).get("pipelineStore") != "kubernetes":
-        return f"{name} is ready; it keeps pipelines in its database: submit uploads them, oc apply does not"
+        return f"{name} is ready; it stores pipelines in its database: submit uploads them, oc apply does not"
     names = [entry["metadata"]["name"] for entry in applied.unlisted(context.cluster)]
     if names:
-        raise Tune16Error(f"{applied.explain(context.cluster, names)} `tune16 submit` does it by itself.")
+        raise Tune16Error(f"{applied.explain(context.cluster, names)} `tune16 submit` does this automatically.")
     return f"{name} is ready"
 
 
 def _check_same_storage(context: Context, server: Json) -> None:
-    """See that the server keeps its files where the connection is: a wrong bucket it makes by itself, without a word.
+    """Check that the server stores its files in the connection's bucket: a wrong one it creates without notice.
 
     Raises:
         Tune16Error: it is another host or bucket.
@@ -172,10 +172,10 @@ def _check_same_storage(context: Context, server: Json) -> None:
     try:
         values = connection_values(context.cluster, context.recipe.cluster.connection)
     except Tune16Error:
-        return  # told by its own check
+        return  # reported by its own check
     secret = storage.get("s3CredentialsSecret", {}).get("secretName")
     if secret != context.recipe.cluster.connection:
-        return  # another storage, and meant to be one
+        return  # another storage, on purpose
     scheme, port = storage.get("scheme", "https"), storage.get("port")
     host = _place(f"{scheme}://{storage.get('host')}{f':{port}' if port else ''}")
     endpoint = _place(values["AWS_S3_ENDPOINT"])
@@ -188,7 +188,7 @@ def _check_same_storage(context: Context, server: Json) -> None:
 
 
 def _place(address: str) -> str:
-    """Host and port of an address, the port left out where it is the scheme's own."""
+    """Host and port of an address, without the scheme's default port."""
     parts = urlsplit(address if "://" in address else f"https://{address}")
     usual = {"https": 443, "http": 80}.get(parts.scheme)
     return f"{parts.hostname}:{parts.port}" if parts.port and parts.port != usual else str(parts.hostname)
@@ -199,7 +199,7 @@ def _api(context: Context) -> str:
     server = PipelineServer(address, context.timeout)
     server.check()
     context.found_server = server
-    return f"{address.url} answers and takes the token"
+    return f"{address.url} answers and accepts the token"
 
 
 def _connection(context: Context) -> str:
@@ -208,8 +208,8 @@ def _connection(context: Context) -> str:
         context._connection = connection_values(context.cluster, name)
     except NotFoundError:
         raise Tune16Error(
-            f"there is no Secret {name}. Make the S3 connection in the dashboard and name its Secret in "
-            "cluster.connection, or see manifests/components/connection."
+            f"there is no Secret {name}. Create the S3 connection in the dashboard and set cluster.connection to "
+            "its Secret, or see manifests/components/connection."
         ) from None
     return f"the Secret {name} has all keys"
 
@@ -221,36 +221,36 @@ def _storage(context: Context) -> str:
             s3.check_writable(values["AWS_S3_BUCKET"], context.recipe.upload.path)
         except Tune16Error:
             if is_inside_only(values["AWS_S3_ENDPOINT"]) and not context.cluster.inside:
-                raise UnknownError(f"{values['AWS_S3_ENDPOINT']} answers inside the cluster only.") from None
+                raise UnknownError(f"{values['AWS_S3_ENDPOINT']} is reachable only inside the cluster.") from None
             raise
-    return f"s3://{values['AWS_S3_BUCKET']}/{context.recipe.upload.path} can be written"
+    return f"s3://{values['AWS_S3_BUCKET']}/{context.recipe.upload.path} is writable"
 
 
 def _model(context: Context) -> str:
-    """Model and data set, with the tokens and the storage that the steps would have."""
+    """Model and data set, with the tokens and the storage that the steps would use."""
     if context.recipe.setup:
-        return f"made by `tune16 submit {context.recipe.setup}`"
+        return f"created by `tune16 submit {context.recipe.setup}`"
     with _as_the_steps(context):
         found = [pin(parse(context.recipe.preflight.model, "model")), pin(parse(context.recipe.preflight.data, "data"))]
     return " and ".join(str(reference) for reference in found)
 
 
 def _as_the_steps(context: Context) -> AbstractContextManager[None]:
-    """With the storage and the tokens that the steps would have, and none of this login's own beside them."""
+    """The environment of the steps: their storage and tokens, and none of this login's own."""
     values = dict(context._connection or {})
-    with suppress(NotFoundError, ForbiddenError, UnknownError):  # an open model needs none, and a gated one says so
+    with suppress(NotFoundError, ForbiddenError, UnknownError):  # an open model needs none, and a gated one reports it
         values |= context.cluster.read_secret(context.recipe.cluster.tokens, TOKEN_VARIABLES)
     return s3.environment(values)
 
 
 def _gpu(context: Context) -> str:
     if not context.recipe.train.num_gpus:
-        return "none is asked for: training and evaluation run on the CPU"
+        return "none is requested: training and evaluation run on the CPU"
     nodes = context.get("/api/v1/nodes", "list the nodes")["items"]
     cluster, wanted, num_nodes = context.recipe.cluster, context.recipe.train.num_gpus, context.recipe.train.num_nodes
     with_gpu = [node for node in nodes if int(node["status"].get("allocatable", {}).get(GPU, 0)) >= wanted]
     if not with_gpu:
-        raise Tune16Error(f"no node offers {wanted} {GPU}. Add a GPU node, or ask for NVIDIA's GPU operator.")
+        raise Tune16Error(f"no node offers {wanted} {GPU}. Add a GPU node, or have NVIDIA's GPU operator installed.")
     selected = [
         node for node in with_gpu if cluster.node_selector.items() <= node["metadata"].get("labels", {}).items()
     ]
@@ -267,38 +267,38 @@ def _gpu(context: Context) -> str:
     free = [name for name, taint in refused.items() if not taint]
     if not free:
         name, taint = next(iter(refused.items()))
-        raise Tune16Error(f"nobody tolerates the taint {taint} of {name}. Add it to cluster.tolerations.")
+        raise Tune16Error(f"{name} has the taint {taint}, which is not tolerated. Add it to cluster.tolerations.")
     if len(free) < num_nodes:
-        raise Tune16Error(f"there are {len(free)} fitting nodes, but train.num_nodes is {num_nodes}. Lower it.")
-    return f"{len(free)} fitting: {', '.join(sorted(free)[:3])}"
+        raise Tune16Error(f"suitable nodes: {len(free)}, but train.num_nodes is {num_nodes}. Lower it.")
+    return f"{len(free)} suitable: {', '.join(sorted(free)[:3])}"
 
 
 def _disk(context: Context) -> str:
-    """Whether there are nodes with as much ephemeral storage as the largest step holds at once."""
+    """Whether a node has as much ephemeral storage as the largest step needs at once."""
     if context.recipe.setup:
-        return "the demo's model takes little"
+        return "the demo needs little"
     with _as_the_steps(context):
         try:
             shape, teacher = find_shapes(context.recipe)
         except Tune16Error:
-            raise UnknownError("not looked at, because the model's sizes cannot be seen.") from None
+            raise UnknownError("not checked, because the model's sizes cannot be read.") from None
     amounts = needed(shape, context.recipe, teacher)
     step = max(amounts, key=lambda name: amounts[name])
     nodes = context.get("/api/v1/nodes", "list the nodes")["items"]
     disks = [node["status"].get("allocatable", {}).get("ephemeral-storage") for node in nodes]
     known = [int(parse_quantity(disk)) for disk in disks if disk]
     if not known:
-        raise UnknownError(f"no node says how much it has; the step {step} holds {size(amounts[step])} at once.")
+        raise UnknownError(f"no node reports its disk; the step {step} needs {size(amounts[step])} at once.")
     if max(known) < amounts[step]:
         raise Tune16Error(
-            f"the step {step} holds {size(amounts[step])} at once, and the largest node lets pods have "
-            f"{size(max(known))}. Ask for a node with a larger disk, or name fewer GGUF files."
+            f"the step {step} needs {size(amounts[step])} of disk at once, but the largest node offers "
+            f"{size(max(known))}. Add a node with a larger disk, or request fewer GGUF files."
         )
     return f"up to {size(amounts[step])} (the step {step}); the largest node has {size(max(known))}"
 
 
 def _quota(context: Context) -> str:
-    """What the quotas allow at most is a limit; what others use of it now only makes a step wait."""
+    """A quota below what a step needs is a problem; a quota that others use up now only makes the step wait."""
     quotas = context.get("/api/v1/namespaces/{namespace}/resourcequotas", "read the quotas")["items"]
     cpu = max((parse_quantity(needs[0]), step) for step, needs in RESOURCES.items())
     memory = max((parse_quantity(needs[1]), step) for step, needs in RESOURCES.items())
@@ -307,7 +307,7 @@ def _quota(context: Context) -> str:
     waits = ""
     for quota in quotas:
         if quota.get("spec", {}).get("scopes") or quota.get("spec", {}).get("scopeSelector"):
-            continue  # it is for pods of another kind
+            continue  # it applies to other kinds of pods
         status = quota.get("status", {})
         for key, hard in status.get("hard", {}).items():
             kind = key.removeprefix("requests.").removeprefix("limits.")
@@ -322,7 +322,7 @@ def _quota(context: Context) -> str:
                 )
             if allowed - used < amount:
                 waits = f"; {needs} of {key} and waits: {name} has {_plain(kind, allowed - used)} left now"
-    return f"{len(quotas)} quotas allow enough{waits}" if quotas else "none"
+    return f"{len(quotas)} quotas are large enough{waits}" if quotas else "none"
 
 
 def _images(context: Context) -> str:
@@ -338,10 +338,10 @@ def _images(context: Context) -> str:
 
 
 def _queue(context: Context) -> str:
-    """Whether Kueue's queue, where the GPU steps are put into one, is there and can ever admit them."""
+    """Whether Kueue's queue, if the GPU steps use one, exists and can ever admit them."""
     queue = _queue_of_train(context)
     if not queue:
-        return "the GPU steps stand in none"
+        return "the GPU steps use none"
     cpu, memory = RESOURCES["train"]
     num_pods = context.recipe.train.num_nodes
     needs = {
@@ -351,14 +351,14 @@ def _queue(context: Context) -> str:
     }
     why = why_never_admitted(context.cluster.look, context.cluster.namespace, queue, needs)
     if why is None:
-        raise UnknownError(f"{queue} or its ClusterQueue may not be seen by this account.")
+        raise UnknownError(f"this account may not read {queue} or its ClusterQueue.")
     if why:
-        raise Tune16Error(f"{why}: the step train would wait for ever. Ask the queue's administrator.")
+        raise Tune16Error(f"{why}: the step train would wait forever. Ask the queue's administrator.")
     return f"{queue} can admit the step train"
 
 
 def _queue_of_train(context: Context) -> str:
-    """The queue in which the pipeline's newest version puts the step train; empty for none."""
+    """The queue that the pipeline's newest version uses for the step train; empty for none."""
     version = newest_version(context.found_server) if context.found_server else None
     platform = (version or {}).get("pipeline_spec", {}).get("platform_spec", {}).get("platforms", {})
     executors = platform.get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
@@ -366,24 +366,24 @@ def _queue_of_train(context: Context) -> str:
 
 
 def _registry(context: Context) -> str:
-    """The model registry, asked with this login's token; the steps have their own account's."""
+    """The model registry, queried with this login's token; the steps use their own account's."""
     server = context.recipe.register.server
     if not server:
-        return "none is named in register.server"
+        return "register.server is not set"
     try:
         check_registry(server, context.cluster.token)
     except Tune16Error as error:
         if is_inside_only(server) and not context.cluster.inside:
-            raise UnknownError(f"{server} answers inside the cluster only.") from None
+            raise UnknownError(f"{server} is reachable only inside the cluster.") from None
         raise error from None
     return f"{server} answers"
 
 
 def _serving(context: Context) -> str:
-    """Whether the cluster has what the step deploy applies, and what that runs on."""
+    """Whether the cluster has KServe and the ServingRuntime that the step deploy needs."""
     runtime = context.recipe.deploy.runtime
     if not runtime:
-        return "nothing is to be deployed"
+        return "no deployment is requested"
     path = "/apis/serving.kserve.io/v1alpha1/namespaces/{namespace}/servingruntimes"
     try:
         found = context.get(path, "see the serving runtimes")["items"]
@@ -396,7 +396,7 @@ def _serving(context: Context) -> str:
         raise Tune16Error(f"there is no ServingRuntime {wanted}. Apply manifests/components/serving.")
     if not wanted and "vLLM" not in formats:
         raise Tune16Error("no ServingRuntime here serves vLLM. See manifests/components/serving for how to add one.")
-    return f"{wanted or 'a vLLM runtime'} is there"
+    return f"{wanted or 'a vLLM runtime'} is available"
 
 
 def _runner(context: Context) -> str:
@@ -404,8 +404,8 @@ def _runner(context: Context) -> str:
     account = context.runner
     if not _may(context, account, {"group": "", "resource": "secrets", "subresource": "", "verb": "get"}):
         raise Tune16Error(
-            f"the account {account} may not get secrets: the operator has not made its Role yet, which it does as the "
-            "pipeline server becomes ready. Look again then; upstream's account has it from its installation."
+            f"the account {account} may not get secrets: the operator has not created its Role yet, which it does when "
+            "the pipeline server becomes ready. Try again then; upstream's installation includes it."
         )
     resources = [("", "pods", "get")]
     if context.recipe.train.num_nodes > 1:
@@ -417,7 +417,7 @@ def _runner(context: Context) -> str:
         attributes = {"group": group, "resource": name, "subresource": sub, "verb": verb}
         if not _may(context, account, attributes):
             raise Tune16Error(
-                f"the account {account} may not {verb} {resource}. Apply manifests/base, which brings its Role."
+                f"the account {account} may not {verb} {resource}. Apply manifests/base, which contains its Role."
             )
     return f"{account} has the rights that the steps need"
 
@@ -443,12 +443,12 @@ _CHECKS: dict[str, Callable[[Context], str]] = {
 
 def _known(value: Known | None, check: str) -> Known:
     if value is None:
-        raise UnknownError(f"not looked at, because {check} failed.")
+        raise UnknownError(f"not checked, because {check} failed.")
     return value
 
 
 def _gpu_memory(node: Json, default: float) -> float:
-    """MiB of a node's GPU; `default` where nobody has labelled it."""
+    """MiB of a node's GPU; `default` if it has no label."""
     return float(node["metadata"].get("labels", {}).get(_GPU_MEMORY_LABEL, default))
 
 
@@ -461,7 +461,7 @@ def _refusing_taint(node: Json, tolerations: list[dict[str, Any]]) -> str:
 
 
 def _tolerates(toleration: dict[str, Any], taint: dict[str, Any]) -> bool:
-    """Kubernetes' rule: an empty key or effect matches all; Exists looks at no value."""
+    """Kubernetes' rule: an empty key or effect matches all; Exists ignores the value."""
     if toleration.get("effect") not in (None, "", taint["effect"]):
         return False
     exists = toleration.get("operator") == "Exists"
@@ -510,14 +510,14 @@ def _check_external_image(registry: str, repository: str, tag: str, credentials:
     if status == 404:
         raise Tune16Error(f"{registry} has no {repository}:{tag} (status 404). Build and push it.")
     if status != 200:
-        raise UnknownError(f"{registry} does not say whether it has {repository}:{tag} (status {status}).")
+        raise UnknownError(f"{registry} does not report whether it has {repository}:{tag} (status {status}).")
 
 
 def _pull_credentials(context: Context, registry: str) -> Credentials | None:
-    """User and password for a registry, from the pull secrets of the steps' account; None where none can be seen."""
+    """User and password for a registry, from the pull secrets of the steps' account; None if none can be read."""
     account = context.cluster.look(f"/api/v1/namespaces/{{namespace}}/serviceaccounts/{context.runner}") or {}
     for entry in account.get("imagePullSecrets") or []:
-        with suppress(NotFoundError, ForbiddenError, ValueError, AttributeError):  # or it is no such Secret
+        with suppress(NotFoundError, ForbiddenError, ValueError, AttributeError):  # or it is not a pull secret
             found = context.cluster.read_secret(entry["name"], {_PULL_CONFIG})
             auths = json.loads(found.get(_PULL_CONFIG, "{}")).get("auths", {})
             auth = auths.get(registry) or auths.get(f"https://{registry}")
@@ -528,7 +528,7 @@ def _pull_credentials(context: Context, registry: str) -> Credentials | None:
 
 
 def _may(context: Context, account: str, attributes: dict[str, str]) -> bool:
-    """Whether the account may do something: asked for oneself where this is that account, else for it by name."""
+    """Whether the account has a right: a self review if this login is that account, else a review by name."""
     namespace = context.cluster.namespace
     spec: Json = {"resourceAttributes": {**attributes, "namespace": namespace}}
     path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"

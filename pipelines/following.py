@@ -1,4 +1,4 @@
-"""Following a run: what each step does at this moment, and in words why it waits or has failed."""
+"""Following a run: what each step is doing, and why it waits or has failed."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -16,12 +16,12 @@ from pipelines.steplogs import StepLog, read_log
 PATIENCE_SECONDS = 600.0
 _SETTLING_LOOKS = 5
 _LINES_BEFORE_ERROR = 15
-_TAIL = 200  # lines of a log in which training tells its newest step
+_TAIL = 200  # last lines of a log, which contain training's newest step
 
 
 @dataclass(frozen=True)
 class Row:
-    """A step at one moment: its state in a word, and what is to be said beside it."""
+    """A step at one moment: its state as one word, and a note to show beside it."""
 
     step: str
     state: str
@@ -31,11 +31,11 @@ class Row:
 
 
 class Watch:
-    """A run's steps, with what the cluster knows of their pods where anybody is logged in there.
+    """A run's steps, with what the cluster knows about their pods if there is a login.
 
     Args:
         server: the pipeline server.
-        cluster: the cluster; None tells states only.
+        cluster: the cluster; None without a login, which shows states only.
         run_id: the run.
     """
 
@@ -47,9 +47,9 @@ class Watch:
         self._waits: dict[str, Waiting] = {}
 
     def follow(self, pause: float) -> Iterator[Json]:
-        """Yield the run each time that it is looked at, every `pause` seconds, until it has ended.
+        """Yield the run every `pause` seconds, until it has ended.
 
-        A server that is away for some minutes does not end the run, so it does not end this either.
+        The run does not end with a server that is unavailable for some minutes, so neither does this.
         """
         last_seen, looks = time.monotonic(), 0
         while True:
@@ -70,20 +70,20 @@ class Watch:
             time.sleep(pause)
 
     def state(self, run: Json) -> str:
-        """The run's state in a word; whether a FAILED one was stopped, its workflow may know."""
+        """The run's state as one word; its workflow may know whether a FAILED run was stopped."""
         state = state_of(run)
         if state == "failed" and self._cluster:
             return state_of(run, was_stopped(self._cluster.find_workflow(self._run_id)))
         return state
 
     def rows(self, run: Json) -> list[Row]:
-        """The steps as they are now: why one waits, how far training is."""
+        """The steps now: why one waits, the progress of training."""
         steps = steps_of(run)
         if has_ended(run) or self._cluster is None:
             return [Row(step.name, step.state, step.seconds) for step in steps]
         pods = self._pods()
         known = {step.name for step in steps}
-        for pod in pods:  # a driver that waits is all that there is of its step
+        for pod in pods:  # a waiting driver is the only pod of its step
             if pod.is_driver and pod.step not in known and why_it_waits(self._cluster.look, pod.body):
                 known.add(pod.step)
                 steps.append(Step(pod.step, "running"))
@@ -141,7 +141,7 @@ class Watch:
             return []  # the states are shown without
 
     def stuck(self, seconds: float) -> str:
-        """Which step has waited this long when :meth:`rows` were asked for last, and why; empty if none has."""
+        """Which step had waited this long at the last call of :meth:`rows`, and why; empty if none had."""
         for step, waiting in self._waits.items():
             if waiting.seconds > seconds:
                 return f"{step} waits: {waiting.reason} ({duration(waiting.seconds)})"
@@ -177,11 +177,11 @@ class Watch:
             if happened and not error:
                 yield (
                     step,
-                    f"error: {happened}. `tune16 runs retry {run['display_name']}` goes on with what is missing"
+                    f"error: {happened}. `tune16 runs retry {run['display_name']}` continues with what is missing"
                     f"{', training from its newest checkpoint' if step == 'train' else ''}.",
                 )
 
 
 def _lacks_pods(steps: list[Step], pods: list[StepPod]) -> bool:
-    """Whether a step is to run that has no pod: its workflow may say what keeps it from getting one."""
+    """Whether a step that should run has no pod: its workflow may tell why."""
     return any(step.state in ("running", "waiting") and newest(pods, step.name) is None for step in steps)

@@ -1,7 +1,7 @@
-"""A pipeline run on this machine: the very same pipeline function, its steps as processes, an S3 server beside it.
+"""A pipeline run on this machine: the same pipeline function, its steps as processes, with a local S3 server.
 
-A run that was interrupted is gone on with: kfp's cache knows the steps that were complete, and their outputs lie in the
-run's folder. Training itself goes on from its newest checkpoint, in the run's bucket.
+An interrupted run is resumed: kfp's cache knows the complete steps, and their outputs are in the run's folder.
+Training resumes from its newest checkpoint, in the run's bucket.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from pipelines.s3server import S3Server
 BUCKET = "tune16"
 LOG = "pipeline.log"
 REPORT = "report.html"
-_STATE = "run.json"  # what the run was asked for, and whether it has come to its end
+_STATE = "run.json"  # the run's settings, and whether it has finished
 _LOCK = ".lock"
 
 _LINES = "lines.jsonl"  # what the steps have said
@@ -41,7 +41,7 @@ _INDENT = "    "  # what kfp puts before the lines of a step
 
 @dataclass
 class StepResult:
-    """How one step went: seconds it took (None while it has not ended well) and the last thing it said."""
+    """How one step went: seconds it took (None until it has succeeded) and its last message."""
 
     seconds: float | None = None
     said: str = ""
@@ -69,10 +69,10 @@ def run_locally(recipe: Recipe, folder: Path, show: Callable[[str, str], None]) 
     Args:
         recipe: what to run; with ``setup: demo`` the demo's model and rows are put into the bucket first.
         folder: folder for the log, the steps' outputs and the report: a new one, or an interrupted run's.
-        show: is told each line that a step says, with the step's name.
+        show: called with the step's name and each line that it prints.
 
     Raises:
-        Tune16Error: a step ended with a user's mistake, whose message this carries, or another process is at this run.
+        Tune16Error: a step ended with a user error, whose message this carries, or another process works on this run.
     """
     from components.storage import s3
 
@@ -100,7 +100,7 @@ def run_locally(recipe: Recipe, folder: Path, show: Callable[[str, str], None]) 
 
 
 def find_interrupted(runs: Path, recipe: Recipe) -> Path | None:
-    """The newest run of this very recipe that has not come to its end and that no process is at."""
+    """The newest unfinished run of exactly this recipe that no process is working on."""
     wanted = _state(recipe, finished=False)
     for state in sorted(runs.glob(f"*/{_STATE}"), key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(Tune16Error, ValueError), _alone_at(state.parent):
@@ -124,7 +124,7 @@ def _alone_at(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _recall(run: LocalRun) -> None:
-    """What the steps said before the run was interrupted: those that are complete will not say it again."""
+    """Restore the messages from before the interruption: steps that are complete do not print them again."""
     said = run.folder / _LINES
     for text in said.read_text(encoding="utf-8").splitlines() if said.is_file() else []:
         if line := Line.parse(text):
@@ -133,7 +133,7 @@ def _recall(run: LocalRun) -> None:
 
 @contextlib.contextmanager
 def storage(folder: Path) -> Iterator[None]:
-    """The S3 server that the environment names, else one of our own with its data in `folder`."""
+    """The S3 server that the environment names, else a local one with its data in `folder`."""
     if os.environ.get("AWS_S3_ENDPOINT"):
         yield
         return
@@ -146,7 +146,7 @@ def storage(folder: Path) -> Iterator[None]:
 
 
 def put_demo(folder: Path, prefix: str = "demo") -> None:
-    """Build the demo's base model and put it into the bucket, at `prefix`, with the demo's rows."""
+    """Build the demo's base model and upload it with the demo's rows to the bucket, at `prefix`."""
     from components.storage import s3
     from pipelines.demo.base import build_base
     from pipelines.demo.generate import ORDERS
@@ -163,17 +163,17 @@ def _run_pipeline(recipe: Recipe, folder: Path, listener: "_Listener") -> None:
     local.init(local.SubprocessRunner(use_venv=False), root, raise_on_error=True, enable_caching=True)
     arguments = form_values(recipe)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # kfp warns of images, limits and secrets, which mean nothing here
+        warnings.simplefilter("ignore")  # kfp warns of images, limits and secrets, which have no effect here
         try:
             finetune(**arguments)
         except RuntimeError as error:
             if listener.error:
                 raise Tune16Error(listener.error) from None
-            raise Tune16Error(f"{_plain(str(error))} The whole log is in {folder / LOG}.") from None
+            raise Tune16Error(f"{_plain(str(error))} The full log is in {folder / LOG}.") from None
 
 
 class _Listener:
-    """Stands in for stdout while kfp runs: keeps everything in the log and picks out what the steps say.
+    """Stands in for stdout while kfp runs: writes everything to the log and extracts what the steps print.
 
     Args:
         run: gets what the steps say.

@@ -1,4 +1,4 @@
-"""The name of this release's pipeline version, without compiling it: that takes seconds, and most often it is there."""
+"""The name of this release's pipeline version, without compiling it, which takes seconds and is rarely needed."""
 
 import hashlib
 from importlib.metadata import version
@@ -12,9 +12,9 @@ _SOURCES = ("pipelines/finetune.py", "pipelines/resources.py", "components/confi
 
 
 def version_name() -> str:
-    """Tune16's own version and the hash of all that the compiled pipeline is made of.
+    """Tune16's own version and a hash of everything that the compiled pipeline depends on.
 
-    A version's spec cannot be changed on the cluster, so another content has another name.
+    A version's spec cannot be changed on the cluster, so different content needs a different name.
     """
     content = hashlib.sha256(f"kfp {version('kfp')} {sorted(images.IMAGE_OF_STEP.items())}".encode())
     for pattern in _SOURCES:

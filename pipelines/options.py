@@ -1,4 +1,4 @@
-"""What the commands of `tune16` share: their common options, recipes by name, and the sizes of a recipe's model."""
+"""Shared by the commands of `tune16`: common options, recipes by name, and the sizes of a recipe's model."""
 
 import tempfile
 from pathlib import Path
@@ -15,8 +15,8 @@ _RECIPES = Path(__file__).parent / "recipes"
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Name of a recipe that ships with Tune16, or a path.")
 ]
-Settings = Annotated[list[str], typer.Option("--set", help="A setting as step.field=value; repeat it for more.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Settings = Annotated[list[str], typer.Option("--set", help="A setting as step.field=value; can be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def find_recipe(name: str) -> Recipe:
@@ -31,7 +31,7 @@ def find_recipe(name: str) -> Recipe:
     if Path(name).is_file():
         return load_recipe(Path(name))
     names = ", ".join(sorted(path.stem for path in _RECIPES.glob("*.yaml")))
-    raise Tune16Error(f"There is no recipe '{name}', neither with Tune16 nor as a file. With Tune16 come: {names}.")
+    raise Tune16Error(f"There is no recipe '{name}', neither shipped with Tune16 nor as a file. Shipped: {names}.")
 
 
 def find_shapes(settings: Recipe) -> tuple[ModelShape, ModelShape | None]:
@@ -48,7 +48,7 @@ def find_shape(model: str) -> ModelShape:
     """The sizes of a model: known ones, or from its config.json.
 
     Raises:
-        Tune16Error: the model cannot be seen from here, or its architecture is not supported.
+        Tune16Error: the model cannot be read from here, or its architecture is not supported.
     """
     shape = known_shape(model)
     if shape is None:

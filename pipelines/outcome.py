@@ -1,7 +1,7 @@
 """How a run ended: its verdict with the figures, what it published, and what to do next.
 
-The connection's bucket has it (:mod:`components.storage.records`); where it cannot be read from here, the steps' logs
-do.
+It is read from the connection's bucket (:mod:`components.storage.records`), or where that cannot be reached, from the
+steps' logs.
 """
 
 import re
@@ -27,7 +27,7 @@ _SCORES = ("loss", "exact_match", "chrf")
 
 @dataclass(frozen=True)
 class Ending:
-    """What is known of how a run ended; what is not is empty. `remark` says why something is not known."""
+    """What is known about how a run ended; unknown fields are empty, and `remark` says why."""
 
     verdict: str = ""
     reason: str = ""
@@ -36,12 +36,12 @@ class Ending:
     remark: str = ""
 
     def lines(self, run: str) -> list[str]:
-        """It as lines for people; `run` is the run's name."""
+        """The ending as lines to print; `run` is the run's name."""
         lines = [f"{self.verdict}: {self.reason}"] if self.verdict else []
         if self.address:
             lines += [f"published {self.address}"]
         elif self.verdict and self.verdict != PROMOTED:
-            lines += ["nothing was published: the champion stays where there is one"]
+            lines += ["nothing was published: the champion, if any, stays"]
         lines += [self.remark] if self.remark else []
         return [*lines, f"next: {self._next(run)}"] if self.verdict else lines
 
@@ -53,7 +53,7 @@ class Ending:
         return f"{report}, or fetch the model: python -m components download --path {path} --output model"
 
     def as_dict(self) -> Json:
-        """It as JSON for machines."""
+        """The ending as JSON."""
         scores = {name: {"base": base, "tuned": tuned} for name, (base, tuned) in (self.scores or {}).items()}
         fields = {"verdict": self.verdict, "reason": self.reason, "address": self.address, "scores": scores}
         return {**fields, "remark": self.remark}
@@ -75,11 +75,11 @@ def connection_values(cluster: Cluster, name: str) -> dict[str, str]:
 
 
 class Bucket:
-    """The bucket in which runs leave what they did, as it can be read from here.
+    """The bucket in which runs leave their records, read from here.
 
     Args:
-        server: which knows the settings of runs.
-        cluster: which has the connection's Secret; None where nobody is logged in.
+        server: knows the settings of runs.
+        cluster: has the connection's Secret; None if there is no login.
     """
 
     def __init__(self, server: PipelineServer, cluster: Cluster | None) -> None:
@@ -89,14 +89,14 @@ class Bucket:
         self._away: dict[str, str] = {}  # by the connection's name: why its bucket cannot be read
 
     def outcome(self, run: Json) -> Outcome | None:
-        """What a run has left; None where that is nothing.
+        """The records that a run has left; None if there are none.
 
         Raises:
             Tune16Error: the bucket cannot be read from here, and why.
         """
         path = _parameter(run, "destination_path")
         if not path:
-            return None  # of a release that left nothing
+            return None  # of a release that kept no records
         with self._reached(run):
             return read_outcome(path, run["run_id"], run.get("finished_at", "") if has_ended(run) else "")
 
@@ -108,7 +108,7 @@ class Bucket:
         """
         found = self.outcome(run)
         if found is None:
-            raise Tune16Error(f"{run['display_name']} has left no report: it has not come past its first step.")
+            raise Tune16Error(f"{run['display_name']} has no report: it did not get past its first step.")
         with self._reached(run):
             return read_report(found)
 
@@ -118,14 +118,14 @@ class Bucket:
         values = self._read_values(name)
         endpoint = values.get("AWS_S3_ENDPOINT", "")
         if is_inside_only(endpoint) and not (self._cluster and self._cluster.inside):
-            raise Tune16Error(f"the bucket's endpoint {endpoint} answers inside the cluster only.")
+            raise Tune16Error(f"the bucket's endpoint {endpoint} is reachable only inside the cluster.")
         if name in self._away:
             raise Tune16Error(self._away[name])
         try:
             with s3.environment(values):
                 yield
         except Tune16Error as error:
-            self._away[name] = str(error)  # which takes its time to find out
+            self._away[name] = str(error)  # kept, because finding out takes time
             raise
 
     def _connection(self, run: Json) -> str:
@@ -140,7 +140,7 @@ class Bucket:
 
     def _read_values(self, name: str) -> dict[str, str]:
         if self._cluster is None:
-            raise Tune16Error("the bucket's connection is in the cluster: log in with `oc login`.")
+            raise Tune16Error("the bucket's connection is stored in the cluster. Log in with `oc login`.")
         if name not in self._values:
             self._values[name] = connection_values(self._cluster, name)
         return self._values[name]
@@ -171,7 +171,7 @@ def _from_logs(evaluate: StepLog, upload: StepLog, why: str) -> Ending:
     published = next((found for line in reversed(upload.lines) if (found := _PUBLISHED.match(line))), None)
     address = published["address"] if published else ""
     unknown = "the scores are" if verdict else "the verdict is"
-    remark = f"{unknown} not known here: {why or 'the run has left none in its bucket, and no log of it is left.'}"
+    remark = f"{unknown} not available: {why or 'the run left no record in its bucket, and its log is gone.'}"
     if verdict is None:
         return Ending(address=address, remark=remark)
     return Ending(verdict["verdict"], verdict["reason"], address, None, remark)

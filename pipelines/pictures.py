@@ -1,4 +1,4 @@
-"""Pictures for people: the memory plan as a bar."""
+"""Charts: the memory plan as a bar."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def draw_plan(planned: MemoryPlan, title: str, path: Path) -> None:
     """Draw the plan as one bar of its parts against the GPU's memory.
 
     Raises:
-        Tune16Error: the file's ending is no format of pictures, or it cannot be written.
+        Tune16Error: the file's extension is not an image format, or the file cannot be written.
     """
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     axes = figure.subplots()

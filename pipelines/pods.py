@@ -1,6 +1,6 @@
 """The pods of a run's steps and its workflow, which know what the pipeline server does not.
 
-The server calls a step running as soon as its pod exists, and a step failed whose pod somebody has deleted.
+The server reports a step as running as soon as its pod exists, and as failed if its pod was deleted.
 """
 
 import re
@@ -34,12 +34,12 @@ class StepPod:
 
     @property
     def is_done_driver(self) -> bool:
-        """Whether it is a driver that ended well: it stays beside the step and knows nothing of it."""
+        """Whether it is a driver that succeeded: it stays beside the step's pod and says nothing about it."""
         return self.is_driver and self.body.get("status", {}).get("phase") == "Succeeded"
 
 
 def step_of_node(node: str) -> tuple[str, bool]:
-    """The step that a node of the workflow belongs to, and whether it is its driver; empty for what is no step.
+    """The step that a node of the workflow belongs to, and whether it is its driver; empty if it belongs to none.
 
     Nodes are called ``wf.root.train.executor``, or ``wf(0).root(0).train(0).executor(0)`` under a retry strategy.
     """
@@ -61,18 +61,18 @@ def list_pods(cluster: Cluster, run_id: str) -> list[StepPod]:
 
 
 def newest(pods: Iterable[StepPod], step: str) -> StepPod | None:
-    """The newest pod of a step: its own where it has one, else its driver's, unless that has done its work."""
+    """The newest pod of a step: its own where it has one, else its driver's, unless that has succeeded."""
     found = [pod for pod in pods if pod.step == step and not pod.is_done_driver]
     return max(found, key=lambda pod: (not pod.is_driver, found.index(pod)), default=None)
 
 
 def what_happened(pods: Iterable[StepPod], step: str, workflow: Json | None, has_log: bool) -> str:
-    """What became of a step's pod that did not end by itself; empty where it did, or where that cannot be known.
+    """What happened to a step's pod that did not end by itself; empty if it did, or if that is unknown.
 
     Args:
         pods: all pods of the run.
         step: the step.
-        workflow: the run's workflow, where it is there still.
+        workflow: the run's workflow, if it still exists.
         has_log: whether a log of the pod has been kept: then it may have ended long ago, and been removed since.
     """
     pod = newest(pods, step)
@@ -92,7 +92,7 @@ def what_happened(pods: Iterable[StepPod], step: str, workflow: Json | None, has
 
 
 def workflow_messages(workflow: Json | None) -> dict[str, str]:
-    """What the workflow says of steps that have no pod yet, such as that a quota is used up."""
+    """The workflow's messages about steps that have no pod yet, such as that a quota is used up."""
     found: dict[str, str] = {}
     for node in _nodes(workflow):
         step, _ = step_of_node(str(node.get("name", "")))
@@ -102,7 +102,7 @@ def workflow_messages(workflow: Json | None) -> dict[str, str]:
 
 
 def was_stopped(workflow: Json | None) -> bool:
-    """Whether somebody has stopped the workflow: the pipeline server sets its deadline to zero."""
+    """Whether the workflow was stopped: the pipeline server sets its deadline to zero."""
     spec = (workflow or {}).get("spec", {})
     return spec.get("activeDeadlineSeconds") == 0 or bool(spec.get("shutdown"))
 

@@ -1,4 +1,4 @@
-"""Whether an image registry has an image, asked with a pull secret's user where there is one."""
+"""Whether an image registry has an image, queried with a pull secret's credentials if there are any."""
 
 import re
 from typing import Any
@@ -17,10 +17,10 @@ Credentials = tuple[str, str]  # user and password
 
 
 def image_status(registry: str, repository: str, tag: str, credentials: Credentials | None = None) -> int:
-    """The HTTP status that a registry answers when it is asked for an image: 200 has it, 401 and 403 hide it.
+    """The HTTP status of a registry's answer for an image: 200 if it has it, 401 or 403 if it is private.
 
     Raises:
-        OSError: it cannot be reached, or does not speak the registry's protocol.
+        OSError: it cannot be reached, or does not follow the registry protocol.
     """
     url = f"https://{registry}/v2/{repository}/manifests/{tag}"
     headers = {"Accept": _MANIFEST_TYPES}

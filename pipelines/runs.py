@@ -1,8 +1,8 @@
-"""A run as the pipeline server describes it, in words for people: its state, its steps, its times.
+"""A run as the pipeline server describes it, made readable: its state, its steps, its times.
 
-Recorded of servers 2.16 and 2.17: an executor that came from the cache is SKIPPED while its step SUCCEEDED at once, a
-stopped run ends as FAILED, steps that were never begun have no state, what has not ended ended in 1970 or in the year
-1, and 2.17 lists every step twice, as ``train`` and ``train(0)``.
+As recorded from servers 2.16 and 2.17: an executor taken from the cache is SKIPPED while its step is SUCCEEDED at once,
+a stopped run ends as FAILED, steps that never started have no state, what has not ended has an end time in 1970 or in
+the year 1, and 2.17 lists every step twice, as ``train`` and ``train(0)``.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ PENDING, RUNNING, SUCCEEDED, FAILED = "PENDING", "RUNNING", "SUCCEEDED", "FAILED
 FINAL = {SUCCEEDED, FAILED, "SKIPPED", "CANCELED"}
 _STOPPING = {"CANCELING", "CANCELED"}
 _BEFORE_ANY_RUN = datetime(2000, 1, 1, tzinfo=UTC)
-_WORDS = {"CANCELED": "stopped", "CANCELING": "stopping", PENDING: "waiting", "": "not begun"}
+_WORDS = {"CANCELED": "stopped", "CANCELING": "stopping", PENDING: "waiting", "": "not started"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a run: its state in a word, and the seconds that it has taken so far."""
+    """A step of a run: its state as one word, and the seconds that it has taken so far."""
 
     name: str
     state: str
@@ -31,17 +31,17 @@ class Step:
 
 
 def has_ended(run: Json) -> bool:
-    """Whether a run has come to an end, good or bad."""
+    """Whether a run has ended, successfully or not."""
     return run.get("state") in FINAL
 
 
 def is_settled(run: Json) -> bool:
-    """Whether the steps agree with a run that has ended: they may lag behind it for a moment."""
+    """Whether the steps' states have caught up with the end of the run: they may lag behind for a moment."""
     return all(task.get("state") not in (PENDING, RUNNING) for task in _step_tasks(run).values())
 
 
 def state_of(run: Json, was_stopped: bool = False) -> str:
-    """A run's state in a word; `was_stopped` says what the server may not know of one that FAILED."""
+    """A run's state as one word; `was_stopped` is what the server may not know about a FAILED run."""
     state = run.get("state") or PENDING
     if state == FAILED and (was_stopped or _was_stopped_last(run)):
         return "stopped"
@@ -49,14 +49,14 @@ def state_of(run: Json, was_stopped: bool = False) -> str:
 
 
 def _was_stopped_last(run: Json) -> bool:
-    """Whether the server was told to stop it, and not to go on since."""
+    """Whether the server was asked to stop the run, and not to continue it since."""
     states = [entry.get("state") for entry in run.get("state_history", [])]
     last_start = max((number for number, state in enumerate(states) if state == RUNNING), default=-1)
     return any(state in _STOPPING for state in states[last_start + 1 :])
 
 
 def steps_of(run: Json) -> list[Step]:
-    """The steps that have begun, in the order of the pipeline; of an ended run, those that have not come, too."""
+    """The steps that have started, in pipeline order; for a run that has ended, also those that never started."""
     tasks = _step_tasks(run)
     steps = []
     for name in CONFIG_OF_STEP:
@@ -82,7 +82,7 @@ def took(run: Json) -> float | None:
 
 
 def local_time(text: str | None) -> str:
-    """A time of the API in the zone of whoever reads it; empty where nothing has happened yet."""
+    """A time of the API in the local time zone; empty if it has not come yet."""
     moment = _moment(text)
     return f"{moment.astimezone():%Y-%m-%d %H:%M}" if moment else ""
 
@@ -106,7 +106,7 @@ def _tasks(run: Json) -> list[Json]:
 
 
 def _came_from_cache(task: Json) -> bool:
-    """Whether nothing ran: a pod takes longer than a moment, and the step was seen in other states before."""
+    """Whether nothing ran: with a pod, the step takes time and has other states first."""
     states = [entry.get("state") for entry in task.get("state_history", [])]
     return states == [SUCCEEDED] and bool(task.get("end_time")) and task.get("start_time") == task["end_time"]
 

@@ -181,7 +181,7 @@ def _require_xattrs(folder: Path) -> None:
     try:
         os.setxattr(probe, "user.swift.metadata", b"probe")
     except OSError as error:
-        raise RuntimeError(f"{folder} has no user xattrs, which Swift needs: {error}") from error
+        raise RuntimeError(f"{folder} does not support user xattrs, which Swift needs: {error}") from error
     finally:
         probe.unlink()
 

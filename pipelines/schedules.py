@@ -17,7 +17,7 @@ from pipelines.cluster import Cluster
 from pipelines.server import Json, PipelineServer
 from pipelines.submission import ensure_experiment, ensure_version, parameters
 
-CronLimits = tuple[str, int, int, tuple[str, ...]]  # what a field is called, its lowest and highest number, its words
+CronLimits = tuple[str, int, int, tuple[str, ...]]  # a field's name, lowest and highest number, and words
 _CRON_FIELDS: tuple[CronLimits, ...] = (
     ("second", 0, 59, ()),
     ("minute", 0, 59, ()),
@@ -36,7 +36,7 @@ _MEANING_OF_WORDS = {
     "@annually": "0 0 0 1 1 *",
 }
 _ANY = ("*", "?")
-_MOST_DAYS = 8 * 366  # the 29th of February comes within them
+_MOST_DAYS = 8 * 366  # they include a 29th of February
 _LEAP_YEAR = 2024  # any: February has its 29th
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -63,16 +63,16 @@ def schedule(
     trigger: Trigger,
     uploaded: bool = False,
 ) -> tuple[Json, str]:
-    """Create the schedule `name`, or bring it up to date.
+    """Create or update the schedule `name`.
 
-    It starts one run at a time, makes up for none that was missed, and always takes the newest version of the pipeline.
-    A schedule that is paused stays paused.
+    It starts one run at a time, does not make up for missed runs, and always uses the pipeline's newest version.
+    A paused schedule stays paused.
 
     Returns:
         The recurring run as the API describes it, and ``created``, ``updated`` or ``unchanged``.
 
     Raises:
-        Tune16Error: it could not be made; a schedule that was there goes on.
+        Tune16Error: it could not be created; an existing schedule is kept.
     """
     with ExitStack() as undo:
         version = ensure_version(server, cluster, undo, uploaded)
@@ -107,12 +107,12 @@ def find_schedule(server: PipelineServer, name: str) -> Json:
     found = next((entry for entry in schedules if entry["display_name"] == name), None)
     if found is None:
         names = ", ".join(sorted(entry["display_name"] for entry in schedules)) or "none"
-        raise Tune16Error(f"There is no schedule '{name}'. There are: {names}.")
+        raise Tune16Error(f"There is no schedule '{name}'. Schedules: {names}.")
     return found
 
 
 def read_cron(text: str) -> Trigger:
-    """Read a cron expression: five fields as everywhere, or six with seconds first, or a word such as @weekly.
+    """Read a cron expression: the usual five fields, or six with seconds first, or a word such as @weekly.
 
     Raises:
         Tune16Error: a field is wrong; the message says which.
@@ -134,7 +134,7 @@ def read_cron(text: str) -> Trigger:
                 "with commas, ranges with a hyphen and steps with a slash."
             )
     if not _comes(*fields[3:]):
-        raise Tune16Error(f"--cron '{text}': never fires: no such month has a day {fields[3]}.")
+        raise Tune16Error(f"--cron '{text}': never fires: none of these months has a day {fields[3]}.")
     return Trigger(cron=" ".join(fields))
 
 
@@ -142,12 +142,12 @@ def read_interval(text: str) -> Trigger:
     """Read an interval such as 90m, 12h, 7d or 2w.
 
     Raises:
-        Tune16Error: it has another form, or is shorter than ten minutes.
+        Tune16Error: it is malformed, or shorter than ten minutes.
     """
     match = re.fullmatch(r"(\d+)([mhdw])", text.strip())
     seconds = int(match[1]) * _SECONDS[match[2]] if match else 0
     if seconds < 600:
-        raise Tune16Error(f"--every '{text}': write a number and m, h, d or w, such as 12h or 7d; 10m at the least.")
+        raise Tune16Error(f"--every '{text}': write a number and m, h, d or w, such as 12h or 7d; at least 10m.")
     return Trigger(seconds=seconds)
 
 
@@ -164,7 +164,7 @@ def describe(entry: Json) -> str:
 
 
 def next_run(entry: Json, runs: Iterable[Json], now: datetime) -> datetime | None:
-    """When a schedule starts its next run; None while it is paused, or where that cannot be told.
+    """When a schedule starts its next run; None while it is paused, or if that is unknown.
 
     Args:
         entry: the schedule.
@@ -190,7 +190,7 @@ def last_run(entry: Json, runs: Iterable[Json]) -> Json | None:
 def next_time(cron: str, after: datetime) -> datetime | None:
     """The next moment that a cron expression names, in UTC.
 
-    None where none comes within eight years, and of what others may have written: ``@every``, or another time zone.
+    None if there is none within eight years, and for what other tools may write: ``@every``, or another time zone.
     """
     fields = _MEANING_OF_WORDS.get(cron, cron).split()
     fields = ["0", *fields] if len(fields) == 5 else fields
@@ -200,7 +200,7 @@ def next_time(cron: str, after: datetime) -> datetime | None:
         _cron_values(field, low, high, names) for field, (_, low, high, names) in zip(fields, _CRON_FIELDS, strict=True)
     ]
     seconds, minutes, hours, days, months, weekdays = map(sorted, map(set, values))
-    either = fields[3] not in _ANY and fields[5] not in _ANY  # both are given: one of them is enough
+    either = fields[3] not in _ANY and fields[5] not in _ANY  # if both are given, either may match
     after = after.astimezone(UTC)
     for number in range(_MOST_DAYS):
         day = after.date() + timedelta(days=number)
@@ -241,7 +241,7 @@ def _find_same(server: PipelineServer, wanted: Json) -> Json | None:
 
 
 def _comes(day: str, month: str, weekday: str) -> bool:
-    """Whether any of the days is one of the months': with a day of the week beside it, either is enough."""
+    """Whether any of the days exists in any of the months; with a day of the week given, either may match."""
     if weekday not in _ANY:
         return True
     days, months = (

@@ -1,7 +1,7 @@
-"""The pipeline server's API (Kubeflow Pipelines, v2beta1), with retries that never do a thing twice.
+"""The pipeline server's API (Kubeflow Pipelines, v2beta1), with retries that never do anything twice.
 
-Every request has a time limit. What only reads is simply repeated after a fault. What creates something is repeated
-only after a look whether the first try got through, by a name that is unique.
+Every request has a time limit. Reads are simply repeated after a fault. A creation is repeated only after checking,
+by a unique name, whether the first attempt succeeded.
 """
 
 import functools
@@ -35,15 +35,15 @@ from pipelines.cluster import ServerAddress, unreachable
 Json = dict[str, Any]
 
 _log = logging.getLogger(__name__)
-_LOOKS = 5  # for what may have got through although its answer was lost
+_LOOKS = 5  # for an object that may exist although the answer was lost
 _TRY_SECONDS = 60.0  # also where --timeout is short: it is of one request
 PAUSE_SECONDS = 0.5  # before the second look; it doubles with each further one
 _PAGE_SIZE = 100
-_MAX_PAGES = 20  # of artifacts: nobody waits for more
+_MAX_PAGES = 20  # of artifacts; more would take too long
 
 
 class UnavailableError(Tune16Error):
-    """The server gives no answer, or one that may be another a little later."""
+    """The server does not answer, or with a fault that may be temporary."""
 
 
 class PipelineServer:
@@ -72,16 +72,16 @@ class PipelineServer:
         self._schedules = RecurringRunServiceApi(self._client)
 
     def check(self) -> None:
-        """See that the server answers and takes the token.
+        """Check that the server answers and accepts the token.
 
         Raises:
-            Tune16Error: it does not; like every method here, which say so no more.
+            Tune16Error: it does not; every method here may raise this.
         """
         self._read(HealthzServiceApi(self._client).healthz_service_get_healthz)
         self._read(self._pipelines.pipeline_service_list_pipelines, page_size=1)
 
     def describe(self) -> Json:
-        """What the server says of itself."""
+        """The server's description of itself."""
         return self._read(HealthzServiceApi(self._client).healthz_service_get_healthz)
 
     def find_pipeline(self, name: str) -> Json | None:
@@ -198,14 +198,14 @@ class PipelineServer:
         )
 
     def delete_schedule(self, schedule_id: str) -> None:
-        """Delete a recurring run and leave its runs alone: by itself the server destroys those that go on."""
+        """Delete a recurring run and leave its runs alone: by default the server destroys those still running."""
         method = self._schedules.recurring_run_service_delete_recurring_run
         self._act(functools.partial(method, propagation_policy="ORPHAN"), schedule_id)
 
     def read_archived_log(self, run_id: str, node: str) -> str | None:
         """What a node of a run's workflow has printed, from where the server keeps logs; None where it has none."""
         try:
-            with self._explained():  # once: of a log that is not there it says 500
+            with self._explained():  # only once: it answers 500 for a missing log
                 return self._get_text(f"/apis/v1alpha1/runs/{run_id}/nodes/{node}/log")
         except Tune16Error:
             return None
@@ -236,7 +236,7 @@ class PipelineServer:
         return entries
 
     def set_schedule_enabled(self, schedule_id: str, enabled: bool) -> None:
-        """Pause a recurring run, or let it go on."""
+        """Pause a recurring run, or resume it."""
         schedules = self._schedules
         self._act(
             schedules.recurring_run_service_enable_recurring_run
@@ -278,7 +278,7 @@ class PipelineServer:
         return self._repeat(lambda: self._call(method, *arguments, **query))
 
     def _create(self, create: Callable[[], Json], find: Callable[[], Json | None]) -> Json:
-        """A request that must not be repeated before a look whether it got through."""
+        """A request that must not be repeated before checking whether it succeeded."""
         failed = False
 
         def attempt() -> Json:
@@ -296,7 +296,7 @@ class PipelineServer:
             return found
 
     def _look(self, find: Callable[[], Json | None]) -> Json | None:
-        """Look more than once: after a time-out the server may still be at work."""
+        """Check more than once: after a time-out the server may still be working on it."""
         for number in range(_LOOKS):
             found = find()
             if found is not None:
@@ -305,7 +305,7 @@ class PipelineServer:
         return None
 
     def _act(self, method: Callable[..., Any], *ids: str) -> None:
-        """A request that changes something once: refused at a repetition, it had got through before."""
+        """A request that changes something: if its repetition is refused, the first attempt had succeeded."""
         tries = 0
 
         def attempt() -> None:
@@ -331,7 +331,7 @@ class PipelineServer:
     def _call(self, method: Callable[..., Any], *arguments: Any, **query: Any) -> Json:
         try:
             answer = method(*arguments, **query, _request_timeout=(self._timeout, self._timeout))
-        except AttributeError as error:  # the client trips over a certificate's fault, which has no body to decode
+        except AttributeError as error:  # the client fails on a certificate error, which has no body
             if not isinstance(error.__context__, ApiException):
                 raise
             raise urllib3.exceptions.SSLError(str(error.__context__.reason)) from None
@@ -350,12 +350,12 @@ class PipelineServer:
             raise kind(f"{self.url}: {_remedy(error)}") from None
         except urllib3.exceptions.HTTPError as error:
             raise UnavailableError(str(unreachable(self.url, error))) from None
-        except ValueError as error:  # the answer is no JSON: a login page, or some other server
+        except ValueError as error:  # not JSON: a login page, or some other server
             raise Tune16Error(f"{self.url}: answers, but not as a pipeline server ({error}). Correct --host.") from None
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether a fault may be gone at the next try."""
+    """Whether a fault may be temporary."""
     if isinstance(error, ApiException):
         return error.status in kubeapi.PASSING_FAULTS
     return isinstance(error, urllib3.exceptions.HTTPError) and not isinstance(error, urllib3.exceptions.SSLError)
@@ -367,7 +367,7 @@ def _remedy(error: ApiException) -> str:
     if error.status == 403:
         return (
             "this account may not use the pipeline server. Ask the namespace's owner for the Role "
-            "ds-pipeline-user-access-dspa, or name another namespace."
+            "ds-pipeline-user-access-dspa, or use another --namespace."
         )
     text = _message(error)
     if error.status == 404:
@@ -376,7 +376,7 @@ def _remedy(error: ApiException) -> str:
 
 
 def _message(error: ApiException) -> str:
-    """What the server says, out of the JSON that it wraps it in."""
+    """The server's message, extracted from its JSON."""
     try:
         content = json.loads(error.body or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""The logs of a run's steps: from its pods, else from where the pipeline server keeps them; whole, or its own lines.
+"""The logs of a run's steps: from its pods, else from the pipeline server's archive; complete, or only its own lines.
 
 KFP's launcher prints some 135 lines of JSON before a step's first line, and its own messages after the last one.
 """
@@ -22,7 +22,7 @@ _DOWNLOAD_SECONDS = 60
 
 @dataclass(frozen=True)
 class StepLog:
-    """What a step has printed, and a remark where that is not all: not begun, or gone."""
+    """A step's output, and a remark if it is not complete: not started, or gone."""
 
     lines: list[str]
     remark: str = ""
@@ -30,7 +30,7 @@ class StepLog:
     def own(self, step: str) -> list[str]:
         """The step's own lines, without the launcher's."""
         begin = next((number for number, line in enumerate(self.lines) if line == f"{step}: started"), None)
-        if begin is None:  # it did not come so far: what is no message of the launcher may say why
+        if begin is None:  # it did not get this far: lines that are not the launcher's may tell why
             return [line for line in self._before_the_launcher_starts() if not _OF_THE_LAUNCHER.match(line)]
         return list(self._until_the_launcher_goes_on(begin))
 
@@ -45,7 +45,7 @@ class StepLog:
             yield line.rpartition("\r")[2]  # of a progress bar, its last state
 
     def failure(self, step: str, num_lines: int) -> tuple[list[str], list[str]]:
-        """The last own lines before the error, and the error's own; empty where the step told none."""
+        """The last own lines before the error, and the error's lines; empty if the step reported none."""
         own = self.own(step)
         begin = max((number for number, line in enumerate(own) if line.startswith(_ERROR)), default=len(own))
         return own[max(0, begin - num_lines) : begin], own[begin:]
@@ -60,8 +60,8 @@ def read_log(cluster: Cluster | None, server: PipelineServer, run: Json, step: s
     """The log of a step, of its newest attempt that has one.
 
     Args:
-        cluster: where its pods are; None where nobody is logged in.
-        server: which may keep what pods have printed after they are gone.
+        cluster: where its pods are; None if there is no login.
+        server: may keep the logs of pods that are gone.
         run: the run as the API describes it.
         step: the step.
         pods: all pods of the run.
@@ -77,7 +77,7 @@ def read_log(cluster: Cluster | None, server: PipelineServer, run: Json, step: s
         lines = _lines(text or "")
         if f"{step}: started" in lines:  # else it may be another step's: the server names none
             return StepLog(lines)
-    for pod in (pod for pod in own if pod.is_driver):  # one that failed: there is nothing of the step itself
+    for pod in (pod for pod in own if pod.is_driver):  # a failed one: the step itself has no log
         log = _of_pod(cluster, pod)
         if log.lines:
             return log
@@ -86,7 +86,7 @@ def read_log(cluster: Cluster | None, server: PipelineServer, run: Json, step: s
 
 
 def _of_pod(cluster: Cluster | None, pod: StepPod) -> StepLog:
-    """The log of one pod; a remark where it has none, or none that can be read."""
+    """The log of one pod; a remark if it has none or it cannot be read."""
     assert cluster is not None
     try:
         with explained(cluster, "read logs"):
@@ -97,7 +97,7 @@ def _of_pod(cluster: Cluster | None, pod: StepPod) -> StepLog:
         return StepLog([], f"the pod {pod.name} is gone, and its log with it")
     except Tune16Error as error:
         return StepLog([], str(error))
-    return StepLog(_lines(text)) if text.strip() else StepLog([], f"the pod {pod.name} has said nothing yet")
+    return StepLog(_lines(text)) if text.strip() else StepLog([], f"the pod {pod.name} has printed nothing yet")
 
 
 def _lines(text: str) -> list[str]:
@@ -106,7 +106,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _kept(cluster: Cluster | None, server: PipelineServer, run: Json, step: str) -> Iterator[str | None]:
-    """What the server may have kept of a step, one try after the other."""
+    """The logs that the server may have kept of a step, one attempt at a time."""
     for node in _nodes(run, step):
         yield server.read_archived_log(run["run_id"], node)
     if cluster is not None:

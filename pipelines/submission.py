@@ -23,7 +23,7 @@ def submit(server: PipelineServer, cluster: Cluster | None, recipe: Recipe, name
 
     Args:
         server: where.
-        cluster: where versions of the pipeline may have been applied; None where nobody is logged in.
+        cluster: where versions of the pipeline may have been applied; None if there is no login.
         recipe: every setting.
         name: the run's name, to which the time is added.
         uploaded: take the newest version that the server has instead of this installation's own.
@@ -32,7 +32,7 @@ def submit(server: PipelineServer, cluster: Cluster | None, recipe: Recipe, name
         The run as the API describes it.
 
     Raises:
-        Tune16Error: it could not be started; whatever had been made on the way is removed again.
+        Tune16Error: it could not be started; whatever was created on the way has been removed.
     """
     with ExitStack() as undo:
         version = ensure_version(server, cluster, undo, uploaded)
@@ -68,10 +68,10 @@ def pipeline_spec(version: Json) -> Json:
 def ensure_version(server: PipelineServer, cluster: Cluster | None, undo: ExitStack, uploaded: bool) -> Json:
     """The version to run, with its spec; uploaded where the server does not have this content yet.
 
-    A version that an overlay was applied of is named after all that was patched into it; its description has this name.
+    A version applied from an overlay is named after all of its patches; its description contains this name.
 
     Raises:
-        Tune16Error: `uploaded` asks for what is there, and nothing is; or the server refuses.
+        Tune16Error: `uploaded` is set but the server has no version; or the server refuses.
     """
     name = version_name()
 
@@ -116,7 +116,7 @@ def _read_version(server: PipelineServer, version: Json) -> Json:
 
 
 def ensure_experiment(server: PipelineServer, undo: ExitStack) -> Json:
-    """The experiment that all runs belong to, made where it is not there."""
+    """The experiment that all runs belong to, created if it does not exist."""
     experiment = server.find_experiment(EXPERIMENT)
     if experiment is None:
         experiment = server.create_experiment(EXPERIMENT)
@@ -125,7 +125,7 @@ def ensure_experiment(server: PipelineServer, undo: ExitStack) -> Json:
 
 
 def _remove(delete: Callable[..., None], *ids: str) -> None:
-    """Remove what a failed submission made; if that fails too, say so and let the first error through."""
+    """Remove what a failed submission created; if that fails too, report it and let the first error through."""
     try:
         delete(*ids)
     except Tune16Error as error:
@@ -133,14 +133,14 @@ def _remove(delete: Callable[..., None], *ids: str) -> None:
 
 
 def parameters(recipe: Recipe, version: Json) -> Json:
-    """The form filled in from the recipe; what it leaves to the cluster stays as the version's own form has it.
+    """The form filled in from the recipe; what the recipe leaves to the cluster keeps the version's own default.
 
     Raises:
-        Tune16Error: the version is of another release, whose form has other fields.
+        Tune16Error: the version is from another release, whose form has other fields.
     """
     if set(FORM) != set(pipeline_spec(version)["root"]["inputDefinitions"]["parameters"]):
         raise Tune16Error(
-            f"The version {version.get('display_name')} on the server is of another release: its form has other "
+            f"The version {version.get('display_name')} on the server is from another release: its form has other "
             "fields. Apply this release's manifests, or leave out --uploaded."
         )
     default = Recipe().cluster

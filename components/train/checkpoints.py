@@ -155,7 +155,7 @@ class Checkpoints:
             if isinstance(error, DamagedError):
                 remove(step)
             return None
-        say("train", f"going on from the checkpoint of step {step:,} on {place}")
+        say("train", f"continuing from the checkpoint of step {step:,} on {place}")
         return path
 
     def fetch(self, step: int) -> Path:

@@ -102,7 +102,7 @@ class TestTraining:
         assert not (tmp_path / "adapter").exists()
         capsys.readouterr()
         assert _train(lesson, tmp_path / "adapter", **settings) == wanted
-        assert "going on from the checkpoint of step" in capsys.readouterr().out
+        assert "continuing from the checkpoint of step" in capsys.readouterr().out
         assert not list(tmp_path.glob(".*"))
 
     @pytest.mark.parametrize("engine", ["tune16", "trl"])
@@ -160,7 +160,7 @@ def _write(folder: Path, size: int) -> None:
 def test_the_newest_is_taken_and_old_ones_go(kept: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
     assert [path.name for path in sorted(kept.folder.glob("step-*"))] == ["step-00000002", "step-00000003"]
     assert kept.newest() == kept.folder / "step-00000003"
-    assert "train: going on from the checkpoint of step 3 on this disk" in capsys.readouterr().out
+    assert "train: continuing from the checkpoint of step 3 on this disk" in capsys.readouterr().out
     assert Checkpoints({**FACTS, "data": "c"}, Place(kept.folder.parent)).newest() is None
 
 
@@ -235,7 +235,7 @@ def test_a_disk_that_is_gone_is_made_up_for_from_s3(
     assert (newest / "state.json").read_bytes() == (
         tmp_path / "one" / first.key / newest.name / "state.json"
     ).read_bytes()
-    assert "going on from the checkpoint of step 7 on S3" in capsys.readouterr().out
+    assert "continuing from the checkpoint of step 7 on S3" in capsys.readouterr().out
     s3.write(bucket, f"team/checkpoints/{first.key}/step-00000007/state.json", b"{}")
     shutil.rmtree(tmp_path / "two")
     with second.held():

@@ -299,7 +299,7 @@ def test_fix_mends_what_it_can_and_says_so(tmp_path: Path) -> None:
     }
     assert not _check(found.clean).counts
     assert sorted(item.name for item in tmp_path.iterdir()) == ["rows.clean.jsonl", "rows.jsonl"]
-    with pytest.raises(Tune16Error, match="is there already"):
+    with pytest.raises(Tune16Error, match="exists already"):
         check_data(str(path), PrepareConfig(), fix=True)
 
 
@@ -318,6 +318,6 @@ def test_the_command_in_all_its_outputs(tmp_path: Path) -> None:
     assert ended.exit_code == 0
     assert "rows.jsonl:6: prompt" in (tmp_path / "r.html").read_text()
     ended = CliRunner().invoke(app, ["data", "check", str(path)])
-    assert "template-token" in ended.stdout and "6 rows that can be read, 0 errors, 1 warnings" in ended.stdout
+    assert "template-token" in ended.stdout and "6 readable rows, 0 errors, 1 warnings" in ended.stdout
     good = _write(tmp_path / "good.jsonl", *make_rows(random.Random(1), 5))
     assert CliRunner().invoke(app, ["data", "check", str(good)]).exit_code == 0

@@ -308,7 +308,7 @@ def test_another_models_endpoint_of_the_same_name_is_left_alone(cluster: Cluster
     with pytest.raises(Tune16Error, match="belongs to s3://bucket/tune16/Llama-2 7B_chat. Choose another last part"):
         deploy(found, "other/Llama-2 7B_chat", PLACING, DeployConfig(runtime="llama.cpp"))
     del cluster.service["metadata"]["annotations"]["tune16.dev/path"]
-    with pytest.raises(Tune16Error, match="belongs to somebody else"):
+    with pytest.raises(Tune16Error, match="belongs to another owner"):
         run(version=NEW)
     assert cluster.model.serves == alias(PATH, OLD, "llama.cpp")
 

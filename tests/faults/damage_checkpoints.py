@@ -112,7 +112,7 @@ def _damage(folder: Path, kept: dict[str, Path], wanted: Any, number: int, rng: 
     outcome = {
         "kind": kind,
         "in_s3": in_s3,
-        "right": is_said and f"going on from the checkpoint of step {step_of(whole):,} " in text,
+        "right": is_said and f"continuing from the checkpoint of step {step_of(whole):,} " in text,
         "same": code == 0 and _result(work / "adapter") == wanted,
     }
     print(f"{number + 1}: {outcome}", flush=True)

@@ -79,7 +79,7 @@ class World:
 
     def retry(self, request: Request, key: str) -> Any:
         answer = self._retry(request, key)
-        log = "train: started\ntrain: going on from the checkpoint of step 4\n"
+        log = "train: started\ntrain: continuing from the checkpoint of step 4\n"
         add_step_pod(self.cluster, self.killed, "train", log)
         self.succeed(self.server.runs[key])
         return answer
@@ -137,8 +137,8 @@ def test_everything_is_tried_and_nothing_is_left(
         "model registry": "skipped",
         "removal": "ok",
     }
-    assert found["failing step"][1] == "it said: s3://…: nothing is there."
-    assert found["killed pod and retry"][1] == "training went on from its checkpoint after the retry"
+    assert found["failing step"][1] == "it reported: s3://…: nothing is there."
+    assert found["killed pod and retry"][1] == "training resumed from its checkpoint after the retry"
     assert "Hello." in found["endpoint"][1]
     assert pipelines_api.runs == {} and pipelines_api.recurring_runs == {} and pipelines_api.versions == {}
     assert not [key for key in kubernetes_api.objects if key[1] == "inferenceservices"]

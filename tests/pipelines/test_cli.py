@@ -31,7 +31,7 @@ def call(*command: str | Path, **environment: str) -> subprocess.CompletedProces
 
 def test_plan_prints_a_table_or_json() -> None:
     table = call(BIN / "tune16", "plan", "llama2-7b-16gb")
-    assert table.returncode == 0 and "frozen linears" in table.stdout and "together, of 14.20" in table.stdout
+    assert table.returncode == 0 and "frozen linears" in table.stdout and "total, of 14.20" in table.stdout
     plan = json.loads(call(BIN / "tune16", "plan", "mistral-7b-16gb", "--json").stdout)
     assert plan["fits"] and plan["total"] == sum(plan["parts"].values()) and plan["hours"] is None
 

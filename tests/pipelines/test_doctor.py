@@ -56,7 +56,7 @@ def test_a_node_whose_disk_is_too_small_is_told(
     status = {"allocatable": {**GPU_NODE["status"]["allocatable"], "ephemeral-storage": "20Gi"}}
     kubernetes_api.add("v1", "nodes", GPU_NODE | {"status": status})
     found = examined(**large)["disk"]
-    assert found.outcome == "problem" and "lets pods have 20.00 GiB" in found.text
+    assert found.outcome == "problem" and "offers 20.00 GiB" in found.text
     assert examined()["disk"].outcome == "ok"
 
 
@@ -89,7 +89,7 @@ def test_everything_is_right(examined: Callable[..., Findings]) -> None:
     assert outcomes.pop("pipeline server") == "unknown"  # --host names another one
     assert set(outcomes.values()) == {"ok"}, found
     assert "developer at http" in found["login"].text
-    assert "1 fitting: gpu-1" in found["GPU"].text
+    assert "1 suitable: gpu-1" in found["GPU"].text
     assert "tools:0.1.0" in found["images"].text
 
 
@@ -137,7 +137,7 @@ def without(plural: str) -> Callable[[KubernetesApi], None]:
         (
             node(spec={"taints": [{"key": "team", "value": "b", "effect": "NoSchedule"}]}),
             "GPU",
-            "nobody tolerates the taint team=b:NoSchedule of gpu-1",
+            "gpu-1 has the taint team=b:NoSchedule, which is not tolerated",
         ),
         (
             quota(requests__memory="8Gi"),
@@ -180,7 +180,7 @@ def test_settings_that_do_not_fit_the_cluster(examined: Callable[..., Findings],
     assert examined()["runner's rights"].outcome == "ok"
     finding = examined(train={"num_nodes": 2})["runner's rights"]
     assert "may not create trainjobs. Apply manifests/base" in finding.text
-    assert "there are 1 fitting nodes, but train.num_nodes is 2" in examined(train={"num_nodes": 2})["GPU"].text
+    assert "suitable nodes: 1, but train.num_nodes is 2" in examined(train={"num_nodes": 2})["GPU"].text
 
 
 def test_keys_and_values_of_the_connection(
@@ -220,7 +220,7 @@ def test_a_wrong_login_and_a_dead_server(
     kubernetes_api.token = "renewed"
     found = examined()
     assert found["login"].outcome == "problem" and "Log in again: oc login" in found["login"].text
-    assert found["GPU"].text == "not looked at, because the login failed."
+    assert found["GPU"].text == "not checked, because the login failed."
     kubernetes_api.token = "good"
     pipelines_api.forbidden = True
     assert "may not use the pipeline server" in examined()["API"].text
@@ -265,7 +265,7 @@ def queued(quota: int, *resources: str, **spec: Any) -> Callable[[KubernetesApi]
 @pytest.mark.parametrize(
     ("queue", "change", "outcome", "message"),
     [
-        ("", queued(1), "ok", "stand in none"),
+        ("", queued(1), "ok", "use none"),
         ("gpus", queued(100 * 2**30, "cpu", "memory", doctor.GPU), "ok", "gpus can admit the step train"),
         ("gpus", queued(100 * 2**30, "cpu", "memory"), "problem", "ClusterQueue all does not cover nvidia.com/gpu"),
         ("gpus", queued(0, "cpu", "memory", doctor.GPU), "problem", "has 0 cpu in all, and 4 are requested"),
@@ -300,7 +300,7 @@ def test_the_pipeline_server_of_the_namespace(call: Call, kubernetes_api: Kubern
     assert store and "submit uploads them, oc apply does not" in finding.text
     server["status"]["conditions"] = []
     code, out, err = call("doctor", "demo")
-    assert code == 2 and "problem  pipeline server: dspa is not ready: its operator has not looked at it yet" in out
+    assert code == 2 and "problem  pipeline server: dspa is not ready: its operator has not reconciled it yet" in out
     assert "Traceback" not in err
 
 

@@ -265,7 +265,7 @@ def test_a_pod_that_left_no_word(
     pipelines_api.set_tasks(started["run_id"], {"train": "FAILED"}, "FAILED")
     code, _, err = call("runs", "show", started["run_id"], "--wait")
     assert code == 1 and told in err
-    assert f"`tune16 runs retry {started['display_name']}` goes on" in err and "newest checkpoint" in err
+    assert f"`tune16 runs retry {started['display_name']}` continues" in err and "newest checkpoint" in err
     assert bool(status) == ("train: step 3/9" in err)
 
 
@@ -384,7 +384,7 @@ def test_an_evaluation_from_the_cache_is_found_and_a_later_one_is_not_taken_for_
     out = call("runs", "show", second["run_id"])[1]
     assert "from the cache" in out and "kept: the held-out loss" in out
     second["finished_at"] = since(5)  # before that evaluation was made
-    assert "the verdict is not known here" in call("runs", "show", second["run_id"])[1]
+    assert "the verdict is not available" in call("runs", "show", second["run_id"])[1]
 
 
 def test_without_the_bucket_the_logs_tell_the_verdict(
@@ -394,12 +394,12 @@ def test_without_the_bucket_the_logs_tell_the_verdict(
     add_step_pod(kubernetes_api, started, "upload", "upload: started\nupload: s3://b/m/v1 is champion 1\n")
     end(pipelines_api, started, "promoted")
     out = call("runs", "show", started["run_id"])[1]
-    assert "promoted: better." in out and "published s3://b/m/v1" in out and "the scores are not known here" in out
+    assert "promoted: better." in out and "published s3://b/m/v1" in out and "the scores are not available" in out
     assert " promoted " in call("runs")[1]  # as its steps tell
     kubernetes_api.forbid("GET", "secrets")
     assert "may not read the Secret" in call("runs", "show", started["run_id"])[1]
     kubernetes_api.fail("GET", "/log", 500, times=9)
-    assert "the verdict is not known here" in call("runs", "show", started["run_id"])[1]
+    assert "the verdict is not available" in call("runs", "show", started["run_id"])[1]
     kubernetes_api.fail("GET", "/log", 500, times=9)
     assert "cannot read logs: 500" in call("runs", "logs", started["run_id"])[1]
 

@@ -72,7 +72,7 @@ def test_wait_follows_to_the_end(call: Call, pipelines_api: PipelineApi) -> None
         "train running",
         "train succeeded after 0 s",
         "run succeeded",
-        "the verdict is not known here: the bucket's endpoint http://s3.svc answers inside the cluster only.",
+        "the verdict is not available: the bucket's endpoint http://s3.svc is reachable only inside the cluster.",
     ]
 
 
@@ -133,7 +133,7 @@ def test_a_schedule_is_made_once_changed_paused_and_deleted(call: Call, pipeline
     assert call("schedule", "delete", "weekly")[0] == 0
     assert pipelines_api.recurring_runs == {}
     code, _, err = call("schedule", "pause", "weekly")
-    assert code == 2 and "There is no schedule 'weekly'. There are: none." in err
+    assert code == 2 and "There is no schedule 'weekly'. Schedules: none." in err
 
 
 @pytest.mark.parametrize("path", ["/runs", "/recurringruns"])
@@ -198,7 +198,7 @@ def test_a_custom_ca(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("TUNE16_CA", str(ca))
         assert call("runs", "--host", api.url)[0] == 0
         monkeypatch.setenv("TUNE16_CA", str(tmp_path / "none"))
-        assert "there is no such file with a CA" in call("runs", "--host", api.url)[2]
+        assert "the CA file does not exist" in call("runs", "--host", api.url)[2]
 
 
 def test_the_server_is_found_by_its_route(
@@ -228,12 +228,12 @@ def test_the_server_is_found_by_its_route(
     code, _, err = call("runs", "--namespace", "elsewhere")
     assert code == 2 and "The namespace elsewhere has no pipeline server" in err
     monkeypatch.setenv("TUNE16_TOKEN", "mine")
-    assert "TUNE16_TOKEN, the kubeconfig's context stand-in is not a valid login" in call("runs")[2]
+    assert "the login (TUNE16_TOKEN, the kubeconfig's context stand-in) is invalid" in call("runs")[2]
     assert find_server(find_cluster(), "http://elsewhere").token == "mine"
     monkeypatch.delenv("TUNE16_TOKEN")
     assert find_server(find_cluster(), "http://elsewhere").token == ""  # a login's token goes over TLS only
     monkeypatch.setenv("KUBECONFIG", "/nowhere")
-    assert "Nobody is logged in to a cluster" in call("runs")[2]
+    assert "Not logged in to a cluster" in call("runs")[2]
 
 
 @pytest.mark.parametrize(
@@ -242,11 +242,11 @@ def test_the_server_is_found_by_its_route(
         (["submit", "nothing"], "There is no recipe 'nothing'"),
         (["submit", RECIPE, "--set", "train.rnk=3"], "Did you mean 'rank'?"),
         (["submit", RECIPE, "--set", "prepare.max_tokens=131072"], "does not fit the GPU"),
-        (["submit", "demo"], "http://s3.svc of the Secret tune16-connection answers inside the cluster only. Export"),
-        (["schedule", RECIPE], "Say when: --cron"),
+        (["submit", "demo"], "of the Secret tune16-connection is reachable only inside the cluster. Export"),
+        (["schedule", RECIPE], "Give either --cron"),
         (["schedule", RECIPE, "--cron", "0 25 * * *"], "the hour '25' is wrong. It takes 0 to 23"),
-        (["schedule", RECIPE, "--cron", "0 3 * * *", "--every", "7d"], "one of the two"),
-        (["schedule", RECIPE, "--every", "5m"], "10m at the least"),
+        (["schedule", RECIPE, "--cron", "0 3 * * *", "--every", "7d"], "Give either --cron"),
+        (["schedule", RECIPE, "--every", "5m"], "at least 10m"),
         (["submit", RECIPE, "--uploaded"], "has no pipeline 'tune16' yet"),
     ],
 )
