@@ -17,7 +17,7 @@ from components.runtime.steps import say
 
 
 @dataclass(frozen=True)
-class Pass:
+class MicroBatch:
     """Rows that go through the model together, one after the other.
 
     Attributes:
@@ -40,12 +40,12 @@ class Pass:
         positions: torch.Tensor,
         lengths: list[int],
         device: torch.device,
-    ) -> "Pass":
+    ) -> "MicroBatch":
         """Rows of these lengths, brought to the device."""
         tokens, labels, positions = (part.to(device, non_blocking=True).long() for part in (tokens, labels, positions))
         return cls(tokens, labels, positions, Segments.of_lengths(lengths, device))
 
-    def halves(self) -> "list[Pass]":
+    def halves(self) -> "list[MicroBatch]":
         """The rows in two micro-batches of about as many tokens; one if there is only one row."""
         lengths = self.segments.lengths
         if len(lengths) == 1:
@@ -54,9 +54,9 @@ class Pass:
         start = sum(lengths[:middle])
         return [self._part(0, start, lengths[:middle]), self._part(start, sum(lengths), lengths[middle:])]
 
-    def _part(self, start: int, end: int, lengths: list[int]) -> "Pass":
+    def _part(self, start: int, end: int, lengths: list[int]) -> "MicroBatch":
         part = slice(start, end)
-        return Pass.of(self.tokens[part], self.labels[part], self.positions[part], lengths, self.tokens.device)
+        return MicroBatch.of(self.tokens[part], self.labels[part], self.positions[part], lengths, self.tokens.device)
 
 
 class Engine:
@@ -92,14 +92,11 @@ class Engine:
         return sum(block.keep for block in self.blocks)
 
     def begin(self) -> None:
-        """Begin a new step if the last one's gradients have been dropped, as the Trainer does: with zeros."""
-        if self._views[0][0].grad is None:
-            self.gradients.zero_()
-            for parameter, gradient in self._views:
-                parameter.grad = gradient
+        """Begin a new step: with zeros."""
+        self.gradients.zero_()
 
     def accumulate(
-        self, batch: Pass, weight: float | torch.Tensor, backward: Callable[[torch.Tensor], None]
+        self, batch: MicroBatch, weight: float | torch.Tensor, backward: Callable[[torch.Tensor], None]
     ) -> torch.Tensor:
         """Add the gradients of ``weight x cross-entropy`` to those that are there; returns :meth:`sums`.
 
@@ -117,7 +114,11 @@ class Engine:
         return self._accumulate(batch, weight, backward, set())
 
     def _accumulate(
-        self, batch: Pass, weight: float | torch.Tensor, backward: Callable[[torch.Tensor], None], done: set[Block]
+        self,
+        batch: MicroBatch,
+        weight: float | torch.Tensor,
+        backward: Callable[[torch.Tensor], None],
+        done: set[Block],
     ) -> torch.Tensor:
         """As accumulate; the gradients of the blocks in `done` are added already."""
         if len(batch.segments.lengths) > 1 and self._most_tokens and len(batch.tokens) > self._most_tokens:
@@ -135,7 +136,7 @@ class Engine:
         self._step_back(batch)
         return self._accumulate(batch, weight, backward, done)
 
-    def _step_back(self, batch: Pass) -> None:
+    def _step_back(self, batch: MicroBatch) -> None:
         """Need less memory from now on.
 
         Raises:
@@ -160,7 +161,7 @@ class Engine:
                 f"{tokens * 3 // 4:,} or less."
             )
 
-    def sums(self, batch: Pass, done: set[Block] | None = None) -> torch.Tensor:
+    def sums(self, batch: MicroBatch, done: set[Block] | None = None) -> torch.Tensor:
         """Sums over the micro-batch's labels, [3]: cross-entropy (with a gradient), entropy, correct tokens.
 
         The backward leaves out blocks that are `done`, and adds the others to them.
@@ -170,7 +171,7 @@ class Engine:
             sums: torch.Tensor = HeadLoss.apply(x, self._decoder.norm, self._head, batch.labels)  # type: ignore[no-untyped-call]
         return sums
 
-    def hidden(self, batch: Pass, done: set[Block] | None = None) -> torch.Tensor:
+    def hidden(self, batch: MicroBatch, done: set[Block] | None = None) -> torch.Tensor:
         """The states after the last layer, before the final norm, [tokens, hidden]."""
         x: torch.Tensor = self._decoder.embed_tokens(batch.tokens).detach().requires_grad_(torch.is_grad_enabled())
         cos, sin = self._decoder.rotary_emb(x, position_ids=batch.positions[None])

@@ -73,7 +73,7 @@ def read_rows(path: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 def packed_dataset(
-    path: Path, capacity: int, seed: int, *, max_rows: int | None = None, rows_per_pass: int | None = None
+    path: Path, capacity: int, seed: int, *, max_rows: int | None = None, rows_per_micro_batch: int | None = None
 ) -> tuple[Dataset, float]:
     """The rows of a prepared file as micro-batches.
 
@@ -82,7 +82,7 @@ def packed_dataset(
         capacity: tokens of a micro-batch.
         seed: of the packing.
         max_rows: the first rows only.
-        rows_per_pass: do not pack, but take so many rows, shuffled.
+        rows_per_micro_batch: do not pack, but take so many rows, shuffled.
 
     Returns:
         A data set with a row per micro-batch: ``input_ids``, ``shift_labels`` (what each token has to predict,
@@ -90,16 +90,16 @@ def packed_dataset(
         ``num_tokens`` without padding; and the share of tokens that are not padding.
     """
     ids, labels = (column[:max_rows] for column in read_rows(path))
-    if rows_per_pass:
+    if rows_per_micro_batch:
         order = np.random.default_rng(seed).permutation(len(ids)).tolist()
-        groups = [order[start : start + rows_per_pass] for start in range(0, len(ids), rows_per_pass)]
+        groups = [order[start : start + rows_per_micro_batch] for start in range(0, len(ids), rows_per_micro_batch)]
     else:
         groups = pack([len(row) for row in ids], capacity, seed)
-    passes = [_join([ids[row] for row in group], [labels[row] for row in group], capacity) for group in groups]
+    micro_batches = [_join([ids[row] for row in group], [labels[row] for row in group], capacity) for group in groups]
     names = ("input_ids", "shift_labels", "position_ids", "lengths")
-    columns = {name: pa.array([one[index] for one in passes]) for index, name in enumerate(names)}
+    columns = {name: pa.array([one[index] for one in micro_batches]) for index, name in enumerate(names)}
     columns["num_tokens"] = pa.array([sum(len(ids[row]) for row in group) for group in groups])
-    share = sum(map(len, ids)) / sum(len(one[0]) for one in passes)
+    share = sum(map(len, ids)) / sum(len(one[0]) for one in micro_batches)
     return Dataset(pa.table(columns)).with_format("torch"), share
 
 

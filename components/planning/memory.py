@@ -26,7 +26,7 @@ _SPARE = 0.03  # share of the memory that is left for fragments; torch gives bac
 _HOST_SECONDS_PER_BLOCK = 1.6e-3  # that Python needs per micro-batch, forward and backward; measured on an H200's host
 HOST_MEMORY = 16 * GIBIBYTE  # for boundary activations: what the step train's pod has besides its own 8 GiB
 _LIBRARIES = 72 * 2**20  # workspaces of the matrix products
-_MOST_PASS_TOKENS = 65536
+_MOST_MICRO_BATCH_TOKENS = 65536
 _PLAIN_LOSS_CHUNK_TOKENS = 256
 _TILE_WORDS = 32768  # tokens of the vocabulary whose logits TRL's distillation loss holds at once
 
@@ -40,8 +40,8 @@ class MemoryPlan:
     Attributes:
         parts: bytes by what they are for.
         available: bytes that tensors may fill.
-        pass_tokens: tokens that go through the model at once.
-        num_passes: micro-batches of a step on each GPU.
+        micro_batch_tokens: tokens that go through the model at once.
+        num_micro_batches: micro-batches of a step on each GPU.
         num_kept: blocks, of two per decoder layer, that keep their activations; the others compute them again.
         num_blocks: all blocks.
         host: bytes of the host's memory that hold boundary activations; 0 keeps them on the GPU. At most
@@ -51,8 +51,8 @@ class MemoryPlan:
 
     parts: dict[str, int]
     available: int
-    pass_tokens: int
-    num_passes: int
+    micro_batch_tokens: int
+    num_micro_batches: int
     num_kept: int = 0
     num_blocks: int = 0
     host: int = 0
@@ -71,7 +71,7 @@ class MemoryPlan:
     @property
     def tokens_per_second(self) -> float | None:
         """Estimated speed of one GPU."""
-        return self.pass_tokens * self.num_passes / self.step_seconds if self.step_seconds else None
+        return self.micro_batch_tokens * self.num_micro_batches / self.step_seconds if self.step_seconds else None
 
     def lines(self) -> list[str]:
         """The plan as text: one line per part, how a step is run, and at last whether it fits."""
@@ -84,7 +84,7 @@ class MemoryPlan:
 
     def facts(self) -> list[str]:
         """How a step is run, in sentences."""
-        facts = [f"a step is {self.num_passes} micro-batches of {self.pass_tokens:,} tokens"]
+        facts = [f"a step is {self.num_micro_batches} micro-batches of {self.micro_batch_tokens:,} tokens"]
         if self.num_blocks:
             facts.append(f"activations kept in {self.num_kept} of {self.num_blocks} blocks (two per layer)")
         if self.host:
@@ -151,12 +151,12 @@ class Step:
         """The fastest plan that fits; if none does, the smallest. Without packing, it is the configured micro-batch."""
         tokens = self.train.micro_batch * self.train.gradient_accumulation * self.max_tokens
         if not self.train.packing:
-            pass_tokens = self.train.micro_batch * self.max_tokens
-            return self.fullest(pass_tokens, self.train.gradient_accumulation, available)
+            micro_batch_tokens = self.train.micro_batch * self.max_tokens
+            return self.fullest(micro_batch_tokens, self.train.gradient_accumulation, available)
         plans = []
-        for num_passes in self._splits(tokens):
-            pass_tokens = max(self.max_tokens, round_up(ceil(tokens / num_passes)))
-            plans.append(self.fullest(pass_tokens, num_passes, available))
+        for num_micro_batches in self._splits(tokens):
+            micro_batch_tokens = max(self.max_tokens, round_up(ceil(tokens / num_micro_batches)))
+            plans.append(self.fullest(micro_batch_tokens, num_micro_batches, available))
         fitting = [one for one in plans if one.fits and not one.host]
         if fitting:
             return max(fitting, key=lambda one: one.tokens_per_second or 0)
@@ -165,29 +165,29 @@ class Step:
     def _splits(self, tokens: int) -> list[int]:
         """Numbers of micro-batches to try: from all tokens in one to the longest row in each, about 5 % apart."""
         numbers, size = {1, max(1, tokens // self.max_tokens)}, float(self.max_tokens)
-        while size < min(tokens, _MOST_PASS_TOKENS):
+        while size < min(tokens, _MOST_MICRO_BATCH_TOKENS):
             numbers.add(ceil(tokens / size))
             size *= 1.05
         return sorted(numbers)
 
-    def fullest(self, pass_tokens: int, num_passes: int, available: int) -> MemoryPlan:
+    def fullest(self, micro_batch_tokens: int, num_micro_batches: int, available: int) -> MemoryPlan:
         """The plan with as many blocks that keep their activations as fit; if none does, with the host's memory."""
         low, high = 0, self.num_blocks
-        if not self.plan(pass_tokens, num_passes, 0, available).fits:
-            return self.plan(pass_tokens, num_passes, 0, available, True)
+        if not self.plan(micro_batch_tokens, num_micro_batches, 0, available).fits:
+            return self.plan(micro_batch_tokens, num_micro_batches, 0, available, True)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.plan(pass_tokens, num_passes, middle, available).fits
+            fits = self.plan(micro_batch_tokens, num_micro_batches, middle, available).fits
             low, high = (middle, high) if fits else (low, middle - 1)
-        return self.plan(pass_tokens, num_passes, low, available)
+        return self.plan(micro_batch_tokens, num_micro_batches, low, available)
 
     def plan(
-        self, pass_tokens: int, num_passes: int, num_kept: int, available: int, offload: bool = False
+        self, micro_batch_tokens: int, num_micro_batches: int, num_kept: int, available: int, offload: bool = False
     ) -> MemoryPlan:
         """The plan with this many blocks that keep their activations, or with boundaries in the host's memory."""
         shape, number = self.shape, self.bytes_per_number
         num_adapter = sum(self._adapter_numbers(kind) for kind in (_ATTENTION, _MLP)) * shape.num_layers
-        boundary, kept, working = max(self._moments(pass_tokens, num_kept, offload), key=sum)
+        boundary, kept, working = max(self._moments(micro_batch_tokens, num_kept, offload), key=sum)
         parts = {
             "frozen linears": shape.num_linear_weights * self._bytes_per_weight,
             "embedding and head": number * shape.num_embedding_weights,
@@ -202,19 +202,19 @@ class Step:
         return MemoryPlan(
             {name: round(size) for name, size in parts.items()},
             available,
-            pass_tokens,
-            num_passes,
+            micro_batch_tokens,
+            num_micro_batches,
             num_kept,
             self.num_blocks,
-            host=self.num_blocks * _pinned(pass_tokens * shape.hidden * number) if offload else 0,
-            step_seconds=self._seconds(pass_tokens, num_passes, num_kept, num_adapter),
+            host=self.num_blocks * _pinned(micro_batch_tokens * shape.hidden * number) if offload else 0,
+            step_seconds=self._seconds(micro_batch_tokens, num_micro_batches, num_kept, num_adapter),
         )
 
-    def more_that_keep(self, num_kept: int, pass_tokens: int, spare: int) -> int:
+    def more_that_keep(self, num_kept: int, micro_batch_tokens: int, spare: int) -> int:
         """How many further blocks can keep their activations in `spare` bytes."""
         more = 0
         for index in keep_order(self.num_blocks)[num_kept:]:
-            spare -= self._kept(index % 2, pass_tokens)
+            spare -= self._kept(index % 2, micro_batch_tokens)
             if spare < 0:
                 break
             more += 1
@@ -282,7 +282,7 @@ class Step:
         numbers = tokens * self.shape.hidden + at_once * (self.shape.vocabulary + 2 * self.shape.hidden)
         return self.bytes_per_number * numbers
 
-    def _seconds(self, tokens: int, num_passes: int, num_kept: int, num_adapter: int) -> float:
+    def _seconds(self, tokens: int, num_micro_batches: int, num_kept: int, num_adapter: int) -> float:
         """Estimated time of a step: products at the GPU's usual rate, everything else at its bandwidth.
 
         The bytes per token of norms, rotations, SwiGLU and LoRA's small products were counted once, on Llama-2-7b.
@@ -296,9 +296,9 @@ class Step:
             flops += 0 if index % 2 else 2 * shape.query * self.max_tokens / 4 * 2
         traffic = self.bytes_per_number * (80 * shape.hidden + 20 * shape.intermediate) * shape.num_layers
         weights = 2 * shape.num_linear_weights * (self._bytes_per_weight + self.bytes_per_number)
-        one_pass = tokens * (flops / gpu.flops + traffic / gpu.bandwidth) + weights / gpu.bandwidth
-        one_pass = max(one_pass, self.num_blocks * _HOST_SECONDS_PER_BLOCK)
-        return num_passes * one_pass + 18 * num_adapter / gpu.bandwidth
+        one_micro_batch = tokens * (flops / gpu.flops + traffic / gpu.bandwidth) + weights / gpu.bandwidth
+        one_micro_batch = max(one_micro_batch, self.num_blocks * _HOST_SECONDS_PER_BLOCK)
+        return num_micro_batches * one_micro_batch + 18 * num_adapter / gpu.bandwidth
 
 
 def nearest(shape: ModelShape, recipe: Recipe, teacher: ModelShape | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Says the progress of a training run, as lines."""
+"""Reports the progress of a training run, as lines."""
 
 import resource
 import time
@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from components.runtime.lines import Line
 from components.runtime.progress import PROGRESS, Progress
@@ -14,44 +13,34 @@ from components.runtime.progress import PROGRESS, Progress
 _HEARTBEAT_SECONDS = 300
 
 
-class ProgressLines(TrainerCallback):
-    """Says at each log entry: step, loss, speed, time left, memory; and every five minutes at least where it is."""
+class ProgressLines:
+    """Reports each log entry: step, loss, speed, time left, memory; and every five minutes at least the step.
 
-    def __init__(self) -> None:
+    Args:
+        step: from which this process continues.
+        num_steps: of the whole run.
+        tokens: that were trained on before.
+    """
+
+    def __init__(self, step: int, num_steps: int, tokens: int) -> None:
         self._started = self._said = time.monotonic()
-        self._first_step = self._first_token = 0
+        self._first_step, self._num_steps, self._first_token = step, num_steps, tokens
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock; a run may go on from a checkpoint, with steps and tokens of another process."""
-        self._started = self._said = time.monotonic()
-        self._first_step = state.global_step
-        self._first_token = max((entry.get("num_tokens", 0) for entry in state.log_history), default=0)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Say where it is if nothing has been said for a while."""
+    def step(self, step: int) -> None:
+        """Report the step if nothing was reported for a while."""
         if time.monotonic() - self._said > _HEARTBEAT_SECONDS:
-            self._say(Progress(state.global_step, state.max_steps))
+            self._say(Progress(step, self._num_steps))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Say one line per training loss and per held-out loss."""
-        logs = logs or {}
-        if "eval_loss" in logs:
-            self._say(Progress(state.global_step, state.max_steps, held_out=logs["eval_loss"]))
-        elif "loss" in logs:
-            elapsed = time.monotonic() - self._started
-            left = elapsed / (state.global_step - self._first_step) * (state.max_steps - state.global_step)
-            speed = (logs.get("num_tokens", 0) - self._first_token) / elapsed
-            loss = float(logs["loss"])
-            self._say(Progress(state.global_step, state.max_steps, loss, speed, left / 60, self.peak_memory()))
+    def log(self, entry: dict[str, Any]) -> None:
+        """Report a training loss or a held-out loss."""
+        step = entry["step"]
+        if "eval_loss" in entry:
+            self._say(Progress(step, self._num_steps, held_out=entry["eval_loss"]))
+            return
+        elapsed = time.monotonic() - self._started
+        left = elapsed / (step - self._first_step) * (self._num_steps - step)
+        speed = (entry["num_tokens"] - self._first_token) / elapsed
+        self._say(Progress(step, self._num_steps, entry["loss"], speed, left / 60, self.peak_memory()))
 
     def _say(self, progress: Progress) -> None:
         self._said = time.monotonic()

@@ -1,6 +1,5 @@
-"""The step train: QLoRA on the quantised base model with TRL, PEFT and bitsandbytes."""
+"""The step train: QLoRA on the quantised base model, by the engine or by TRL, in one loop."""
 
-import math
 import tempfile
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -10,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
-from trl import DistillationConfig, SFTConfig, SFTTrainer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, set_seed
 
 from components.config import QuantizeConfig, TrainConfig
 from components.engine.engine import unsupported
-from components.engine.packing import packed_dataset
-from components.models.loading import available_memory, bound_float16, card_facts, choose_dtype, load_base
+from components.models.loading import available_memory, card_facts, choose_dtype, load_base
 from components.models.references import parse
 from components.models.shapes import read_shape
 from components.models.tensors import weight_files
@@ -31,19 +27,22 @@ from components.runtime.report import significant
 from components.runtime.retry import patience
 from components.runtime.steps import TERMINATED_EXIT_CODE, deferred_termination, say
 from components.storage.files import file_digest
-from components.train.arguments import sequences_per_step, training_arguments
+from components.train import processes
 from components.train.checkpoints import Checkpoints, Place
-from components.train.engine_trainer import EngineTrainer, least_over_processes
+from components.train.learner import EngineLearner, Learner
+from components.train.loop import Loop
+from components.train.processes import agreed, is_first, least, of_first
 from components.train.progress import ProgressLines
 from components.train.report import write_report
-from components.train.state import Resumable, agree_on_newest, agreed, is_first, read_passes
-
-_MAX_EVALUATED_ROWS = 200
+from components.train.seal import step_of
+from components.train.state import read_split
+from components.train.trackers import Trackers
+from components.train.trl import distillation_learner, plain_learner
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What a run is made of: the outputs of the steps quantize and prepare, a teacher's weights, and the settings.
+    """The inputs of a run: the outputs of the steps quantize and prepare, a teacher's weights, and the settings.
 
     Raises:
         Tune16Error: weights and rows are not of the same model.
@@ -103,11 +102,11 @@ class TrainingInputs:
         }
 
 
-def train_adapter(lesson: TrainingInputs, output: Path, place: Place) -> dict[str, float]:
+def train_adapter(inputs: TrainingInputs, output: Path, place: Place) -> dict[str, float]:
     """Train an adapter, from the newest whole checkpoint of this very run if there is one.
 
     Args:
-        lesson: what the run is made of.
+        inputs: the inputs of the run.
         output: becomes a folder with the adapter in PEFT's format, the tokenizer and ``report.html``.
         place: where checkpoints are kept.
 
@@ -118,195 +117,150 @@ def train_adapter(lesson: TrainingInputs, output: Path, place: Place) -> dict[st
         Tune16Error: a setting does not suit the model or the device, or another process works on the same run.
         SystemExit: the process was asked to end; a checkpoint has been kept.
     """
-    checkpoints = Checkpoints(lesson.facts(), place)
+    processes.join()
+    checkpoints = Checkpoints(inputs.facts(), place)
     with ExitStack() as stack:
-        with _outlasting(lesson.config):
+        with _outlasting(inputs.config):
             stack.enter_context(checkpoints.held() if is_first() else nullcontext())
         with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-            trainer = _train(lesson, checkpoints, Path(scratch))
-            metrics = _metrics(trainer)
-            _save(trainer, folder, lesson.quantized["model"])
-            write_report(trainer.state.log_history, metrics, lesson.config, folder)
+            loop = _train(inputs, checkpoints, Path(scratch))
+            metrics = _metrics(loop)
+            _save(loop.learner.model, inputs, folder)
+            write_report(loop.history, metrics, inputs.config, folder)
             write_record(
                 folder,
                 "train",
-                lesson.config,
-                model=lesson.quantized["model"],
-                teacher=lesson.teachers_name,
-                bits=lesson.quantized["config"]["bits"],
-                compute_dtype=str(lesson.dtype).removeprefix("torch."),
-                data=lesson.prepared["data"],
-                held_out_sha256=lesson.prepared["held_out_sha256"],
-                prepare=lesson.prepared["config"],
-                stop_token=lesson.prepared["stop_token"],
+                inputs.config,
+                model=inputs.quantized["model"],
+                teacher=inputs.teachers_name,
+                bits=inputs.quantized["config"]["bits"],
+                compute_dtype=str(inputs.dtype).removeprefix("torch."),
+                data=inputs.prepared["data"],
+                held_out_sha256=inputs.prepared["held_out_sha256"],
+                prepare=inputs.prepared["config"],
+                stop_token=inputs.prepared["stop_token"],
                 metrics=metrics,
-                losses=_losses(trainer.state.log_history),
+                losses=_losses(loop.history),
             )
         if is_first():
             checkpoints.finish()
     return metrics
 
 
-def _train(lesson: TrainingInputs, checkpoints: Checkpoints, scratch: Path) -> Resumable:
-    """Put the trainer together and let it train to its last step, or until one of the processes is asked to end."""
+def _train(inputs: TrainingInputs, checkpoints: Checkpoints, scratch: Path) -> Loop:
+    """Put the run together and let it train to its last step, or until one of the processes is asked to end."""
     for line in card_facts():
         say("train", line)
-    arguments = training_arguments(lesson.config, lesson.dtype, lesson.max_tokens, scratch)
-    with _outlasting(lesson.config):
-        newest = agree_on_newest(checkpoints, lesson.config.num_nodes > 1)
-    build = _distillation_trainer if lesson.config.method == "distill" else _sft_trainer
-    trainer = build(lesson, arguments, newest)
-    _schedule(trainer, lesson)
-    with deferred_termination() as termination:
-        trainer.protect(checkpoints, lesson.config.checkpoint_minutes * 60, termination)
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-        (is_asked,) = agreed(termination.is_asked)  # of all processes: none publishes what another calls unfinished
-        if is_asked or trainer.state.global_step < trainer.state.max_steps:
-            if is_first():
-                checkpoints.wait()
-            agreed(False)  # the others stay until the checkpoint is kept: with the first of them gone, all are ended
-            raise SystemExit(TERMINATED_EXIT_CODE)
-    return trainer
+    trackers = Trackers(inputs.config, inputs.quantized) if is_first() else None
+    try:
+        with _outlasting(inputs.config):
+            newest = newest_of_all(checkpoints, inputs.config.num_nodes > 1)
+        learner = make_learner(inputs, scratch, newest)
+        log = trackers.log if trackers else lambda entry: None
+        loop = Loop(learner, inputs.config, inputs.dtype, checkpoints, log)
+        say("train", f"{loop.num_steps:,} steps, {inputs.dtype}")
+        with deferred_termination() as termination:
+            if not loop.run(newest, termination):
+                if is_first():
+                    checkpoints.wait()
+                agreed(
+                    False
+                )  # the others stay until the checkpoint is kept: with the first of them gone, all are ended
+                raise SystemExit(TERMINATED_EXIT_CODE)
+    finally:
+        if trackers:
+            trackers.end()
+    return loop
+
+
+def newest_of_all(checkpoints: Checkpoints, on_several_nodes: bool) -> Path | None:
+    """The checkpoint that the first process finds, on every process's disk."""
+    newest = checkpoints.newest(in_s3_only=on_several_nodes) if is_first() else None
+    step = of_first(step_of(newest) if newest else None)
+    return newest if newest or step is None else checkpoints.fetch(step)
 
 
 def _outlasting(config: TrainConfig) -> AbstractContextManager[None]:
-    """Wait for a storage that is away where several nodes begin, which wait for each other; not while they train."""
+    """Wait for a storage that does not answer where several nodes begin, which wait for each other; not later."""
     return patience() if config.num_nodes > 1 else nullcontext()
 
 
-def _sft_trainer(lesson: TrainingInputs, arguments: SFTConfig, newest: Path | None) -> Resumable:
-    """The trainer on the answers of the data, with the engine where it can take this model."""
-    base = load_base(lesson.weights, lesson.dtype)
-    has_bfloat16 = int(lesson.dtype == torch.bfloat16)
-    if least_over_processes(has_bfloat16) != has_bfloat16:
-        raise Tune16Error("train.compute_dtype: the nodes' cards differ, and some have no bfloat16. Set it to float16.")
-    shared: dict[str, Any] = {
-        "processing_class": AutoTokenizer.from_pretrained(lesson.rows / "tokenizer", trust_remote_code=False),
-        "peft_config": _lora(lesson.config, base),
-        "callbacks": [ProgressLines()],
-    }
-    step = _step(lesson)
-    reason = unsupported(base, step.shape, lesson.max_tokens) if lesson.config.engine == "tune16" else "engine is trl"
-    if not reason:
-        return _engine_trainer(base, lesson, arguments, step, shared, newest)
-    say("train", f"plain TRL and PEFT, as {reason}")
-    rows, held_out = _rows(lesson.rows, arguments)
-    trainer = PlainTrainer(model=base, args=arguments, train_dataset=rows, eval_dataset=held_out, **shared)
-    _keep_adapter_in_float32(trainer)
-    return trainer
+def make_learner(inputs: TrainingInputs, scratch: Path, newest: Path | None = None) -> Learner:
+    """What computes losses and gradients: the engine where it can take this model, else TRL.
 
-
-class PlainTrainer(Resumable, SFTTrainer):
-    """TRL's own trainer, with checkpoints."""
-
-
-def _schedule(trainer: Trainer, lesson: TrainingInputs) -> None:
-    """Set when the trainer logs and looks at the rows held out."""
-    trainer.remove_callback(PrinterCallback)  # ProgressLines says it in a line
-    steps = math.ceil(len(trainer.train_dataset) / sequences_per_step(trainer.args))
-    steps = max(1, math.ceil(steps * lesson.config.epochs))
-    trainer.args.eval_steps = max(1, steps // lesson.config.num_evaluations)
-    trainer.args.logging_steps = max(1, steps // 50)
-    say("train", f"{steps:,} steps, {lesson.dtype}")
-
-
-def _rows(data: Path, arguments: TrainingArguments) -> tuple[Dataset, Dataset]:
-    """The tokenised rows to train on, and those to look at now and then."""
-    rows, held_out = (
-        Dataset.from_parquet(
-            str(data / f"{name}.parquet"), columns=["input_ids", "labels"], cache_dir=arguments.output_dir
-        )
-        for name in ("train", "held_out")
-    )
-    return rows, held_out.select(range(min(len(held_out), _MAX_EVALUATED_ROWS)))
-
-
-def _distillation_trainer(lesson: TrainingInputs, arguments: DistillationConfig, newest: Path | None) -> Resumable:
-    """The trainer that learns from a teacher.
+    Args:
+        inputs: the inputs of the run.
+        scratch: a folder for what TRL writes.
+        newest: the checkpoint to continue from: a run keeps the micro-batches it began with.
 
     Raises:
-        Tune16Error: the teacher's weights are missing or another model's, or there are too few rows for one step.
+        Tune16Error: a setting does not suit the model or the device.
     """
-    from components.train.distillation import GivenAnswersTrainer, fit_teacher
-
-    if lesson.teacher is None or not lesson.teachers_name:
-        raise Tune16Error("train.teacher: its weights are not there. Run the step quantize with this teacher first.")
-    student = load_base(lesson.weights, lesson.dtype)
-    rows, held_out = _rows(lesson.rows, arguments)
-    left_over = len(rows) % sequences_per_step(arguments)
-    if left_over == len(rows):
-        raise Tune16Error(
-            f"train: {len(rows)} rows are fewer than one step of {sequences_per_step(arguments)}. Lower "
-            "train.micro_batch or train.gradient_accumulation."
-        )
-    say("train", f"learning from {lesson.teachers_name}; {left_over} rows an epoch fill no step")
-    trainer = GivenAnswersTrainer(
-        model=student,
-        teacher_model=fit_teacher(load_base(lesson.teacher, lesson.dtype), student),
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        processing_class=AutoTokenizer.from_pretrained(lesson.rows / "tokenizer", trust_remote_code=False),
-        peft_config=_lora(lesson.config, student),
-        callbacks=[ProgressLines()],
+    config = inputs.config
+    set_seed(config.seed)
+    base = load_base(inputs.weights, inputs.dtype)
+    has_bfloat16 = int(inputs.dtype == torch.bfloat16)
+    if least(has_bfloat16) != has_bfloat16:
+        raise Tune16Error("train.compute_dtype: the nodes' GPUs differ, and some lack bfloat16. Set it to float16.")
+    lora, tokenizer = (
+        _lora(config, base),
+        AutoTokenizer.from_pretrained(inputs.rows / "tokenizer", trust_remote_code=False),
     )
-    _keep_adapter_in_float32(trainer)
-    return trainer
+    facts = {"dtype": inputs.dtype, "max_tokens": inputs.max_tokens, "scratch": scratch}
+    if config.method == "distill":
+        return distillation_learner(base, _teacher(inputs), lora, inputs.rows, tokenizer, config, **facts)
+    step = _step(inputs)
+    reason = unsupported(base, step.shape, inputs.max_tokens) if config.engine == "tune16" else "engine is trl"
+    if reason:
+        say("train", f"using plain TRL and PEFT: {reason}")
+        return plain_learner(base, lora, inputs.rows, tokenizer, config, **facts)
+    planned = _plan(step, newest) if torch.cuda.is_available() else None
+    return EngineLearner(get_peft_model(base, lora), inputs.rows, step, planned)
 
 
-def _engine_trainer(
-    base: Any, lesson: TrainingInputs, arguments: SFTConfig, step: Step, shared: dict[str, Any], newest: Path | None
-) -> EngineTrainer:
-    """The engine's trainer: on a GPU a step is split into the passes that the memory plan finds fastest.
-
-    A run that goes on keeps the passes it began with. Without a GPU a pass has as many tokens as the configuration's
-    micro-batch.
-    """
-    config = lesson.config
-    tokens, planned = config.micro_batch * step.max_tokens, None
-    if torch.cuda.is_available():
-        planned = _plan(step, least_over_processes(available_memory()), read_passes(newest) if newest else None)
-        tokens, arguments.gradient_accumulation_steps = planned.pass_tokens, planned.num_passes
-        for line in (planned if _card() else replace(planned, step_seconds=None)).lines():
-            say("train", line)
-    rows_per_pass = None if config.packing else config.micro_batch
-    rows, share = packed_dataset(lesson.rows / "train.parquet", tokens, config.seed, rows_per_pass=rows_per_pass)
-    held_out, _ = packed_dataset(lesson.rows / "held_out.parquet", tokens, config.seed, max_rows=_MAX_EVALUATED_ROWS)
-    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = 1
-    arguments.packing = arguments.gradient_checkpointing = arguments.remove_unused_columns = False
-    arguments.dataset_kwargs = {"skip_prepare_dataset": True}
-    say("train", f"engine: passes of {tokens:,} tokens, {share:.1%} filled")
-    return EngineTrainer(step, planned, model=base, args=arguments, train_dataset=rows, eval_dataset=held_out, **shared)
-
-
-def _plan(step: Step, available: int, begun_with: tuple[int, int] | None) -> MemoryPlan:
-    """The plan for this GPU, with the passes that the run has begun with, if it has.
+def _teacher(inputs: TrainingInputs) -> Any:
+    """The teacher's model.
 
     Raises:
-        Tune16Error: the rows, or these passes, do not fit.
+        Tune16Error: its weights are missing.
     """
+    if inputs.teacher is None or not inputs.teachers_name:
+        raise Tune16Error("train.teacher: its weights are missing. Run the step quantize with this teacher first.")
+    say("train", f"learning from {inputs.teachers_name}")
+    return load_base(inputs.teacher, inputs.dtype)
+
+
+def _plan(step: Step, newest: Path | None) -> MemoryPlan:
+    """The plan for this GPU, with the micro-batches that the run has begun with, if it has.
+
+    Raises:
+        Tune16Error: the rows, or these micro-batches, do not fit.
+    """
+    available, begun_with = least(available_memory()), read_split(newest) if newest else None
     planned = step.fullest(*begun_with, available) if begun_with else step.solve(available)
     if not planned.fits:
         raise Tune16Error(
-            f"train: {'passes' if begun_with else 'rows'} of {planned.pass_tokens:,} tokens need "
+            f"train: {'micro-batches' if begun_with else 'rows'} of {planned.micro_batch_tokens:,} tokens need "
             f"{planned.total / 2**30:.1f} GiB of this GPU's {planned.available / 2**30:.1f}, and "
-            f"{planned.host / 2**30:.0f} of the {HOST_MEMORY // 2**30} GiB that may wait in the host's memory. "
+            f"{planned.host / 2**30:.0f} of the {HOST_MEMORY // 2**30} GiB available in the host's memory. "
             + (
-                "The run began on a larger GPU: go on there, or remove its checkpoints."
+                "The run began on a larger GPU: continue there, or remove its checkpoints."
                 if begun_with
                 else "Lower max_tokens_per_row or lora_rank; see `tune16 plan`."
             )
         )
+    for line in (planned if _card() else replace(planned, step_seconds=None)).lines():
+        say("train", line)
     return planned
 
 
-def _step(lesson: TrainingInputs) -> Step:
+def _step(inputs: TrainingInputs) -> Step:
     """A training step on this quantised model, as the memory plan sees it."""
-    content = read_json(lesson.weights / "config.json")
+    content = read_json(inputs.weights / "config.json")
     content.pop("quantization_config", None)
-    bits = QuantizeConfig(bits=lesson.quantized["config"]["bits"])
-    shape = read_shape(content, str(lesson.weights))
-    return Step(shape, bits, lesson.config, lesson.max_tokens, _card() or Gpu.usual(), lesson.dtype.itemsize)
+    bits = QuantizeConfig(bits=inputs.quantized["config"]["bits"])
+    shape = read_shape(content, str(inputs.weights))
+    return Step(shape, bits, inputs.config, inputs.max_tokens, _card() or Gpu.usual(), inputs.dtype.itemsize)
 
 
 def _card() -> Gpu | None:
@@ -318,7 +272,7 @@ def _lora(config: TrainConfig, base: Any) -> LoraConfig:
     """The adapter's configuration.
 
     Raises:
-        Tune16Error: a target is no linear layer of this model.
+        Tune16Error: a target is not a linear layer of this model.
     """
     targets: str | list[str] = config.target_modules
     if targets != "all-linear":
@@ -342,36 +296,18 @@ def _lora(config: TrainConfig, base: Any) -> LoraConfig:
     )
 
 
-def _keep_adapter_in_float32(trainer: Trainer) -> None:
-    """TRL makes a 4-bit model's adapter bfloat16 whatever the device; float16's loss scaling needs float32.
-
-    In float16 the activations are bounded, too.
-    """
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if trainer.args.fp16:
-        bound_float16(trainer.model)
-
-
-def _metrics(trainer: Resumable) -> dict[str, float]:
+def _metrics(loop: Loop) -> dict[str, float]:
     """The run in numbers, rounded for people."""
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    if not losses or not all(map(math.isfinite, losses + held_out)):
-        raise Tune16Error(
-            "train: the loss became NaN or infinite. Lower learning_rate, or set compute_dtype to float32."
-        )
-    num_tokens = max(entry.get("num_tokens", 0) for entry in history)
+    losses = [entry["loss"] for entry in loop.history if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in loop.history if "eval_loss" in entry]
     metrics = {
         "train_loss_first": losses[0],
         "train_loss_last": losses[-1],
         "held_out_loss": held_out[-1],
-        "steps": trainer.state.global_step,
-        "tokens": num_tokens,
-        "tokens_per_second": num_tokens / trainer.seconds,
-        "seconds": trainer.seconds,
+        "steps": loop.step,
+        "tokens": loop.tokens,
+        "tokens_per_second": loop.tokens / loop.seconds,
+        "seconds": loop.seconds,
         "peak_memory_gib": ProgressLines.peak_memory(),
     }
     return {name: significant(value) for name, value in metrics.items()}
@@ -386,14 +322,13 @@ def _losses(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def _save(trainer: Trainer, folder: Path, model: str) -> None:
+def _save(model: PeftModel, inputs: TrainingInputs, folder: Path) -> None:
     """Write the adapter as PEFT reads it, naming the base model it belongs to, and the tokenizer."""
-    reference = parse(model, "model")
-    adapter = trainer.accelerator.unwrap_model(trainer.model)
-    config = adapter.peft_config["default"]
+    reference = parse(inputs.quantized["model"], "model")
+    config = model.peft_config["default"]
     config.base_model_name_or_path = reference.address if reference.scheme == "hf" else str(reference)
     config.revision = reference.pin if reference.scheme == "hf" else None
     config.target_modules = sorted(config.target_modules)  # PEFT keeps a set, whose order is another in each process
-    adapter.save_pretrained(folder)
+    model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the step evaluate writes a full one
-    trainer.processing_class.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(inputs.rows / "tokenizer", trust_remote_code=False).save_pretrained(folder)

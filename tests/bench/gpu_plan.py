@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 
 from components.config import QuantizeConfig, TrainConfig
 from components.engine import attention
-from components.engine.engine import Engine, Pass
+from components.engine.engine import Engine, MicroBatch
 from components.planning.gpus import Gpu, known_gpu
 from components.planning.memory import GIBIBYTE, MemoryPlan, Step
 from tests.bench.random_models import MAX_TOKENS, draw_length, make_model, shape_of
@@ -59,7 +59,7 @@ def main() -> None:
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def chats(tokens: int, vocabulary: int, seed: int = 0) -> Iterator[Pass]:
+def chats(tokens: int, vocabulary: int, seed: int = 0) -> Iterator[MicroBatch]:
     """Passes of rows of chat-like lengths, with random tokens."""
     source = random.Random(seed)
     torch.manual_seed(seed)
@@ -67,14 +67,14 @@ def chats(tokens: int, vocabulary: int, seed: int = 0) -> Iterator[Pass]:
         lengths: list[int] = []
         while sum(lengths) < tokens:
             lengths.append(min(draw_length(source), tokens - sum(lengths)))
-        yield one_pass(lengths, vocabulary)
+        yield one_micro_batch(lengths, vocabulary)
 
 
-def one_pass(lengths: list[int], vocabulary: int) -> Pass:
+def one_micro_batch(lengths: list[int], vocabulary: int) -> MicroBatch:
     """A pass of random rows."""
     positions = torch.cat([torch.arange(length) for length in lengths])
     tokens = torch.randint(3, vocabulary, positions.shape)
-    return Pass.of(tokens, tokens.roll(-1), positions, lengths, torch.device("cuda"))
+    return MicroBatch.of(tokens, tokens.roll(-1), positions, lengths, torch.device("cuda"))
 
 
 def adapt(model: Any, rank: int, dropout: float, targets: str | list[str] = "all-linear") -> Any:
@@ -95,7 +95,7 @@ class Run:
         self.optimizer = bnb.optim.PagedAdamW8bit([self.engine.values], lr=1e-4)
         self.scaler = torch.amp.GradScaler(enabled=scaled)
 
-    def step(self, batch: Pass) -> torch.Tensor:
+    def step(self, batch: MicroBatch) -> torch.Tensor:
         """One pass and one step of the optimiser; returns the mean loss."""
         weight = 1 / len(batch.tokens)
         sums = self.engine.accumulate(batch, weight, lambda loss: self.scaler.scale(loss).backward())
@@ -195,7 +195,7 @@ def find_longest() -> list[dict[str, Any]]:
         run.engine.offload = bool(plan.host)
         started = time.monotonic()
         try:
-            loss = run.step(one_pass([tokens], shape.vocabulary)).item()
+            loss = run.step(one_micro_batch([tokens], shape.vocabulary)).item()
         except Exception as error:
             print(f"longest: {tokens:,} tokens: {str(error)[:200]}", flush=True)
             break
@@ -242,7 +242,7 @@ def compare_losses(steps: int = 200, layers: int = 8) -> dict[str, Any]:
     return result
 
 
-def _plain_step(model: Any, batch: Pass) -> torch.Tensor:
+def _plain_step(model: Any, batch: MicroBatch) -> torch.Tensor:
     total = torch.zeros((), device="cuda")
     for start, end in pairwise(batch.segments.bounds.tolist()):
         with torch.autocast("cuda", torch.bfloat16):

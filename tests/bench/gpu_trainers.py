@@ -26,12 +26,12 @@ WARM_UP, STEPS = 3, 10
 # name: trainer, model, and what differs from the reference recipe
 SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tune16, bf16": ("tune16", "llama2-7b", {}),
-    "tune16, 4 passes a step": ("tune16", "llama2-7b", {"gradient_accumulation": 4}),
+    "tune16, 4 micro-batches": ("tune16", "llama2-7b", {"gradient_accumulation": 4}),
     "tune16, dropout 0.1": ("tune16", "llama2-7b", {"dropout": 0.1}),
     "tune16, fp16 as on a T4": ("tune16", "llama2-7b", {"compute_dtype": "float16"}),
     "trl + peft, 4 rows padded": ("trl", "llama2-7b", {}),
     "unsloth, packed, 4 x 1,024": ("unsloth", "llama2-7b", {"packing": True}),
-    "unsloth, packed, 4 passes a step": ("unsloth", "llama2-7b", {"packing": True, "gradient_accumulation": 4}),
+    "unsloth, packed, 4 micro-batches": ("unsloth", "llama2-7b", {"packing": True, "gradient_accumulation": 4}),
     "unsloth, packed, dropout 0.1": ("unsloth", "llama2-7b", {"packing": True, "dropout": 0.1}),
     "unsloth, packed, fp16": ("unsloth", "llama2-7b", {"packing": True, "compute_dtype": "float16"}),
     "tune16, llama3.1-8b": ("tune16", "llama3.1-8b", {}),
@@ -96,6 +96,8 @@ def measure(trainer_name: str, model_name: str, settings: dict[str, Any], scratc
         import unsloth  # noqa: F401  (before everything that it changes)
     import torch
 
+    from components.runtime.steps import Termination
+
     card = "CPU"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -103,16 +105,21 @@ def measure(trainer_name: str, model_name: str, settings: dict[str, Any], scratc
         torch.cuda.set_per_process_memory_fraction(BUDGET * GIBIBYTE / properties.total_memory)
     model, rows = _inputs(model_name, scratch)
     torch.cuda.empty_cache()
-    build = {"tune16": build_tune16, "trl": build_trl, "unsloth": build_unsloth}[trainer_name]
-    trainer = build(model, rows, settings, scratch)
-    counted = _Counted(trainer)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if trainer_name == "tune16":
+        counted = loop = timed_loop(model, rows, settings, scratch)
+        loop.run(None, Termination())
+        history = loop.history
+    else:
+        trainer = {"trl": build_trl, "unsloth": build_unsloth}[trainer_name](model, rows, settings, scratch)
+        counted = _Counted(trainer)
+        trainer.train()
+        history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
     return {
-        "tokens_per_second": round(counted.tokens / counted.seconds),
+        "tokens_per_second": round(counted.timed_tokens / counted.timed_seconds),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIBIBYTE, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIBIBYTE, 2),
-        "seconds_per_step": round(counted.seconds / STEPS, 4),
+        "seconds_per_step": round(counted.timed_seconds / STEPS, 4),
         "losses": [round(float(losses[0]), 3), round(float(losses[-1]), 3)],
         "card": card,
         "versions": _versions(),
@@ -151,7 +158,7 @@ class _Counted:
         import torch
         from transformers import TrainerCallback
 
-        self.tokens, self.seconds, self._seen = 0, 0.0, 0
+        self.timed_tokens, self.timed_seconds, self._seen = 0, 0.0, 0
         collate = trainer.data_collator
         counted = self
 
@@ -165,23 +172,42 @@ class _Counted:
                     if torch.cuda.is_available():
                         torch.cuda.synchronize()
                     sign = -1 if state.global_step == WARM_UP else 1
-                    counted.seconds += sign * time.monotonic()
-                    counted.tokens += sign * counted._seen
+                    counted.timed_seconds += sign * time.monotonic()
+                    counted.timed_tokens += sign * counted._seen
                 control.should_training_stop = state.global_step >= WARM_UP + STEPS
 
         trainer.data_collator = count
         trainer.add_callback(Clock())
 
 
-def build_tune16(model: Path, rows: Path, settings: dict[str, Any], scratch: Path) -> Any:
-    """The project's own trainer, as the step train builds it."""
+def timed_loop(model: Path, rows: Path, settings: dict[str, Any], scratch: Path) -> Any:
+    """The project's own loop, as the step train builds it, which counts its tokens and its time once warmed up."""
+    import torch
 
     from components.config import TrainConfig
     from components.engine import attention
-    from components.runtime.steps import Termination
-    from components.train import trainer
-    from components.train.arguments import training_arguments
     from components.train.checkpoints import Checkpoints, Place
+    from components.train.loop import Loop
+    from components.train.trainer import TrainingInputs, make_learner
+
+    class TimedLoop(Loop):
+        timed_tokens, timed_seconds, _counted = 0, 0.0, 0
+
+        def _take_step(self) -> None:
+            super()._take_step()
+            self._counted += self._unseen[-1][2]
+            if self.step in (WARM_UP, WARM_UP + STEPS):
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                sign = -1 if self.step == WARM_UP else 1
+                self.timed_seconds += sign * time.monotonic()
+                self.timed_tokens += sign * self._counted
+
+        def evaluate(self) -> None:
+            pass
+
+        def _keep(self) -> None:
+            pass  # what a checkpoint costs, gpu_checkpoints.py measures
 
     if settings["compute_dtype"] == "float16":
         attention._FIRST_CAPABILITY_WITH_FLASH = (99, 0)  # what a card before Ampere has
@@ -192,15 +218,11 @@ def build_tune16(model: Path, rows: Path, settings: dict[str, Any], scratch: Pat
         compute_dtype=settings["compute_dtype"],
         num_evaluations=1,
     )
-    lesson = trainer.TrainingInputs(model, rows, config)
-    built = trainer._sft_trainer(
-        lesson, training_arguments(config, lesson.dtype, lesson.max_tokens, scratch / "out"), None
-    )
-    trainer._schedule(built, lesson)
-    built.protect(Checkpoints({}, Place(scratch / "checkpoints")), 1e9, Termination())
-    built._save_checkpoint = lambda *_: None  # what a checkpoint costs, gpu_checkpoints.py measures
-    built.args.eval_strategy = "no"
-    return built
+    inputs = TrainingInputs(model, rows, config)
+    checkpoints = Checkpoints({}, Place(scratch / "checkpoints"))
+    loop = TimedLoop(make_learner(inputs, scratch / "out"), config, inputs.dtype, checkpoints)
+    loop.num_steps = WARM_UP + STEPS
+    return loop
 
 
 def _arguments(rows: Path, settings: dict[str, Any], scratch: Path) -> tuple[Any, Any]:

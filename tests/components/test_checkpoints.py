@@ -23,6 +23,7 @@ from components.storage import s3
 from components.storage.files import file_digest
 from components.train.checkpoints import FOLDER_VARIABLE, Checkpoints, Place
 from components.train.launch import train
+from components.train.loop import Loop
 from components.train.progress import ProgressLines
 from components.train.seal import SEAL
 
@@ -60,14 +61,14 @@ def _train(lesson: dict[str, Path], output: Path, path: str = "", **settings: An
 
 def _ask_to_end_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM once this step has been logged."""
-    on_log = ProgressLines.on_log
+    log = ProgressLines.log
 
-    def logged(self: ProgressLines, args: Any, state: Any, control: Any, logs: Any = None, **options: Any) -> None:
-        on_log(self, args, state, control, logs, **options)
-        if state.global_step == step and "loss" in logs:
+    def logged(self: ProgressLines, entry: dict[str, Any]) -> None:
+        log(self, entry)
+        if entry["step"] == step and "loss" in entry:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(ProgressLines, "on_log", logged)
+    monkeypatch.setattr(ProgressLines, "log", logged)
 
 
 class TestTraining:
@@ -109,16 +110,16 @@ class TestTraining:
     def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
         self, lesson: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
     ) -> None:
-        on_step_end = ProgressLines.on_step_end
+        take_step = Loop._take_step
 
-        def spoil(self: ProgressLines, args: Any, state: Any, control: Any, **options: Any) -> None:
-            on_step_end(self, args, state, control, **options)
-            if state.global_step == 3:
-                for parameter in options["model"].parameters():
-                    parameter.data.fill_(float("nan")) if parameter.requires_grad else None
+        def spoil(self: Loop) -> None:
+            take_step(self)
+            if self.step == 3:
+                for parameter in self.learner.parameters:
+                    parameter.data.fill_(float("nan"))
 
-        monkeypatch.setattr(ProgressLines, "on_step_end", spoil)
-        with pytest.raises(Tune16Error, match=r"the loss of step 4 is no finite number. Lower train.learning_rate"):
+        monkeypatch.setattr(Loop, "_take_step", spoil)
+        with pytest.raises(Tune16Error, match=r"the loss became NaN or infinite at step 4. Lower train.learning_rate"):
             _train(lesson, tmp_path / "adapter", engine=engine)
         assert not (tmp_path / "adapter").exists()
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from components.config import PrepareConfig, QuantizeConfig, TrainConfig
 from components.engine import attention, blocks, kernels, loss
 from components.engine.attention import Segments
-from components.engine.engine import Engine, Pass, unsupported
+from components.engine.engine import Engine, MicroBatch, unsupported
 from components.engine.packing import pack, packed_dataset
 from components.models.loading import bound_float16, load_base
 from components.models.shapes import read_shape
@@ -57,16 +57,16 @@ def adapted(folder: Path, targets: str | list[str] = "all-linear", **options: An
     return get_peft_model(base, config).train()
 
 
-def packed(rows: list[int] = ROWS) -> Pass:
+def packed(rows: list[int] = ROWS) -> MicroBatch:
     torch.manual_seed(1)
     positions = torch.cat([torch.arange(length) for length in rows])
     tokens = torch.randint(3, 90, positions.shape)
     labels = tokens.roll(-1)
     labels[torch.rand(labels.shape) < 0.2] = IGNORED
-    return Pass(tokens, labels, positions, Segments.of_lengths(rows))
+    return MicroBatch(tokens, labels, positions, Segments.of_lengths(rows))
 
 
-def plain_gradients(model: Any, batch: Pass) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def plain_gradients(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sums, and the gradients of the summed loss; each row by itself, so that no mask is needed."""
     sums, bounds = torch.zeros(3), batch.segments.bounds.tolist()
     for start, end in itertools.pairwise(bounds):
@@ -81,7 +81,7 @@ def plain_gradients(model: Any, batch: Pass) -> tuple[torch.Tensor, dict[str, to
     return sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def gradients(model: Any, batch: Pass, keep: str = "none") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(model: Any, batch: MicroBatch, keep: str = "none") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     engine = Engine(model)
     for index, block in enumerate(engine.blocks):
         block.keep = keep == "all" or (keep == "some" and index % 3 == 0)
@@ -313,9 +313,11 @@ def test_passes_hold_the_rows_and_their_next_tokens(rows: Path) -> None:
 
 @pytest.mark.slow
 def test_fifty_steps_have_the_plain_losses(quantized: Callable[..., Path], rows: Path) -> None:
-    """Plain PEFT and torch's AdamW against the engine and its flat adapter: the same passes in the same order."""
+    """Plain PEFT and torch's AdamW against the engine and its flat adapter: the same batches in the same order."""
     dataset, _ = packed_dataset(rows / "train.parquet", 256, seed=1)
-    passes = [Pass(*(one[name] for name in COLUMNS), Segments.of_lengths(one["lengths"].tolist())) for one in dataset]
+    micro_batches = [
+        MicroBatch(*(one[name] for name in COLUMNS), Segments.of_lengths(one["lengths"].tolist())) for one in dataset
+    ]
     plain, fused = adapted(quantized("llama")), adapted(quantized("llama"))
     engine = Engine(fused)
     optimizers = [
@@ -323,7 +325,7 @@ def test_fifty_steps_have_the_plain_losses(quantized: Callable[..., Path], rows:
         torch.optim.AdamW([engine.values], lr=1e-3),
     ]
     for step in range(50):
-        batch = passes[step % len(passes)]
+        batch = micro_batches[step % len(micro_batches)]
         count = int((batch.labels >= 0).sum())
         expected = plain_gradients(plain, batch)[0][0] / count
         got = engine.accumulate(batch, 1.0, torch.Tensor.backward)[0] / count

@@ -61,7 +61,10 @@ def test_a_plan_that_fits_keeps_its_promises(
     wanted = recipe(memory, max_tokens=max_tokens, micro_batch=rows, gradient_accumulation=passes, rank=rank, bits=bits)
     found = plan(shape, wanted, GPUS["t4"])
     assert found.fits == (found.total <= memory * GIBIBYTE and found.host <= HOST_MEMORY)
-    assert found.pass_tokens >= max_tokens and found.pass_tokens * found.num_passes >= rows * passes * max_tokens
+    assert (
+        found.micro_batch_tokens >= max_tokens
+        and found.micro_batch_tokens * found.num_micro_batches >= rows * passes * max_tokens
+    )
     assert 0 <= found.num_kept <= found.num_blocks and (found.tokens_per_second or 0) > 0
     more = plan(shape, recipe(memory + 8, **{**wanted.train.model_dump(), "max_tokens": max_tokens, "bits": bits}))
     assert more.fits or not found.fits
@@ -108,12 +111,12 @@ def test_what_never_fits_gets_the_nearest_that_does() -> None:
 def test_the_plain_road_has_a_plan_of_its_own() -> None:
     windowed = dataclasses.replace(LLAMA, window=512)  # which the engine leaves to it
     for found in (plan(LLAMA, recipe(engine="trl")), plan(windowed, recipe())):
-        assert "attention mask" in found.parts and found.num_blocks == 0 and found.pass_tokens == 4096
+        assert "attention mask" in found.parts and found.num_blocks == 0 and found.micro_batch_tokens == 4096
 
 
 def test_without_packing_a_pass_is_a_micro_batch() -> None:
     found = plan(LLAMA, recipe(packing=False, micro_batch=2, gradient_accumulation=8))
-    assert (found.pass_tokens, found.num_passes) == (2048, 8)
+    assert (found.micro_batch_tokens, found.num_micro_batches) == (2048, 8)
 
 
 def test_gpus_by_name() -> None:
@@ -138,7 +141,7 @@ def test_gpus_by_the_name_they_report(reported: str, name: str) -> None:
 
 def test_long_rows_and_float32_and_no_host_where_the_gpu_has_room() -> None:
     assert known_gpu("some card") is None
-    assert plan(LLAMA, recipe(max_tokens=65536)).pass_tokens == 65536
+    assert plan(LLAMA, recipe(max_tokens=65536)).micro_batch_tokens == 65536
     half, full = (plan(LLAMA, recipe(24, compute_dtype=name, bits=16)) for name in ("float16", "float32"))
     assert full.parts["frozen linears"] == 2 * half.parts["frozen linears"]
     assert not plan(LLAMA, recipe(9, max_tokens=4096), GPUS["t4"]).host

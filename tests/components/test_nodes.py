@@ -253,7 +253,7 @@ def test_what_the_cluster_lacks_or_refuses(
         train(*inputs, tmp_path / "out", config, path=PATH)
     assert s3.list_objects(s3.default_bucket(), f"{PATH}/scratch/") == []
     monkeypatch.delenv("KUBECONFIG")
-    with pytest.raises(Tune16Error, match="several nodes are for a cluster"):
+    with pytest.raises(Tune16Error, match="training on several nodes needs a cluster"):
         train(*inputs, tmp_path / "out", config, path=PATH)
 
 

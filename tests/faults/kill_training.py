@@ -19,8 +19,8 @@ import peft  # noqa: F401
 from components.config import TrainConfig
 from components.runtime.outputs import read_record
 from components.storage.files import file_digest
-from components.train import engine_trainer
 from components.train.launch import train
+from components.train.loop import Loop
 from components.train.trainer import train_adapter  # noqa: F401
 from tests.faults.harness import Moment, after, child, report, write_lesson
 
@@ -111,7 +111,7 @@ def _moments(work: Path, number: int, seconds: float, rng: random.Random) -> Ite
 
 def _train(folder: Path, output: Path, config: TrainConfig, marker: Path | None = None) -> None:
     if marker:
-        evaluate = engine_trainer.EngineTrainer.evaluate
+        evaluate = Loop.evaluate
 
         def marked(*arguments: Any, **options: Any) -> Any:
             marker.touch()
@@ -120,7 +120,7 @@ def _train(folder: Path, output: Path, config: TrainConfig, marker: Path | None 
             finally:
                 marker.unlink()
 
-        engine_trainer.EngineTrainer.evaluate = marked  # type: ignore[method-assign]
+        Loop.evaluate = marked  # type: ignore[method-assign]
     train(folder / "weights", folder / "rows", output, config)
 
 
