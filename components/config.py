@@ -554,6 +554,34 @@ def form_values(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+def read_form(form: dict[str, Any]) -> "Recipe":
+    """The recipe of a filled-in form, of which every setting is checked.
+
+    Raises:
+        Tune16Error: a setting is unknown, given twice or out of its limits, or two do not belong together.
+    """
+    given: dict[str, dict[str, Any]] = {step: {} for step in CONFIG_OF_STEP}
+    for name, value in form.items():
+        step, _, field = FORM[name].partition(".")
+        given[step][field] = value
+    sections = {step: cls.load(given[step].pop(_OPTIONS, None), **given[step]) for step, cls in CONFIG_OF_STEP.items()}
+    return parse(Recipe, sections, where="form")
+
+
+def form_parameters() -> dict[str, tuple[type, Any]]:
+    """Each field of the form with its type and its default, which is that of its setting; None is none."""
+    parameters: dict[str, tuple[type, Any]] = {}
+    for name, setting in FORM.items():
+        step, _, field = setting.partition(".")
+        if field == _OPTIONS:
+            parameters[name] = (dict, {})
+            continue
+        info = CONFIG_OF_STEP[step].model_fields[field]
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        parameters[name] = (str if default is None else type(default), default)
+    return parameters
+
+
 def parse(cls: type[Config], values: Any, where: str, form_of: str = "") -> Config:
     """Validate `values` against `cls`; `where` names their origin in messages, `form_of` the step whose form they fill.
 

@@ -1,5 +1,7 @@
 """Pipeline wrapper of the step convert."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components import images
@@ -10,11 +12,11 @@ def convert(
     merged: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
     code: str,  # in the key of the cache
-    quantizations: str,
+    settings: dict[str, Any],
     gguf: dsl.Output[dsl.Model],
     gguf_report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Turn the merged model into quantised GGUF files, and ask each one the rows held out."""
+    """Turn the merged model into quantised GGUF files, and test each on the held-out rows."""
     from pathlib import Path
 
     from components.config import ConvertConfig
@@ -23,6 +25,6 @@ def convert(
     from components.runtime.steps import step
 
     with step("convert"):
-        config = ConvertConfig.load(quantizations=quantizations)
+        config = ConvertConfig.load(settings)
         convert_model(Path(merged.path), Path(rows.path), Path(gguf.path), config)
         copy_report(gguf.path, gguf_report.path)

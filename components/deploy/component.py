@@ -11,7 +11,7 @@ from components import images
 def deploy(
     manifest: dsl.Input[dsl.Artifact],
     path: str,
-    runtime: str,
+    settings: dict[str, Any],
     connection: str,
     model_id: str,
     version_id: str,
@@ -32,5 +32,5 @@ def deploy(
         published = read_json(Path(manifest.path))
         if still_champion(path, published["version"], "deploy"):
             placing = Placing(connection, model_id, version_id, node_selector, tolerations)
-            return deploy(published, path, placing, DeployConfig.load(runtime=runtime))
+            return deploy(published, path, placing, DeployConfig.load(settings))
     return ""

@@ -13,7 +13,7 @@ def evaluate(
     adapter: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
     code: str,  # in the key of the cache
-    options: dict[str, Any],
+    settings: dict[str, Any],
     path: str,
     champion: str,
     key: str,
@@ -31,7 +31,7 @@ def evaluate(
     from components.storage.records import keep_evaluation
 
     with step("evaluate"):
-        config = EvaluateConfig.load(options)
+        config = EvaluateConfig.load(settings)
         inputs = (Path(weights.path), Path(adapter.path), Path(rows.path))
         result = evaluate_adapter(*inputs, Path(evaluation.path), config, path, champion)
         keep_evaluation(path, key, Path(evaluation.path))

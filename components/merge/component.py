@@ -1,5 +1,7 @@
 """Pipeline wrapper of the step merge."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components import images
@@ -12,10 +14,10 @@ def merge(
     adapter: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
     evaluation: dsl.Input[dsl.Artifact],
-    dtype: str,
+    settings: dict[str, Any],
     merged: dsl.Output[dsl.Model],
 ) -> None:
-    """Add the adapter to the full-precision base model, and ask the result what it was judged by."""
+    """Add the adapter to the full-precision base model, and check the result as it was evaluated."""
     from pathlib import Path
 
     from components.config import MergeConfig
@@ -23,6 +25,6 @@ def merge(
     from components.runtime.steps import step
 
     with step("merge"):
-        config, judged = MergeConfig.load(dtype=dtype), (Path(rows.path), Path(evaluation.path))
+        config, judged = MergeConfig.load(settings), (Path(rows.path), Path(evaluation.path))
         numbers = merge_adapter(model, Path(adapter.path), Path(merged.path), config, *judged)
         merged.metadata.update(numbers)

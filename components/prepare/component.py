@@ -12,8 +12,7 @@ def prepare(
     model: str,
     code: str,  # in the key of the cache
     data: str,
-    max_tokens: int,
-    options: dict[str, Any],
+    settings: dict[str, Any],
     rows: dsl.Output[dsl.Dataset],
     data_report: dsl.Output[dsl.HTML],
 ) -> None:
@@ -26,6 +25,6 @@ def prepare(
     from components.runtime.steps import step
 
     with step("prepare"):
-        config = PrepareConfig.load(options, max_tokens=max_tokens)
+        config = PrepareConfig.load(settings)
         prepare_dataset(data, model, Path(rows.path), config)
         copy_report(rows.path, data_report.path)

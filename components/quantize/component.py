@@ -1,5 +1,7 @@
 """Pipeline wrapper of the step quantize."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components import images
@@ -10,7 +12,7 @@ def quantize(
     model: str,
     code: str,  # in the key of the cache
     teacher: str,
-    bits: int,
+    settings: dict[str, Any],
     weights: dsl.Output[dsl.Model],
 ) -> None:
     """Quantise the frozen base model once, and a teacher if there is one; later runs take them from the cache."""
@@ -22,6 +24,6 @@ def quantize(
     from components.runtime.steps import step
 
     with step("quantize"):
-        numbers = quantize_checkpoint(model, Path(weights.path), QuantizeConfig.load(bits=bits))
+        numbers = quantize_checkpoint(model, Path(weights.path), QuantizeConfig.load(settings))
         weights.metadata.update(numbers)
         quantize_teacher(teacher, Path(weights.path) / TEACHER)

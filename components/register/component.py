@@ -1,6 +1,6 @@
 """Pipeline wrapper of the step register."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kfp import dsl
 
@@ -11,7 +11,7 @@ from components import images
 def register(
     manifest: dsl.Input[dsl.Artifact],
     path: str,
-    server: str,
+    settings: dict[str, Any],
     connection: str,
     run_id: str,
     run_name: str,
@@ -30,7 +30,7 @@ def register(
         published, entry = read_json(Path(manifest.path)), Registered()
         if still_champion(path, published["version"], "register"):
             source = Source(run_id, run_name, connection)
-            entry = register_patiently(published, path, source, RegisterConfig.load(server=server))
+            entry = register_patiently(published, path, source, RegisterConfig.load(settings))
         write_json(Path(registered.path), entry.as_metadata())
         registered.metadata.update(entry.as_metadata())
     return entry.model_id, entry.version_id

@@ -12,10 +12,7 @@ def train(
     weights: dsl.Input[dsl.Model],
     rows: dsl.Input[dsl.Dataset],
     code: str,  # in the key of the cache
-    epochs: float,
-    learning_rate: float,
-    rank: int,
-    options: dict[str, Any],
+    settings: dict[str, Any],
     path: str,
     adapter: dsl.Output[dsl.Model],
     training_report: dsl.Output[dsl.HTML],
@@ -31,7 +28,7 @@ def train(
     from components.train.launch import train as train_adapter
 
     with step("train"):
-        config = TrainConfig.load(options, epochs=epochs, learning_rate=learning_rate, rank=rank)
+        config = TrainConfig.load(settings)
         folders = (Path(weights.path), Path(rows.path), Path(adapter.path))
         numbers = train_adapter(*folders, config, Path(weights.path) / TEACHER, path)
         copy_report(adapter.path, training_report.path)
