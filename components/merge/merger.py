@@ -26,6 +26,7 @@ from components.runtime.errors import Tune16Error
 from components.runtime.outputs import RECORD, new_folder, read_record, write_json, write_record
 from components.runtime.report import size
 from components.runtime.steps import say
+from components.storage.files import describe_files
 
 ADAPTER_FOLDER = "adapter"
 
@@ -83,7 +84,8 @@ def merge_adapter(
             shutil.copytree(adapter, folder / ADAPTER_FOLDER)
             if rows and evaluation:
                 check_published(folder, rows, evaluation)
-            write_record(folder, "merge", config, model=model, **numbers)
+            files = describe_files(folder / "merged")
+            write_record(folder, "merge", config, model=model, files=files, **numbers)
     say("merge", f"{numbers['num_merged']} weights merged, {size(numbers['bytes'])} written")
     return numbers
 

@@ -24,6 +24,7 @@ from components.quantize.architecture import check_weights
 from components.quantize.nf4 import quantize_nf4
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import new_folder, write_record
+from components.storage.files import describe_files
 
 _LLM_INT8_ROW_MAJOR = 0  # bitsandbytes' number for the plain weight layout
 
@@ -66,7 +67,7 @@ def quantize_checkpoint(model: str, output: Path, config: QuantizeConfig) -> dic
                 "bytes_after": rewrite(source, folder, partial(_parts, bits=config.bits), "quantize"),
             }
             _write_companions(source, folder, base_config, config.bits)
-            write_record(folder, "quantize", config, model=model, **numbers)
+            write_record(folder, "quantize", config, model=model, files=describe_files(folder), **numbers)
     return numbers
 
 

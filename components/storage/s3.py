@@ -294,6 +294,17 @@ def download(bucket: str, key: str, path: Path) -> None:
     attempt(f"s3://{bucket}/{key}", fetch)
 
 
+def copy(source_bucket: str, source_key: str, bucket: str, key: str, sha256: str) -> None:
+    """Let the server copy an object; the SHA-256 is kept with the copy.
+
+    Raises:
+        Tune16Error: the server cannot or may not.
+    """
+    source: Any = {"Bucket": source_bucket, "Key": source_key}
+    extra = {"Metadata": {"sha256": sha256}, "MetadataDirective": "REPLACE"}
+    attempt(f"s3://{bucket}/{key}", lambda: client().copy(source, bucket, key, ExtraArgs=extra, Config=_TRANSFER))
+
+
 def delete(bucket: str, key: str) -> None:
     """Delete one object; one that is not there counts as deleted."""
     attempt(f"s3://{bucket}/{key}", lambda: client().delete_object(Bucket=bucket, Key=key))

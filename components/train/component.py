@@ -30,6 +30,6 @@ def train(
     with step("train"):
         config = TrainConfig.load(settings)
         folders = (Path(weights.path), Path(rows.path), Path(adapter.path))
-        numbers = train_adapter(*folders, config, Path(weights.path) / TEACHER, path)
+        numbers = train_adapter(*folders, config, Path(weights.path) / TEACHER, path, (weights.uri, rows.uri))
         copy_report(adapter.path, training_report.path)
         log_metrics(training_metrics, compared(numbers))

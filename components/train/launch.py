@@ -53,6 +53,7 @@ def train(
     config: TrainConfig,
     teacher: Path | None = None,
     path: str = "",
+    uris: tuple[str, str] = ("", ""),
 ) -> dict[str, float]:
     """Train an adapter as :func:`components.train.trainer.train_adapter` does, on as many GPUs and nodes as asked for.
 
@@ -63,6 +64,7 @@ def train(
         config: the settings.
         teacher: the step quantize's output for the model to learn from.
         path: ``prefix/model-name`` in the connection's bucket, for checkpoints; empty keeps them on disk only.
+        uris: of the artifacts `weights` and `rows`, for several nodes.
 
     Raises:
         Tune16Error: as there; there are fewer GPUs than asked for, or the cluster cannot run a job on several nodes.
@@ -72,7 +74,7 @@ def train(
     if config.num_nodes > 1:
         from components.train.nodes import train_on_nodes
 
-        train_on_nodes(weights, rows, output, config, path)
+        train_on_nodes({"weights": (weights, uris[0]), "rows": (rows, uris[1])}, output, config, path)
     elif config.num_gpus > 1:
         train_in_processes(weights, rows, output, config, Group(), path)
     else:

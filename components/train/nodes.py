@@ -35,10 +35,16 @@ _TIMEOUT_SECONDS = (10, 60)  # to connect, to read
 _LAST_LINES = 8  # of a pod that failed without a message of ours
 
 
-def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig, path: str) -> None:
+def train_on_nodes(inputs: dict[str, tuple[Path, str]], output: Path, config: TrainConfig, path: str) -> None:
     """Train on ``num_nodes`` nodes with ``num_gpus`` GPUs each, from within a pod of the cluster.
 
-    A storage or an API that is away for a quarter of an hour ends nothing.
+    A storage or an API that does not answer for a quarter of an hour ends nothing.
+
+    Args:
+        inputs: ``weights`` and ``rows``, each with its folder and the URI of its artifact.
+        output: becomes the adapter's folder.
+        config: the settings.
+        path: ``prefix/model-name`` in the connection's bucket.
 
     Raises:
         Tune16Error: this is not a pod, the cluster serves no training jobs, the account may not make them, the job
@@ -54,7 +60,7 @@ def train_on_nodes(weights: Path, rows: Path, output: Path, config: TrainConfig,
         namespace = pod["metadata"]["namespace"]
         _check_queue(_look, pod, config)
         body = describe(kind, job, pod, scratch.address, config, kind is TRAIN_JOB and _has_patches())
-        with scratch.holding(weights, rows, config), _running(kind, namespace, body):
+        with scratch.holding(inputs, config), _running(kind, namespace, body):
             _follow(_Job(kind, namespace, body), scratch)
             with new_folder(output) as folder:
                 scratch.fetch_adapter(folder)

@@ -1,7 +1,8 @@
 """The folder in the bucket that a job on several nodes works in, between the step that began it and its pods.
 
     <prefix>/<model name>/scratch/tune16-train-<8 hexadecimal digits>/
-    weights/ rows/ config.json    what the job works on
+    config.json                   the settings, and where weights and rows are
+    weights/ rows/                unless the storage has them already, as outputs of the steps before
     alive                         renewed by the step every minute
     error-<node>                  what went wrong in a pod
     adapter/                      the result
@@ -26,6 +27,7 @@ from components.models.references import parse
 from components.runtime.errors import Tune16Error
 from components.runtime.retry import OUTAGE_SECONDS
 from components.storage import s3
+from components.storage.artifacts import find_artifact
 
 ALIVE_SECONDS = 60.0
 _ORPHANED_SECONDS = 2 * OUTAGE_SECONDS  # the step may have had to wait for the storage before it renewed ``alive``
@@ -78,18 +80,30 @@ class Scratch:
         return self._root.removesuffix(f"/{_ROOT}")
 
     @contextmanager
-    def holding(self, weights: Path, rows: Path, config: TrainConfig) -> Iterator[None]:
-        """The job's inputs in the bucket while it runs; what killed steps have left there goes too."""
+    def holding(self, inputs: dict[str, tuple[Path, str]], config: TrainConfig) -> Iterator[None]:
+        """The job's inputs in the bucket while it runs; what killed steps have left there goes too.
+
+        Args:
+            inputs: ``weights`` and ``rows``: each one's folder and the URI of its artifact, which the pods read where
+                it is, if it lies in the same storage.
+            config: the settings.
+        """
         self._remove_leftovers()
         try:
             self.renew()
-            s3.upload_folder(weights, self.bucket, f"{self.prefix}/weights")
-            s3.upload_folder(rows, self.bucket, f"{self.prefix}/rows")
-            content = json.dumps({"config": config.model_dump(), "path": self._path})
+            places = {name: self._provide(name, *found) for name, found in inputs.items()}
+            content = json.dumps({"config": config.model_dump(), "path": self._path, **places})
             s3.create(self.bucket, f"{self.prefix}/{_CONFIG}", content.encode())
             yield
         finally:
             self._remove(self.prefix)
+
+    def _provide(self, name: str, folder: Path, uri: str) -> str:
+        """The address of an input, which is brought into the bucket if the storage does not have it."""
+        if artifact := find_artifact(uri, folder):
+            return artifact.address
+        s3.upload_folder(folder, self.bucket, f"{self.prefix}/{name}")
+        return f"{self.address}/{name}"
 
     def renew(self) -> None:
         """Say that the step is still there."""
@@ -125,9 +139,9 @@ class Scratch:
 
     def fetch_inputs(self, folder: Path) -> tuple[Path, Path, TrainConfig, str]:
         """Bring weights and rows below `folder`; returns both, the settings, and the model's path in the bucket."""
-        weights = fetch(parse(f"{self.address}/weights", "model"), folder / "weights", ["*"])
-        rows = fetch(parse(f"{self.address}/rows", "data"), folder / "rows", ["*"])
         content = json.loads(s3.read(self.bucket, f"{self.prefix}/{_CONFIG}") or b"{}")
+        weights = fetch(parse(content["weights"], "model"), folder / "weights", ["*"])
+        rows = fetch(parse(content["rows"], "data"), folder / "rows", ["*"])
         return weights, rows, TrainConfig.model_validate(content["config"]), content["path"]
 
     def put_adapter(self, folder: Path) -> None:

@@ -93,13 +93,28 @@ class TrainingInputs:
         return {
             "model": self.quantized["model"],
             "teacher": self.teachers_name,
-            "weights": [file_digest(file) for folder in folders for file in weight_files(folder)],
+            "weights": [digest for folder in folders for digest in _checked_digests(folder)],
             "data": self.prepared["data"],
             "rows": [file_digest(self.rows / f"{name}.parquet") for name in ("train", "held_out")],
             "settings": settings,
             "number format": str(self.dtype),
             "versions": [build(), *map(version, ("torch", "transformers", "trl", "peft", "bitsandbytes"))],
         }
+
+
+def _checked_digests(folder: Path) -> list[str]:
+    """SHA-256 of each weight file.
+
+    Raises:
+        Tune16Error: one is not as the step quantize wrote it.
+    """
+    written = {file["path"]: file["sha256"] for file in read_record(folder, "quantize")["files"]}
+    digests = {file: file_digest(file) for file in weight_files(folder)}
+    if damaged := [file for file, digest in digests.items() if written.get(file.name) != digest]:
+        raise Tune16Error(
+            f"{damaged[0]}: is not the file that the step quantize wrote (its SHA-256 differs). Run it again."
+        )
+    return list(digests.values())
 
 
 def train_adapter(inputs: TrainingInputs, output: Path, place: Place) -> dict[str, float]:

@@ -25,7 +25,7 @@ def upload(
 
     with step("upload"):
         folders = (Path(merged.path), Path(gguf.path), Path(evaluation.path))
-        published = publish(*folders, UploadConfig.load(path=path))
+        published = publish(*folders, UploadConfig.load(path=path), (merged.uri, gguf.uri))
         keep_publication(path, run_id, published)
         write_json(Path(manifest.path), published)
         manifest.metadata.update(version=published["version"], address=published["address"])

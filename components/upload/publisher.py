@@ -23,14 +23,18 @@ from components.runtime.errors import Tune16Error
 from components.runtime.outputs import EVALUATION, REPORT, read_json, read_record, write_json
 from components.runtime.steps import say
 from components.storage import s3, versions
+from components.storage.artifacts import Artifact, copy_file, find_artifact
 from components.storage.files import describe_files
 from components.storage.lease import Lease, TakenOverError, held
 from components.upload.retention import remove_old
 
 _SAY_EVERY_SECONDS = 10
+_LEAST_COPIED_BYTES = 8 << 20
 
 
-def publish(merged: Path, gguf: Path, evaluation: Path, config: UploadConfig) -> dict[str, Any]:
+def publish(
+    merged: Path, gguf: Path, evaluation: Path, config: UploadConfig, uris: tuple[str, str] = ("", "")
+) -> dict[str, Any]:
     """Upload a merged model with its adapter, GGUF files and evaluation as a new version, and make it the champion.
 
     Args:
@@ -38,6 +42,7 @@ def publish(merged: Path, gguf: Path, evaluation: Path, config: UploadConfig) ->
         gguf: output of the step convert.
         evaluation: output of the step evaluate, with the verdict ``promoted``.
         config: where to.
+        uris: of the artifacts `merged` and `gguf`: what the same storage has already, it copies by itself.
 
     Returns:
         The manifest, with the version's name and address.
@@ -49,10 +54,13 @@ def publish(merged: Path, gguf: Path, evaluation: Path, config: UploadConfig) ->
     if read_record(evaluation, "evaluate")["verdict"] != PROMOTED:
         raise Tune16Error(f"{evaluation}: this model was not promoted, so it is not published.")
     with held(config.path, f"upload: publishing to s3://{s3.default_bucket()}/{config.path}") as lease:
-        return _publish(merged, gguf, evaluation, config.path, lease)
+        sources = {"": find_artifact(uris[0], merged), "gguf/": find_artifact(uris[1], gguf)}
+        return _publish(merged, gguf, evaluation, config.path, lease, sources)
 
 
-def _publish(merged: Path, gguf: Path, evaluation: Path, path: str, lease: Lease) -> dict[str, Any]:
+def _publish(
+    merged: Path, gguf: Path, evaluation: Path, path: str, lease: Lease, sources: dict[str, Artifact | None]
+) -> dict[str, Any]:
     lineage, settings = _lineage(merged, evaluation), _settings(merged, gguf, evaluation)
     before = versions.read_champion(path)
     published = _check_champion(path, before, lineage, settings)
@@ -64,6 +72,7 @@ def _publish(merged: Path, gguf: Path, evaluation: Path, path: str, lease: Lease
     with tempfile.TemporaryDirectory(dir=merged.parent) as scratch:
         folder = _lay_out(merged, gguf, evaluation, settings, Path(scratch))
         files = describe_files(folder)
+        _check_merged(merged, files)
         content = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         version = _unfinished(path, content) or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{content[:8]}"
         remove_leftovers(path, but=version)
@@ -80,14 +89,35 @@ def _publish(merged: Path, gguf: Path, evaluation: Path, path: str, lease: Lease
             "gguf": [f"gguf/{name}" for name in _gguf_names(gguf)],
             "files": files,
         }
-        champion = _complete(folder, path, manifest, before, lease)
+        champion = _complete(folder, path, manifest, before, lease, sources)
     say("upload", f"{manifest['address']} is champion {champion.number}")
     remove_old(path)
     return manifest
 
 
+def _check_merged(merged: Path, files: list[dict[str, Any]]) -> None:
+    """See that the merged model is still what the step merge wrote.
+
+    Raises:
+        Tune16Error: a file differs: it was damaged on its way.
+    """
+    arrived = {file["path"]: file for file in files}
+    for written in read_record(merged, "merge")["files"]:
+        name = f"merged/{written['path']}"
+        if arrived.get(name) != {**written, "path": name}:
+            raise Tune16Error(
+                f"{merged / name}: is not the file that the step merge wrote (its SHA-256 differs). Start the run "
+                "again."
+            )
+
+
 def _complete(
-    folder: Path, path: str, manifest: dict[str, Any], before: versions.Champion | None, lease: Lease
+    folder: Path,
+    path: str,
+    manifest: dict[str, Any],
+    before: versions.Champion | None,
+    lease: Lease,
+    sources: dict[str, Artifact | None],
 ) -> versions.Champion:
     """Upload the files, then the manifest, then the entry in the log; after a failure in between they are removed.
 
@@ -96,7 +126,7 @@ def _complete(
     version = manifest["version"]
     try:
         if version not in _names(path)[1]:
-            _upload_files(folder, manifest["files"], f"{path}/{version}")
+            _upload_files(folder, manifest["files"], f"{path}/{version}", sources)
             lease.check()
             versions.write_manifest(path, version, manifest)
         lease.check()
@@ -221,10 +251,26 @@ def _gguf_names(gguf: Path) -> list[str]:
     return [f"model-{name}.gguf" for name in asked if (gguf / f"model-{name}.gguf").is_file()]
 
 
-def _upload_files(folder: Path, files: list[dict[str, Any]], prefix: str) -> None:
-    advance = _progress(sum(file["size"] for file in files))
-    for file in files:
+def _upload_files(folder: Path, files: list[dict[str, Any]], prefix: str, sources: dict[str, Artifact | None]) -> None:
+    """Bring the version's files there: weights that lie in the same storage are copied by it, the others are sent."""
+    copied = {file["path"] for file in files if _copy(file, f"{prefix}/{file['path']}", sources)}
+    if copied:
+        num_bytes = sum(file["size"] for file in files if file["path"] in copied)
+        say("upload", f"{len(copied)} files, {num_bytes / 2**20:,.0f} MiB, copied within the storage")
+    rest = [file for file in files if file["path"] not in copied]
+    advance = _progress(sum(file["size"] for file in rest))
+    for file in rest:
         s3.upload(folder / file["path"], s3.default_bucket(), f"{prefix}/{file['path']}", advance, file["sha256"])
+
+
+def _copy(file: dict[str, Any], key: str, sources: dict[str, Artifact | None]) -> bool:
+    """Whether the storage has copied a file of the weights; small files are sent as quickly."""
+    part = "gguf/" if file["path"].startswith("gguf/") else ""
+    is_worth_it = file["size"] >= _LEAST_COPIED_BYTES and file["path"].startswith(("merged/", "gguf/"))
+    source = sources[part] if is_worth_it else None
+    return source is not None and copy_file(
+        source, file["path"].removeprefix(part), s3.default_bucket(), key, file["sha256"]
+    )
 
 
 def _progress(total: int) -> Callable[[int], None]:

@@ -18,6 +18,7 @@ from components.config import PrepareConfig, QuantizeConfig
 from components.models.loading import device
 from components.models.shapes import ModelShape, known_shape
 from components.runtime.outputs import write_record
+from components.storage.files import describe_files
 
 SHAPES = {
     "llama2-7b": "NousResearch/Llama-2-7b-chat-hf",
@@ -106,7 +107,7 @@ def write_checkpoint(name: str, dtype: torch.dtype, folder: Path) -> Path:
     ).to_dict()
     (folder / "config.json").write_text(json.dumps(content, default=str))
     _tokenizer(shape_of(name).vocabulary).save_pretrained(folder)
-    write_record(folder, "quantize", QuantizeConfig(), model="/random")
+    write_record(folder, "quantize", QuantizeConfig(), model="/random", files=describe_files(folder))
     return folder
 
 

@@ -260,7 +260,7 @@ def test_an_architecture_that_llama_cpp_does_not_know_is_one_clear_message(tmp_p
 
 
 def test_a_quantisation_that_does_not_exist_lists_those_that_do() -> None:
-    with pytest.raises(Tune16Error, match="no quantisation 'Q4_K_X'; there are F16, Q8_0, .*Q4_K_M"):
+    with pytest.raises(Tune16Error, match="unknown quantisation 'Q4_K_X'; known: F16, Q8_0, .*Q4_K_M"):
         ConvertConfig.load(quantizations="Q8_0,Q4_K_X")
 
 

@@ -277,12 +277,31 @@ def test_only_folders_of_this_models_old_jobs_are_removed(
     }
     for key in {f"{ours}/alive", f"{ours}/weights/x", f"{PATH}/scratch/tune16-train-00000005/error-1", *strangers}:
         s3.write(bucket, key, b"")
-    with Scratch.of_job(new_job(), PATH).holding(tmp_path, tmp_path, TrainConfig()):
+    with Scratch.of_job(new_job(), PATH).holding({}, TrainConfig()):
         assert f"{ours}/weights/x" in _keys(bucket), "they have been written just now"
     monkeypatch.setattr(scratch_module, "_LEFTOVER_SECONDS", -1)
-    with Scratch.of_job(new_job(), PATH).holding(tmp_path, tmp_path, TrainConfig()):
+    with Scratch.of_job(new_job(), PATH).holding({}, TrainConfig()):
         pass
     assert _keys(bucket) == strangers
+
+
+def test_inputs_that_the_storage_has_are_not_sent_again(bucket: str, tmp_path: Path) -> None:
+    inputs = {name: (tmp_path / name, f"s3://{bucket}/pipelines/run/{name}") for name in ("weights", "rows")}
+    for folder, _ in inputs.values():
+        folder.mkdir()
+        (folder / "file").write_bytes(b"content")
+    s3.upload_folder(tmp_path / "weights", bucket, "pipelines/run/weights")
+    scratch = Scratch.of_job(new_job(), PATH)
+    with scratch.holding(inputs, TrainConfig(rank=4)):
+        assert {key.rpartition("/")[2] for key in _keys(bucket) if scratch.prefix in key} == {
+            "alive",
+            "config.json",
+            "file",
+        }
+        weights, rows, config, path = scratch.fetch_inputs(tmp_path / "pod")
+    assert (weights / "file").read_bytes() == (rows / "file").read_bytes() == b"content"
+    assert (config.rank, path) == (4, PATH)
+    assert _keys(bucket) == {"pipelines/run/weights/file"}
 
 
 def _keys(bucket: str) -> set[str]:
@@ -360,7 +379,7 @@ def test_a_message_that_comes_during_the_clean_up_does_not_stay(
             scratch.report(1, Tune16Error("just after"))
         delete(bucket, key)
 
-    with scratch.holding(tmp_path, tmp_path, TrainConfig()):
+    with scratch.holding({}, TrainConfig()):
         monkeypatch.setattr(s3, "delete", delete_while_a_pod_reports)
     assert [stored.key for stored in s3.list_objects(scratch.bucket, f"{PATH}/scratch/")] == []
 

@@ -21,7 +21,9 @@ from components.preflight.checks import check
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import write_record
 from components.storage import lease, s3, versions
+from components.storage.artifacts import find_artifact
 from components.storage.files import describe_files
+from components.upload import publisher
 from components.upload.publisher import publish, remove_leftovers
 from components.upload.retention import keep_versions, remove_old
 from tests.faults.outputs import write_outputs
@@ -48,6 +50,43 @@ def test_published_versions_are_downloaded_whole(bucket: str, outputs: tuple[Pat
     assert manifest["gguf"] == ["gguf/model-Q8_0.gguf", "gguf/model-Q4_K_M.gguf"], "in the order they were asked for"
     assert manifest["scores"]["gguf"] == {"Q8_0": {"loss": 1.5}} and manifest["adapter_rank"] == 64
     assert manifest["context"] == 64 and manifest["cache_bytes_per_token"] == 2 * 2 * 3 * 8
+
+
+def test_weights_in_the_same_storage_are_copied_by_it(
+    bucket: str, outputs: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(publisher, "_LEAST_COPIED_BYTES", 10)
+    for folder in outputs[:2]:
+        s3.upload_folder(folder, bucket, f"pipelines/run/{folder.name}")
+    upload, sent = s3.upload, []
+
+    def noted(path: Path, bucket: str, key: str, *options: Any) -> None:
+        sent.append(key.split("/", 3)[3])
+        upload(path, bucket, key, *options)
+
+    monkeypatch.setattr(s3, "upload", noted)
+    uris = (f"minio://{bucket}/pipelines/run/merged", f"s3://{bucket}/pipelines/run/gguf")
+    manifest = publish(*outputs, UploadConfig(path=PATH), uris)
+    assert not [name for name in sent if name.startswith(("merged/", "gguf/"))] and "adapter/report.html" in sent
+    assert "files, 0 MiB, copied within the storage" in capsys.readouterr().out
+    versions.download(PATH, manifest["version"], outputs[0].parent / "copy")
+
+
+@pytest.mark.parametrize("uri", ["", "s3://elsewhere/pipelines/run/merged", "/disk/merged", "gs://bucket/merged"])
+def test_weights_that_lie_elsewhere_are_sent(bucket: str, outputs: tuple[Path, Path, Path], uri: str) -> None:
+    assert find_artifact(uri, outputs[0]) is None
+    manifest = publish(*outputs, UploadConfig(path=PATH), (uri, uri))
+    versions.download(PATH, manifest["version"], outputs[0].parent / "copy")
+
+
+def test_weights_that_were_damaged_on_their_way_are_not_published(
+    bucket: str, outputs: tuple[Path, Path, Path]
+) -> None:
+    weights = outputs[0] / "merged" / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(Tune16Error, match=r"model.safetensors: is not the file that the step merge wrote"):
+        publish(*outputs, UploadConfig(path=PATH))
+    assert versions.read_champion(PATH) is None
 
 
 def left(bucket: str) -> list[str]:

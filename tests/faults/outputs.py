@@ -5,6 +5,7 @@ from pathlib import Path
 
 from components.config import PROMOTED, ConvertConfig, EvaluateConfig, MergeConfig, TrainConfig
 from components.runtime.outputs import write_record
+from components.storage.files import describe_files
 
 Outputs = tuple[Path, Path, Path]
 _SHAPE = {
@@ -39,7 +40,7 @@ def write_outputs(folder: Path, num_bytes: int = 25_600, data: str = "d") -> Out
         "stop_token": "</s>",
     }
     write_record(merged / "adapter", "train", TrainConfig(), data=data, **facts)
-    write_record(merged, "merge", MergeConfig(), model="m")
+    write_record(merged, "merge", MergeConfig(), model="m", files=describe_files(merged / "merged"))
     for name in ("model-Q8_0.gguf", "model-Q4_K_M.gguf", "adapter.gguf", "report.html"):
         (gguf / name).write_bytes(name.encode())
     (gguf / "gguf.json").write_text(json.dumps({"files": {"Q8_0": {"loss": 1.5}}}))

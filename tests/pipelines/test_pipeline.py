@@ -117,7 +117,10 @@ def test_the_number_of_gpus_is_text(tmp_path: Path) -> None:
     spec = next(iter(yaml.safe_load_all((tmp_path / "tune16.yaml").read_text())))
     limit = spec["deploymentSpec"]["executors"]["exec-train"]["container"]["resources"]["accelerator"]
     assert limit["resourceCount"] == "{{$.inputs.parameters['pipelinechannel--preflight-train_gpus']}}"
-    assert spec["components"]["comp-preflight"]["outputDefinitions"]["parameters"]["gpus"]["parameterType"] == "STRING"
+    assert (
+        spec["components"]["comp-preflight"]["outputDefinitions"]["parameters"]["train_gpus"]["parameterType"]
+        == "STRING"
+    )
 
 
 def test_compiling_needs_no_model_library() -> None:
