@@ -92,7 +92,7 @@ def train_node(
     source: Annotated[str, typer.Option(help="s3:// folder with the inputs, filled by the step train.")],
 ) -> None:
     """Train as one node of several; the step train starts this in the pods of its job."""
-    from components.train.node import train_as_node
+    from components.train.distributed.node import train_as_node
 
     with step("train"):
         train_as_node(source)

@@ -22,8 +22,8 @@ _MODULES = {
     "trainer": [
         "components.quantize.checkpoint",
         "components.train.trainer",
-        "components.train.node",
-        "components.train.nodes",
+        "components.train.distributed.node",
+        "components.train.distributed.nodes",
         "components.evaluate.evaluation",
         "components.merge.merger",
     ],

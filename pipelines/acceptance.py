@@ -26,7 +26,7 @@ from components.kubernetes.pods import duration
 from components.runtime.errors import Tune16Error
 from components.storage import s3
 from components.storage.records import read_outcome
-from components.train.jobs import PYTORCH_JOB, TRAIN_JOB, Kind
+from components.train.distributed.jobs import PYTORCH_JOB, TRAIN_JOB, Kind
 from pipelines.cli_where import Connected
 from pipelines.cluster import Cluster
 from pipelines.following import Watch

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from components.config import PrepareConfig
-from components.prepare.rules import RULES, SEVERITIES
+from components.prepare.rules.table import RULES, SEVERITIES
 from pipelines.options import AsJson
 
 if TYPE_CHECKING:

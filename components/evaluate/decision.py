@@ -3,21 +3,8 @@
 from dataclasses import dataclass
 
 from components.config import INCONCLUSIVE, KEPT, PROMOTED, EvaluateConfig
-from components.evaluate.scores import Estimate, Scores
+from components.evaluate.results import ChampionScore, Estimate, Scores
 from components.storage import versions
-
-
-@dataclass(frozen=True)
-class ChampionScore:
-    """The champion's loss on the same rows, and the tuned model's difference from it, row by row.
-
-    Both are None where it was not scored, since its base model is another one.
-    """
-
-    version: str
-    model: str
-    loss: float | None = None
-    difference: Estimate | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ base model, is loaded beside it. Answers end by the rule that is published with 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from components.config import PROMOTED, EvaluateConfig
-from components.evaluate.decision import ChampionScore, Comparison, decide
+from components.config import EvaluateConfig
+from components.evaluate.decision import Comparison, decide
 from components.evaluate.report import write_card, write_report
+from components.evaluate.results import ChampionScore, Evaluation, Sample
 from components.evaluate.scores import (
-    Estimate,
     RowLosses,
-    Scores,
     answer,
     bootstrap_difference,
     chrf_difference,
@@ -34,49 +32,11 @@ from components.models.loading import bound_float16, card_facts, load_base, usab
 from components.models.stopping import generation_settings
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import EVALUATION, new_folder, read_record, write_json, write_record
-from components.runtime.report import significant
 from components.runtime.steps import say
 from components.storage import versions
 
 _TUNED = "default"  # PEFT's name for the first adapter
 _CHAMPION = "champion"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One held-out prompt with the expected answer and both models' answers."""
-
-    question: str
-    expected: str
-    base: str
-    tuned: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything the report shows."""
-
-    base: Scores
-    tuned: Scores
-    loss_difference: Estimate
-    samples: list[Sample]
-    champion: ChampionScore | None
-    verdict: str
-    reason: str
-
-    @property
-    def promoted(self) -> bool:
-        """Whether the tuned model becomes the champion."""
-        return self.verdict == PROMOTED
-
-    def metrics(self) -> dict[str, float]:
-        """The scores as flat, rounded numbers for the dashboard, which sorts them by name."""
-        numbers = {}
-        for name, scores in (("base", self.base), ("tuned", self.tuned)):
-            numbers[f"loss_{name}"] = scores.loss.value
-            numbers[f"exact_match_{name}"] = scores.exact_match.value
-            numbers[f"chrf_{name}"] = scores.chrf.value
-        return {name: significant(value) for name, value in numbers.items()}
 
 
 def evaluate_adapter(

@@ -1,25 +1,23 @@
 """The evaluation report, for readers without a technical background, and the model card."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
 
 from components.config import INCONCLUSIVE, KEPT, PROMOTED
+from components.evaluate.results import Evaluation
 from components.models.references import parse
 from components.runtime import report
 from components.runtime.outputs import REPORT
-
-if TYPE_CHECKING:
-    from components.evaluate.evaluation import Evaluation
 
 _SHOWN_SAMPLES = 20
 _WORDS = {PROMOTED: "Promoted", KEPT: "Not promoted", INCONCLUSIVE: "Inconclusive, not promoted"}
 _COLOURS: dict[str, report.Colour] = {PROMOTED: "good", KEPT: "bad", INCONCLUSIVE: "open"}
 
 
-def write_report(evaluation: "Evaluation", trained: dict[str, Any], folder: Path) -> None:
+def write_report(evaluation: Evaluation, trained: dict[str, Any], folder: Path) -> None:
     """Write ``report.html`` into `folder`."""
     html = report.page(
         "Is the tuned model better?",
@@ -40,7 +38,7 @@ def write_report(evaluation: "Evaluation", trained: dict[str, Any], folder: Path
     (folder / REPORT).write_text(html, encoding="utf-8")
 
 
-def score_rows(evaluation: "Evaluation") -> list[tuple[str, str, str]]:
+def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """Score, base, tuned: the rows of the table."""
     base, tuned = evaluation.base, evaluation.tuned
     rows = [
@@ -56,7 +54,7 @@ def score_rows(evaluation: "Evaluation") -> list[tuple[str, str, str]]:
     return rows
 
 
-def _bars(evaluation: "Evaluation") -> Figure:
+def _bars(evaluation: Evaluation) -> Figure:
     figure = Figure(figsize=(8, 2.8))
     axes = figure.subplots(1, 3)
     names = (("loss", "Loss (lower is better)"), ("exact_match", "Exact match"), ("chrf", "chrF"))
@@ -72,7 +70,7 @@ def _bars(evaluation: "Evaluation") -> Figure:
     return figure
 
 
-def _samples(evaluation: "Evaluation") -> str:
+def _samples(evaluation: Evaluation) -> str:
     rows = [
         (sample.question, sample.expected, sample.base, sample.tuned) for sample in evaluation.samples[:_SHOWN_SAMPLES]
     ]
@@ -83,7 +81,7 @@ def _how(trained: dict[str, Any]) -> str:
     return f"taught by `{trained['teacher']}`, " if trained["teacher"] else ""
 
 
-def write_card(evaluation: "Evaluation", trained: dict[str, Any], folder: Path) -> None:
+def write_card(evaluation: Evaluation, trained: dict[str, Any], folder: Path) -> None:
     """Write the model card ``README.md`` with the header that model hubs read."""
     model, data = parse(trained["model"], "model"), parse(trained["data"], "data")
     header: dict[str, Any] = {

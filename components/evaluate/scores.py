@@ -1,6 +1,5 @@
 """Losses, generated answers and their scores, with bootstrap intervals."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,31 +10,15 @@ from sacrebleu.metrics.chrf import CHRF
 
 from components.config import EvaluateConfig
 from components.evaluate.batches import in_batches, tokens_at_once
+from components.evaluate.results import Estimate, Scores
 from components.models.labels import IGNORED
 from components.models.loading import device
 from components.runtime.errors import Tune16Error
-from components.runtime.report import significant
 from components.runtime.steps import say
 
 _LOGIT_TOKENS = 512  # tokens whose logits are held at once
 _RESAMPLES = 1000
 _CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95 % bootstrap interval over rows."""
-
-    value: float
-    low: float
-    high: float
-
-    def as_dict(self) -> dict[str, float]:
-        """Rounded, for files and dashboards."""
-        return {name: significant(value) for name, value in vars(self).items()}
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
 @dataclass(frozen=True)
@@ -49,29 +32,6 @@ class RowLosses:
     def mean(self) -> float:
         """Loss per answer token."""
         return float(self.sums.sum() / self.tokens.sum())
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One model's scores on the held-out rows."""
-
-    loss: Estimate
-    exact_match: Estimate
-    chrf: Estimate
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(min(self.loss.value, 700))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Rounded, for files and dashboards."""
-        return {
-            "loss": self.loss.as_dict(),
-            "perplexity": significant(self.perplexity),
-            "exact_match": self.exact_match.as_dict(),
-            "chrf": self.chrf.as_dict(),
-        }
 
 
 @torch.inference_mode()

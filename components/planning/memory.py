@@ -342,7 +342,7 @@ def _plan_plain(shape: ModelShape, recipe: Recipe, available: int) -> MemoryPlan
         "frozen linears": shape.num_linear_weights * _BYTES_PER_WEIGHT[quantize.bits],
         "embedding and head": 2 * shape.num_embedding_weights,
         "adapter": 4 * num_adapter,
-        "adapter gradients": 4 * num_adapter * (2 if train.num_processes > 1 else 1),  # DDP keeps a copy
+        "adapter gradients": 4 * num_adapter * (2 if train.num_processes > 1 else 1),  # added up in a flat copy
         "optimiser state": (8 if train.optimizer == "adamw" else 2) * num_adapter,
         "layer boundaries": 2 * num_tokens * shape.hidden * shape.num_layers,
         "activations": layer_activations * (kept_layers + 2),

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.config import PrepareConfig
-from components.prepare.check import Checked, check_rows
 from components.prepare.clean import clean_path, write_clean
-from components.prepare.content import KNOWN_TOKENS, special_tokens
 from components.prepare.dataset import token_batches
-from components.prepare.findings import Findings
 from components.prepare.inputs import find_files, load_tokenizer
-from components.prepare.tokens import Tokens
+from components.prepare.rules.check import Checked, check_rows
+from components.prepare.rules.content import KNOWN_TOKENS, special_tokens
+from components.prepare.rules.findings import Findings
+from components.prepare.tokenize.tokens import Tokens
 from components.runtime.errors import Tune16Error
 
 

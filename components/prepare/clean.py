@@ -4,13 +4,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from components.prepare.chat import Messages
-from components.prepare.check import Checked
-from components.prepare.content import mended
-from components.prepare.conversations import conversations
-from components.prepare.files import split_suffix
-from components.prepare.findings import Findings
-from components.prepare.formats import BadRowError, to_messages
+from components.prepare.input.conversations import conversations
+from components.prepare.input.files import split_suffix
+from components.prepare.input.formats import BadRowError, to_messages
+from components.prepare.rules.check import Checked
+from components.prepare.rules.content import mended
+from components.prepare.rules.findings import Findings
+from components.prepare.tokenize.chat import Messages
 from components.runtime.errors import Tune16Error
 
 # What can be repaired; rows with any other error are left out.

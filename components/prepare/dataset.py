@@ -8,21 +8,22 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config import PrepareConfig
 from components.models.labels import IGNORED
 from components.prepare import report
-from components.prepare.chat import ChatTemplate, Template
-from components.prepare.check import Checked, check_rows
-from components.prepare.content import special_tokens
-from components.prepare.conversations import conversations
-from components.prepare.findings import Findings
+from components.prepare.input.conversations import conversations
 from components.prepare.inputs import find_files, load_tokenizer
+from components.prepare.results import Counts, Prepared
 from components.prepare.rowfiles import RowFile
-from components.prepare.tokens import PlacedRow, TokenRow, Tokens
+from components.prepare.rules.check import Checked, check_rows
+from components.prepare.rules.content import special_tokens
+from components.prepare.rules.findings import Findings
+from components.prepare.tokenize.chat import ChatTemplate
+from components.prepare.tokenize.tokens import PlacedRow, TokenRow, Tokens
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import new_folder, write_record
 from components.runtime.steps import say
@@ -32,34 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_ROWS = 512
-
-
-@dataclass
-class Counts:
-    """What became of the rows and tokens."""
-
-    rows: int = 0
-    duplicates: int = 0
-    cut: int = 0
-    dropped_template_token: int = 0
-    dropped_answer_cut_away: int = 0
-    train_rows: int = 0
-    held_out_rows: int = 0
-    train_tokens: int = 0
-    train_answer_tokens: int = 0
-    held_out_tokens: int = 0
-    held_out_answer_tokens: int = 0
-    longest: int = 0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What the report shows of a prepared data set."""
-
-    counts: Counts
-    checked: Checked
-    template: Template
-    tokens: Tokens
 
 
 def prepare_dataset(data: str, model: str, output: Path, config: PrepareConfig) -> Counts:

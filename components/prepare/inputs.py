@@ -8,8 +8,8 @@ import yaml
 
 from components.models.fetching import TOKENIZER_FILES, fetch, read_config
 from components.models.references import DATA_FILES, DATA_SUFFIXES, parse
-from components.prepare.chat import Template, choose_template
-from components.prepare.tokens import Limits
+from components.prepare.tokenize.chat import Template, choose_template
+from components.prepare.tokenize.tokens import Limits
 from components.runtime.errors import Tune16Error
 
 if TYPE_CHECKING:

@@ -2,21 +2,18 @@
 
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from components.prepare.findings import Findings
-from components.prepare.rules import RULES, SEVERITIES
+from components.prepare.results import Prepared
+from components.prepare.rules.findings import Findings
+from components.prepare.rules.table import RULES, SEVERITIES
 from components.runtime import report
 from components.runtime.outputs import REPORT
 
-if TYPE_CHECKING:
-    from components.prepare.dataset import Prepared
 
-
-def write_report(prepared: "Prepared", data: str, folder: Path) -> None:
+def write_report(prepared: Prepared, data: str, folder: Path) -> None:
     """Write ``report.html`` into `folder`."""
     counts = prepared.counts
     rows = [
@@ -83,7 +80,7 @@ def _notes(findings: Findings) -> list[str]:
     return [report.paragraph(note) for note in findings.notes]
 
 
-def _histogram(prepared: "Prepared") -> Figure:
+def _histogram(prepared: Prepared) -> Figure:
     lengths = prepared.tokens.lengths
     figure = Figure(figsize=(8, 2.6))
     axes = figure.subplots()

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.prepare.chat import Messages
-from components.prepare.tokens import TokenRow
+from components.prepare.tokenize.chat import Messages
+from components.prepare.tokenize.tokens import TokenRow
 
 _ROW_GROUP = 8192
 _SCHEMA = pa.schema(

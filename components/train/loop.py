@@ -22,11 +22,11 @@ from components.config import TrainConfig
 from components.models.loading import device
 from components.runtime.errors import Tune16Error
 from components.runtime.steps import Termination
-from components.train import processes
-from components.train.checkpoints import Checkpoints
+from components.train.checkpoints.state import read_state, restore, write_state
+from components.train.checkpoints.store import Checkpoints
+from components.train.distributed import processes
 from components.train.learner import Learner
 from components.train.progress import ProgressLines
-from components.train.state import read_state, restore, write_state
 
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
 _NOT_FINITE = (

@@ -27,15 +27,15 @@ from components.runtime.report import significant
 from components.runtime.retry import patience
 from components.runtime.steps import TERMINATED_EXIT_CODE, deferred_termination, say
 from components.storage.files import file_digest
-from components.train import processes
-from components.train.checkpoints import Checkpoints, Place
+from components.train.checkpoints.record import step_of
+from components.train.checkpoints.state import read_split
+from components.train.checkpoints.store import Checkpoints, Place
+from components.train.distributed import processes
+from components.train.distributed.processes import agreed, is_first, least, of_first
 from components.train.learner import EngineLearner, Learner
 from components.train.loop import Loop
-from components.train.processes import agreed, is_first, least, of_first
 from components.train.progress import ProgressLines
 from components.train.report import write_report
-from components.train.seal import step_of
-from components.train.state import read_split
 from components.train.trackers import Trackers
 from components.train.trl import distillation_learner, plain_learner
 

@@ -17,11 +17,12 @@ ROWS = 200_000
 LARGE = 5_000_000_000  # bytes
 
 STRUCTURAL = (
-    "from components.prepare.conversations import conversations; from components.prepare.findings import Findings",
+    "from components.prepare.input.conversations import conversations\n"
+    "from components.prepare.rules.findings import Findings",
     'for _ in conversations([Path(sys.argv[1])], "prompt_completion", Findings()): pass',
 )
 EVERYTHING = (
-    "from components.config import PrepareConfig; from components.prepare.check import check_rows",
+    "from components.config import PrepareConfig; from components.prepare.rules.check import check_rows",
     'check_rows([Path(sys.argv[1])], PrepareConfig(), "data").findings.refuse("data")',
 )
 

@@ -186,7 +186,7 @@ def timed_loop(model: Path, rows: Path, settings: dict[str, Any], scratch: Path)
 
     from components.config import TrainConfig
     from components.engine import attention
-    from components.train.checkpoints import Checkpoints, Place
+    from components.train.checkpoints.store import Checkpoints, Place
     from components.train.loop import Loop
     from components.train.trainer import TrainingInputs, make_learner
 

@@ -21,11 +21,11 @@ from components.runtime.outputs import read_record
 from components.runtime.steps import TERMINATED_EXIT_CODE
 from components.storage import s3
 from components.storage.files import file_digest
-from components.train.checkpoints import FOLDER_VARIABLE, Checkpoints, Place
+from components.train.checkpoints.record import SEAL
+from components.train.checkpoints.store import FOLDER_VARIABLE, Checkpoints, Place
 from components.train.launch import train
 from components.train.loop import Loop
 from components.train.progress import ProgressLines
-from components.train.seal import SEAL
 
 training = [
     pytest.mark.slow,

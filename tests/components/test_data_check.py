@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from components.config import PrepareConfig
-from components.prepare import near_duplicates
 from components.prepare.checkup import check_data
-from components.prepare.content import KNOWN_TOKENS, mended
 from components.prepare.dataset import prepare_dataset
-from components.prepare.files import LARGEST_ROW
-from components.prepare.findings import SHOWN, Findings
-from components.prepare.readers import read_rows
-from components.prepare.rules import RULES
-from components.prepare.sensitive import find, quoted, redact
-from components.prepare.shingles import Words
+from components.prepare.input.files import LARGEST_ROW
+from components.prepare.input.readers import read_rows
+from components.prepare.rules import near_duplicates
+from components.prepare.rules.content import KNOWN_TOKENS, mended
+from components.prepare.rules.findings import SHOWN, Findings
+from components.prepare.rules.sensitive import find, quoted, redact
+from components.prepare.rules.shingles import Words
+from components.prepare.rules.table import RULES
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import REPORT
 from pipelines.cli import app
@@ -180,7 +180,7 @@ def test_signatures_agree_in_the_share_of_common_runs(num_changed: int) -> None:
 
 
 def test_only_the_first_rows_are_compared_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("components.prepare.check.MOST_ROWS", 50)
+    monkeypatch.setattr("components.prepare.rules.check.MOST_ROWS", 50)
     rows = make_rows(random.Random(1), 80)
     rows[60] = rows[3] | {"prompt": rows[3]["prompt"] + " indeed"}
     rows[40] = rows[3] | {"prompt": rows[3]["prompt"] + " surely"}

@@ -22,11 +22,11 @@ from components.quantize.checkpoint import quantize_checkpoint
 from components.runtime import retry as again
 from components.runtime.errors import Tune16Error
 from components.storage import retry, s3
-from components.train import nodes
-from components.train import scratch as scratch_module
-from components.train.jobs import PYTORCH_JOB
+from components.train.distributed import nodes
+from components.train.distributed import scratch as scratch_module
+from components.train.distributed.jobs import PYTORCH_JOB
+from components.train.distributed.scratch import JobEndedError, Scratch, new_job
 from components.train.launch import train
-from components.train.scratch import JobEndedError, Scratch, new_job
 from tests.manifests.test_manifests import CRDS, custom_schemas
 from tests.servers import KubernetesApi
 

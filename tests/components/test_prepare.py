@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from components.config import PrepareConfig
-from components.prepare.chat import ChatTemplate, choose_template
 from components.prepare.dataset import prepare_dataset
-from components.prepare.findings import Findings
-from components.prepare.formats import BadRowError, to_messages
-from components.prepare.readers import read_rows
-from components.prepare.tokens import IGNORED
+from components.prepare.input.formats import BadRowError, to_messages
+from components.prepare.input.readers import read_rows
+from components.prepare.rules.findings import Findings
+from components.prepare.tokenize.chat import ChatTemplate, choose_template
+from components.prepare.tokenize.tokens import IGNORED
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import read_record
 from tests.conftest import ARCHITECTURES
@@ -308,7 +308,7 @@ def test_preparing_twice_gives_the_same_bytes(orders: Path, make_model: Callable
 def _template(name: str) -> ChatTemplate:
     from importlib.resources import files
 
-    source = (files("components.prepare") / "templates" / f"{name}.jinja").read_text().strip()
+    source = (files("components.prepare.tokenize") / "templates" / f"{name}.jinja").read_text().strip()
     return ChatTemplate(name, source, "", "<s>", "</s>")
 
 

@@ -29,7 +29,7 @@ def test_what_was_signed_is_accepted_and_nothing_else(keys: Path) -> None:
     for content, other in ((b"Manifest", signature), (b"manifest", signature[:-3]), (b"manifest", b"{}")):
         with pytest.raises(Tune16Error, match="s3://b/m: its signature is not valid for this manifest"):
             signing.verify(content, other, "s3://b/m")
-    with pytest.raises(Tune16Error, match="has no signature, and TUNE16_VERIFY_KEY demands one"):
+    with pytest.raises(Tune16Error, match="has no signature, and TUNE16_VERIFY_KEY requires one"):
         signing.verify(b"manifest", None, "s3://b/m")
 
 
@@ -40,7 +40,7 @@ def test_without_keys_nothing_is_signed_or_demanded() -> None:
 def test_keys_that_cannot_be_used_are_named_and_not_shown(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     signature = signing.sign(b"manifest")
     (keys / "private.pem").write_text("-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n")
-    with pytest.raises(Tune16Error, match="TUNE16_SIGNING_KEY: .*private.pem is no private key") as caught:
+    with pytest.raises(Tune16Error, match="TUNE16_SIGNING_KEY: .*private.pem is not a usable private key") as caught:
         signing.sign(b"manifest")
     assert "c2VjcmV0" not in str(caught.value)
     monkeypatch.setenv(signing.VERIFY_VARIABLE, str(keys / "absent.pem"))

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from components.config import PrepareConfig, QuantizeConfig
 from components.models.loading import load_model
-from components.prepare.chat import ChatTemplate, NotRenderedError, OwnTemplate, Sample, choose_template
 from components.prepare.checkup import check_data
 from components.prepare.dataset import prepare_dataset
 from components.prepare.inputs import load_tokenizer
+from components.prepare.tokenize.chat import ChatTemplate, NotRenderedError, OwnTemplate, Sample, choose_template
 from components.quantize.checkpoint import quantize_checkpoint
 from components.runtime.errors import Tune16Error
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from components.config import PrepareConfig
 from components.prepare.checkup import check_data
 from components.prepare.dataset import prepare_dataset
-from components.prepare.formats import BadRowError, to_messages
+from components.prepare.input.formats import BadRowError, to_messages
 from components.runtime.errors import Tune16Error
 
 THINGS = ("apples", "boats", "clouds", "doors", "eels", "ferns", "goats", "hats")

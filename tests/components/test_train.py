@@ -86,7 +86,7 @@ def test_eight_and_sixteen_bits_train(made: Callable[..., Made], bits: int) -> N
 
 
 def test_two_processes_equal_one_with_twice_the_batch(made: Callable[..., Made], tmp_path: Path) -> None:
-    """DDP over gloo: the same rows in each step, and a mean over all their tokens, so the same losses and adapter."""
+    """Over gloo: the same rows in each step, and a mean over all their tokens, so the same losses and adapter."""
     run = made("llama")
     same = {**SETTINGS, "epochs": 0.25, "num_evaluations": 1, "dropout": 0, "micro_batch": 1}
     one = train(run.weights, run.rows, tmp_path / "one", TrainConfig(**{**same, "gradient_accumulation": 4}))

@@ -17,8 +17,8 @@ from components.config import TrainConfig
 from components.runtime.outputs import read_record
 from components.storage import s3
 from components.storage.files import file_digest
+from components.train.checkpoints.record import SEAL, step_of
 from components.train.launch import train
-from components.train.seal import SEAL, step_of
 from components.train.trainer import train_adapter  # noqa: F401
 from pipelines.s3server import S3Server
 from tests.faults.harness import child, report, write_lesson

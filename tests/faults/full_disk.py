@@ -29,7 +29,7 @@ from components.runtime.errors import user_errors
 from components.runtime.outputs import new_folder, write_json, write_record
 from components.storage import s3
 from components.storage.files import file_digest
-from components.train.checkpoints import Checkpoints, Place
+from components.train.checkpoints.store import Checkpoints, Place
 from pipelines.s3server import S3Server
 from tests.faults.harness import Moment, after, child, report, write_lesson
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from components.config import PrepareConfig
 from components.prepare.checkup import check_data
-from components.prepare.files import LARGEST_ROW
-from components.prepare.rules import RULES
+from components.prepare.input.files import LARGEST_ROW
+from components.prepare.rules.table import RULES
 from tests.faults.harness import report, write_model
 from tests.faults.rows import PACK, WELL_FORMED, Row, make_rows, text, write_rows
 
@@ -329,9 +329,9 @@ def _finds_untrainable(folder: Path, rng: random.Random) -> bool:
     """Of our templates each gives at least the token that ends an answer: this one marks none."""
     from dataclasses import replace
 
-    from components.prepare.findings import Findings
     from components.prepare.inputs import load_tokenizer
-    from components.prepare.tokens import PlacedRow, Tokens
+    from components.prepare.rules.findings import Findings
+    from components.prepare.tokenize.tokens import PlacedRow, Tokens
 
     tokenizer, template, _ = load_tokenizer(str(folder / "model"), "auto", folder)
     findings = Findings()

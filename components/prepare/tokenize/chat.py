@@ -312,7 +312,7 @@ def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase", model_type:
             f"prepare.template: {name} needs the token {missing[0]}, which this model's tokenizer does not have. "
             "llama2 and mistral need none."
         )
-    source = (files("components.prepare") / "templates" / f"{name}.jinja").read_text(encoding="utf-8").strip()
+    source = (files("components.prepare.tokenize") / "templates" / f"{name}.jinja").read_text(encoding="utf-8").strip()
     eos_token = str(tokenizer.eos_token or "")
     stop_token = _STOP_TOKENS[name] or eos_token
     if not stop_token:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from components.prepare.shingles import Words
+from components.prepare.rules.shingles import Words
 
 MOST_RUNS = 1 << 26  # runs of training rows that are remembered, an eighth of the bits
 OVERLAP = 0.6  # share of a held-out row's runs

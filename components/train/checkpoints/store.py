@@ -29,7 +29,7 @@ from components.runtime.outputs import new_folder
 from components.runtime.steps import say
 from components.storage import s3
 from components.storage.lease import Lease, TakenOverError, held, locked
-from components.train.seal import SEAL, DamagedError, check, name_of, seal, step_of, sync
+from components.train.checkpoints.record import SEAL, DamagedError, check, name_of, seal, step_of, sync
 
 FOLDER_VARIABLE = "TUNE16_CHECKPOINTS"  # where checkpoints are kept on a disk that outlives the step: a mounted PVC
 _LOCK, _FETCH_LOCK = ".lock", ".fetch"

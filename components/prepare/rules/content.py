@@ -5,15 +5,15 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
-from components.prepare.chat import TEMPLATE_TOKENS, Messages, Template
-from components.prepare.findings import Findings
-from components.prepare.formats import Row, locate
-from components.prepare.sensitive import find, redact
+from components.prepare.input.formats import Row, locate
+from components.prepare.rules.findings import Findings
+from components.prepare.rules.sensitive import find, redact
+from components.prepare.tokenize.chat import TEMPLATE_TOKENS, Messages, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from components.prepare.findings import Place
+    from components.prepare.rules.findings import Place
 
 KNOWN_TOKENS = frozenset(token for tokens in TEMPLATE_TOKENS.values() for token in tokens)
 _SURROGATES = re.compile("[\ud800-\udfff]")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from components.prepare.chat import Messages
+from components.prepare.tokenize.chat import Messages
 
 Digests = npt.NDArray[np.uint64]
 

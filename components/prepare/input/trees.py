@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from components.prepare.findings import Findings, Place
-from components.prepare.formats import Row, kind_of
+from components.prepare.input.formats import Row, kind_of
+from components.prepare.rules.findings import Findings, Place
 
 _TYPES: dict[str, Any] = {
     "message_tree_id": str,

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from components.prepare.files import DAMAGED, BombError, open_data
-from components.prepare.sensitive import quoted
+from components.prepare.input.files import DAMAGED, BombError, open_data
+from components.prepare.rules.sensitive import quoted
 
 _LARGEST = 64 << 20  # bytes; larger files are not examined
 _BLANKS = re.compile(r"\s*")

@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from components.prepare.chat import MARK_END, MARK_START, UNLEARNT, Messages, is_learnt
-from components.prepare.findings import Place
-from components.prepare.sensitive import path_key, quoted
-from components.prepare.strictjson import join
+from components.prepare.input.strictjson import join
+from components.prepare.rules.findings import Place
+from components.prepare.rules.sensitive import path_key, quoted
+from components.prepare.tokenize.chat import MARK_END, MARK_START, UNLEARNT, Messages, is_learnt
 from components.runtime.errors import Tune16Error
 
 Row = dict[str, Any]

@@ -1,6 +1,6 @@
 """What processes that train together agree on. A process that trains alone agrees with itself.
 
-accelerate joins them, by the variables that :mod:`components.train.launch` sets: NCCL between GPUs, gloo between CPUs.
+accelerate joins them, by the variables that :mod:`.pod` sets: NCCL between GPUs, gloo between CPUs.
 """
 
 import os

@@ -14,11 +14,19 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from components.prepare.documents import not_rows
-from components.prepare.files import DAMAGED, LARGEST_ROW, BombError, open_data, read_lines, refuse_bomb, split_suffix
-from components.prepare.findings import Findings, Place
-from components.prepare.sensitive import path_key, quoted
-from components.prepare.strictjson import StrictDecoder
+from components.prepare.input.documents import not_rows
+from components.prepare.input.files import (
+    DAMAGED,
+    LARGEST_ROW,
+    BombError,
+    open_data,
+    read_lines,
+    refuse_bomb,
+    split_suffix,
+)
+from components.prepare.input.strictjson import StrictDecoder
+from components.prepare.rules.findings import Findings, Place
+from components.prepare.rules.sensitive import path_key, quoted
 from components.runtime.errors import Tune16Error
 
 Row = dict[str, Any]

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from components.prepare.rules import RULES, SEVERITIES, Severity
+from components.prepare.rules.table import RULES, SEVERITIES, Severity
 from components.runtime.errors import Tune16Error
 
 SHOWN = 20  # places per rule that are reported; all are counted

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from tokenizers.models import BPE
 
 from components.models.labels import IGNORED
-from components.prepare.chat import Messages, NotRenderedError, Sample, Template
-from components.prepare.findings import Findings, Place
-from components.prepare.sensitive import quoted
+from components.prepare.rules.findings import Findings, Place
+from components.prepare.rules.sensitive import quoted
+from components.prepare.tokenize.chat import Messages, NotRenderedError, Sample, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

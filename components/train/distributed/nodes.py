@@ -1,8 +1,8 @@
 """Training on several nodes: the step's own pod asks the cluster for a training job, follows it, and takes it away.
 
 The job is a TrainJob (trainer.kubeflow.org) or a PyTorchJob (kubeflow.org), whichever the cluster serves. Its pods run
-this same image as this same account (:mod:`components.train.node`); all that passes between them and the step lies in a
-folder of the connection's bucket (:mod:`components.train.scratch`).
+this same image as this same account (:mod:`.node`); all that passes between them and the step lies in a folder of the
+connection's bucket (:mod:`.scratch`).
 """
 
 import time
@@ -26,8 +26,8 @@ from components.runtime.lines import ERROR, FINISHED, STARTED, Line
 from components.runtime.outputs import new_folder
 from components.runtime.retry import patience
 from components.runtime.steps import say
-from components.train.jobs import PYTORCH_JOB, TRAIN_JOB, Json, Kind, describe, resources_of
-from components.train.scratch import ALIVE_SECONDS, Scratch, new_job
+from components.train.distributed.jobs import PYTORCH_JOB, TRAIN_JOB, Json, Kind, describe, resources_of
+from components.train.distributed.scratch import ALIVE_SECONDS, Scratch, new_job
 
 POLL_SECONDS = 5.0
 _SILENCE_SECONDS = 1800  # without any news from pods that should be running; waiting in a queue does not count

@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from components.config import PrepareConfig
-from components.prepare.chat import Messages
-from components.prepare.content import KNOWN_TOKENS, check_content
-from components.prepare.conversations import conversations, form_of
-from components.prepare.findings import Findings, Place
-from components.prepare.keys import common, first_of_each, normal, row_keys
-from components.prepare.leakage import MOST_RUNS, OVERLAP, Overlaps
-from components.prepare.near_duplicates import MOST_ROWS, Signatures, earlier_alike, signatures
-from components.prepare.shingles import BATCH_BYTES, Words
+from components.prepare.input.conversations import conversations, form_of
+from components.prepare.rules.content import KNOWN_TOKENS, check_content
+from components.prepare.rules.findings import Findings, Place
+from components.prepare.rules.keys import common, first_of_each, normal, row_keys
+from components.prepare.rules.leakage import MOST_RUNS, OVERLAP, Overlaps
+from components.prepare.rules.near_duplicates import MOST_ROWS, Signatures, earlier_alike, signatures
+from components.prepare.rules.shingles import BATCH_BYTES, Words
+from components.prepare.tokenize.chat import Messages
 from components.runtime.errors import Tune16Error
 
 _SAY_EVERY_ROWS = 50_000

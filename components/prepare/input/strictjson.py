@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from components.prepare.sensitive import path_key, quoted
+from components.prepare.rules.sensitive import path_key, quoted
 
 
 class _Doubled(dict[str, Any]):

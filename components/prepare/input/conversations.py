@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from components.prepare.chat import Messages
-from components.prepare.findings import Findings, Place
-from components.prepare.formats import BadRowError, Row, detect_format, to_messages, unknown_keys
-from components.prepare.readers import read_rows
-from components.prepare.sensitive import quoted
-from components.prepare.trees import best_threads
+from components.prepare.input.formats import BadRowError, Row, detect_format, to_messages, unknown_keys
+from components.prepare.input.readers import read_rows
+from components.prepare.input.trees import best_threads
+from components.prepare.rules.findings import Findings, Place
+from components.prepare.rules.sensitive import quoted
+from components.prepare.tokenize.chat import Messages
 from components.runtime.errors import Tune16Error
 
 _MOST_KEYS = 1000  # unknown keys that are remembered

@@ -7,7 +7,7 @@ three words in common (their Jaccard similarity). Only rows that agree in four n
 import numpy as np
 import numpy.typing as npt
 
-from components.prepare.shingles import Words
+from components.prepare.rules.shingles import Words
 
 MOST_ROWS = 500_000  # rows that are compared, which takes 32 MB
 ALIKE = 0.75  # share of the bytes that agree in near duplicates

@@ -1,4 +1,4 @@
-"""Training on several nodes, as one of them: what each pod of a job does that :mod:`components.train.nodes` began."""
+"""Training on several nodes, as one of them: what a pod of the job does that :mod:`.nodes` began."""
 
 import os
 import tempfile
@@ -11,8 +11,8 @@ from components.runtime.errors import Tune16Error
 from components.runtime.lines import ERROR, Line
 from components.runtime.retry import patience
 from components.runtime.steps import TERMINATED_EXIT_CODE, say
-from components.train.launch import Group, train_in_processes
-from components.train.scratch import ALIVE_SECONDS, JobEndedError, Scratch
+from components.train.distributed.pod import Group, train_in_processes
+from components.train.distributed.scratch import ALIVE_SECONDS, JobEndedError, Scratch
 
 _MASTER_PORT = 29500
 _ENDED = (

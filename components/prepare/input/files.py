@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import zstandard
 
 from components.models.references import COMPRESSIONS, DATA_SUFFIXES
-from components.prepare.findings import Findings
+from components.prepare.rules.findings import Findings
 from components.runtime.errors import Tune16Error
 
 if TYPE_CHECKING:
