@@ -13,7 +13,6 @@ from components.engine.linear import is_supported
 from components.engine.loss import HeadLoss
 from components.models.shapes import ModelShape
 from components.runtime.errors import Tune16Error
-from components.runtime.steps import say
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,11 @@ class Engine:
     Args:
         model: a PEFT model that :func:`unsupported` accepts; its adapter becomes float32, and views of
             :attr:`values`.
+        tell: is told what becomes of the memory plan when memory runs out.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, tell: Callable[[str], object] = lambda line: None) -> None:
+        self._tell = tell
         self._model, base = model, model.get_base_model()
         self._decoder, self._head = base.model, base.lm_head.weight
         self.blocks: list[Block] = []
@@ -145,16 +146,13 @@ class Engine:
         self.has_stepped_back, tokens = True, len(batch.tokens)
         if self.num_kept:
             self.keep(self.num_kept * 3 // 4)
-            say(
-                "train",
-                f"out of memory: activations kept in {self.num_kept} of {len(self.blocks)} blocks from now on",
-            )
+            self._tell(f"out of memory: activations kept in {self.num_kept} of {len(self.blocks)} blocks from now on")
         elif len(batch.segments.lengths) > 1:
             self._most_tokens = max(len(half.tokens) for half in batch.halves())
-            say("train", f"out of memory: micro-batches of at most {self._most_tokens:,} tokens from now on")
+            self._tell(f"out of memory: micro-batches of at most {self._most_tokens:,} tokens from now on")
         elif not self.offload:
             self.offload = True
-            say("train", "out of memory: activations kept in the host's memory from now on")
+            self._tell("out of memory: activations kept in the host's memory from now on")
         else:
             raise Tune16Error(
                 f"train: a row of {tokens:,} tokens does not fit this GPU's memory. Lower max_tokens_per_row to "

@@ -96,7 +96,7 @@ class EngineLearner(Learner):
     def __init__(self, model: PeftModel, rows: Path, step: Step, planned: MemoryPlan | None) -> None:
         config = step.train
         self.model, self._step, self._planned = model, step, planned
-        self.engine = Engine(model)
+        self.engine = Engine(model, lambda line: say("train", line))
         self.engine.keep(planned.num_kept if planned else len(self.engine.blocks))
         self.engine.offload = bool(planned and planned.host)
         self.parameters = [self.engine.values]

@@ -204,7 +204,40 @@ def test_what_is_shared_knows_no_step(package: str) -> None:
     assert (ROOT / "components" / package / "__init__.py").read_text().startswith('"""')
 
 
-def test_the_engine_is_below_plan_and_training() -> None:
+def test_the_engine_is_below_plan_and_training_and_prints_nothing() -> None:
     assert _packages_used("engine") <= {"models", "runtime"}
-    engine = [name for path in (ROOT / "components/engine").rglob("*.py") for name in _imports(path, False)]
+    engine = {name for path in (ROOT / "components/engine").rglob("*.py") for name in _imports(path, False)}
     assert not any(name.split(".")[0] == "trl" for name in engine)
+    assert not any(name.startswith(("components.runtime.steps", "components.runtime.lines")) for name in engine)
+
+
+def _users(name: str) -> set[str]:
+    """The modules of components that import this name."""
+    root = ROOT / "components"
+    return {str(path.relative_to(root)) for path in root.rglob("*.py") if name in _imports(path, False)}
+
+
+def test_configuration_stops_at_the_door() -> None:
+    """Whoever plans a recipe has one; all else takes values, or the settings of its own step."""
+    assert _users("components.config.Recipe") <= {"planning/memory.py", "planning/disk.py", "preflight/checks.py"}
+
+
+def test_the_hub_has_one_place() -> None:
+    assert _users("huggingface_hub") == {"models/hub.py"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "components" / "train").rglob("*.py")), ids=lambda path: path.name)
+def test_training_uses_only_public_names_of_libraries(path: Path) -> None:
+    """A private name moves with any release: what stands in the way of one belongs into the loop, which is ours."""
+    tree = ast.parse(path.read_text())
+    private = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__")
+        if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+    assert private <= {"_exit"}, "os._exit is public"
+    names = {
+        name for name in _imports(path, False) if name.split(".")[0] in ("trl", "transformers", "peft", "accelerate")
+    }
+    assert not any(part.startswith("_") for name in names for part in name.split("."))
