@@ -23,9 +23,10 @@ _UV = [
 
 def main() -> None:
     """Write all locks."""
-    _resolve("tools", "pyproject.toml")
-    _resolve("trainer-cuda", "pyproject.toml", "--extra", "trainer")
-    _resolve("trainer-cpu", "pyproject.toml", "--extra", "trainer", torch_on_cpu=True)
+    _resolve("tools", "pyproject.toml", "--extra", "signing")
+    trainer = ("pyproject.toml", "--extra", "trainer", "--extra", "signing")
+    _resolve("trainer-cuda", *trainer)
+    _resolve("trainer-cpu", *trainer, torch_on_cpu=True)
     _resolve("gguf", "pyproject.toml", "--extra", "gguf", torch_on_cpu=True)
     _resolve("chat", "-", requirements=_chat_requirements())
     _resolve("kfp", "-", "--no-deps", requirements=f"kfp=={version('kfp')}")

@@ -91,7 +91,6 @@ def plan_(
     gpu: Annotated[str, typer.Option(help="GPU to plan for: t4, v100-16, a10, l4, a100-40, h100, ...")] = "",
     price: Annotated[float, typer.Option(help="Cost of one hour of this GPU, in any currency.", min=0)] = 0,
     tokens: Annotated[float, typer.Option(help="Millions of tokens to train on.", min=0.001)] = 1,
-    picture: Annotated[Path | None, typer.Option(help="Write a chart of the plan to this file: .png or .svg.")] = None,
     set_: Settings = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
@@ -115,10 +114,6 @@ def plan_(
         print(json.dumps(fields, indent=2))
     else:
         _print_plan(planned, settings.preflight.model, tokens, hours, cost)
-    if picture:
-        from pipelines.pictures import draw_plan
-
-        draw_plan(planned, settings.preflight.model, picture)
     refuse_unfit(planned, settings, shape, teacher)
 
 

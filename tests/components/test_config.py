@@ -1,8 +1,16 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from components import config
+from components.config import (
+    PreflightConfig,
+    Recipe,
+    UploadConfig,
+    derived_path,
+    override,
+)
 from components.knobs import knobs_page
 from components.runtime.errors import Tune16Error
 
@@ -106,3 +114,21 @@ def test_every_field_has_a_sentence() -> None:
 
 def test_page_of_settings_is_up_to_date() -> None:
     assert (Path(config.__file__).parent / "KNOBS.md").read_text() == knobs_page()
+
+
+def test_a_recipe_without_a_place_gets_one_of_its_own() -> None:
+    assert re.fullmatch("tune16/llama-2-7b-chat-hf-guanaco-llama2-1-[0-9a-f]{6}", Recipe().upload.path)
+    changed = override(
+        Recipe(), ["preflight.model=Qwen/Qwen2.5-7B-Instruct@main", "preflight.data=rows/My Rows.csv.gz"]
+    )
+    assert changed.upload.path.startswith("tune16/qwen2-5-7b-instruct-my-rows-")
+    assert override(changed, ["upload.path=a/b", "preflight.model=x/y"]).upload.path == "a/b"
+    places = {
+        derived_path(PreflightConfig(model=model, data=data))
+        for model in ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
+        for data in ("s3:///one/rows.jsonl", "https://two.example.com/rows.jsonl")
+    }
+    assert len(places) == 4 and all(place.startswith("tune16/deepseek-r1-distill-qw-rows-") for place in places)
+    for wrong in ("a", "/a/b", "a/b/", "a/../b", "a//b", "s3://a/b"):
+        with pytest.raises(Tune16Error, match=r"write it as prefix/model-name, such as team/llama"):
+            UploadConfig.load(path=wrong)

@@ -19,16 +19,22 @@ from transformers import (
     Qwen2Config,
 )
 
+from components.config import (
+    ConvertConfig,
+    MergeConfig,
+)
+from components.convert.converter import convert_model
+from components.merge.merger import merge_adapter
+from components.runtime.errors import Tune16Error
+from tests.components.conftest import Flow
+
 pytest.importorskip("llama_cpp", reason="llama.cpp is not built here: `make llama`")
 
-from components.config import ConvertConfig, MergeConfig
 from components.convert import llamacpp
-from components.convert.converter import convert_model, read_rows, stage_adapter
+from components.convert.converter import read_rows, stage_adapter
 from components.convert.tokenizer import model_name, sentencepiece_model, stage
 from components.convert.trial import answer_losses, loaded, logits
-from components.merge.merger import merge_adapter
 from components.playground.serve.target import write_inverse
-from components.runtime.errors import Tune16Error
 from components.runtime.outputs import write_record
 from tests.components.test_train import Made
 from tests.components.vocabularies import tokenizer as real_tokenizer
@@ -270,3 +276,17 @@ def test_every_quantisation_on_the_list_is_llama_cpps() -> None:
     from components.config import QUANTIZATIONS
 
     assert all(hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}") for name in QUANTIZATIONS)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_a_window_that_the_conversion_loses_is_told(
+    make_model: Callable[..., Path], orders: Path, tmp_path: Path
+) -> None:
+    """llama.cpp has no sliding window for Mistral: the file computes something else than the weights."""
+    pytest.importorskip("llama_cpp")
+    flow = Flow(make_model("mistral", sliding_window=8), orders, tmp_path, epochs=4)
+    flow.judge("evaluation")
+    merged = flow.merge("merged", "evaluation")
+    with pytest.raises(Tune16Error, match="the loss of the 16-bit GGUF file is .* the weights it was made from"):
+        convert_model(merged, flow.rows, tmp_path / "gguf", ConvertConfig(quantizations="Q8_0"))
+    assert not (tmp_path / "gguf").exists()

@@ -15,12 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.config import PreflightConfig, Recipe, TrainConfig
 from components.models.fetching import _inside, fetch, pin, read_config
 from components.models.loading import load_base
 from components.models.references import DATA_FILES, Reference, parse
 from components.models.tensors import fetch_model, weight_files
-from components.preflight.checks import as_markdown, check
 from components.prepare.dataset import load_tokenizer
 from components.runtime import retry
 from components.runtime.errors import Tune16Error
@@ -207,18 +205,6 @@ def test_https_data_and_models(hub: str, tmp_path: Path) -> None:
     assert (folder / "config.json").is_file() and list(folder.glob("*.safetensors"))
     with pytest.raises(Tune16Error, match="the server answers 404"):
         pin(parse(f"{hub}/files/none.jsonl", "data"))
-
-
-def test_preflight(hub: str, orders: Path, make_model: Callable[..., Path]) -> None:
-    place = PreflightConfig(model=f"{hub}/files", data=str(orders))
-    fixed = check(Recipe(preflight=place))
-    assert fixed.champion == "" and fixed.plan.fits
-    assert "| **together**" in as_markdown(fixed.plan, fixed.disk)
-    small = place.model_copy(update={"gpu_memory": 0.01})
-    with pytest.raises(Tune16Error, match="does not fit the GPU: it needs 0.* GiB more than gpu_memory_gib"):
-        check(Recipe(preflight=small))
-    with pytest.raises(Tune16Error, match="LlamaForCausalLM has no linear layer 'qkv'"):
-        check(Recipe(preflight=place, train=TrainConfig(target_modules="qkv")))
 
 
 # Hostile models
@@ -488,3 +474,22 @@ def test_vocabulary_and_merges_are_fetched_over_https(
     (tmp_path / "hub" / "merges.txt").write_text("#version: 0.2\n")
     folder = fetch(parse(f"{hub}/files", "model"), tmp_path / "model", ["*.json", "*.txt"])
     assert (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+
+
+def test_s3_references_are_fixed_by_content(bucket: str, make_model: Callable[..., Path]) -> None:
+    folder = make_model("llama")
+    for path in folder.iterdir():
+        s3.upload(path, bucket, f"models/tiny/{path.name}")
+    s3.create(bucket, "models/tiny2/other", b"x")  # shares the beginning of the name, but is another folder
+    reference = pin(parse("s3:///models/tiny", "model"))
+    assert str(reference).startswith(f"s3://{bucket}/models/tiny#")
+    assert pin(parse(f"s3://{bucket}/models/tiny/", "model")) == reference
+    from components.models.fetching import fetch
+
+    got = fetch(parse(str(reference), "model"), folder.parent / "fetched", ["*"])
+    assert (got / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    s3.client().put_object(Bucket=bucket, Key="models/tiny/config.json", Body=b"{}")
+    with pytest.raises(Tune16Error, match="its content changed since the run began"):
+        fetch(reference, folder.parent / "fetched2", ["*"])
+    with pytest.raises(Tune16Error, match="nothing is there"):
+        pin(parse(f"s3://{bucket}/nothing", "model"))

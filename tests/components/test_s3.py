@@ -306,3 +306,19 @@ def test_loopback_never_goes_through_a_proxy(bucket: str, tmp_path: Path, monkey
     s3.write(bucket, "k", b"x")
     assert s3.read(bucket, "k") == b"x"
     s3._client.cache_clear()
+
+
+def test_the_storage_is_probed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.check_writable(bucket, "prefix/model")
+    assert s3.list_objects(bucket, "") == []
+    with pytest.raises(Tune16Error, match="there is no such bucket. Create it, or correct AWS_S3_BUCKET"):
+        s3.check_writable("no-such-bucket", "prefix/model")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(Tune16Error, match="the secret key is wrong. Check AWS_SECRET_ACCESS_KEY"):
+        s3.check_writable(bucket, "prefix/model")
+    monkeypatch.setenv("AWS_S3_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(Tune16Error, match="cannot be reached"):
+        s3.check_writable(bucket, "prefix/model")
+    monkeypatch.delenv("AWS_S3_ENDPOINT")
+    with pytest.raises(Tune16Error, match="AWS_S3_ENDPOINT not set"):
+        s3.check_writable(bucket, "prefix/model")

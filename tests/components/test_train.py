@@ -2,69 +2,28 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.config import EvaluateConfig, MergeConfig, PrepareConfig, QuantizeConfig, Recipe, TrainConfig
+from components.config import EvaluateConfig, MergeConfig, Recipe, TrainConfig
 from components.evaluate.evaluation import evaluate_adapter
-from components.evaluate.scores import bootstrap, score_losses
 from components.merge.merger import merge_adapter, merge_weights, read_deltas
 from components.models.loading import choose_dtype, load_base
 from components.models.shapes import read_shape
 from components.planning import memory
-from components.prepare.dataset import prepare_dataset
-from components.quantize.checkpoint import quantize_checkpoint
 from components.runtime.errors import Tune16Error
 from components.storage.files import file_digest
 from components.train.launch import train
+from tests.components.conftest import SETTINGS, Made
 from tests.conftest import ARCHITECTURES
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Could not find a config file"),  # PEFT looks on the Hub for a local base
 ]
-SETTINGS: dict[str, Any] = {
-    "epochs": 2,
-    "learning_rate": 5e-3,
-    "rank": 8,
-    "alpha": 16,
-    "dropout": 0.05,
-    "micro_batch": 2,
-    "max_gradient_norm": 1.0,
-    "num_evaluations": 2,
-}
-
-
-class Made:
-    """The outputs of prepare, quantize and train for one tiny model."""
-
-    def __init__(self, base: Path, folder: Path, orders: Path, bits: int = 4, **settings: Any) -> None:
-        self.base, self.folder = base, folder
-        self.rows, self.weights, self.adapter = folder / "rows", folder / "weights", folder / "adapter"
-        self.config = TrainConfig(**{**SETTINGS, **settings})
-        prepare_dataset(str(orders), str(base), self.rows, PrepareConfig(max_tokens=128, held_out_share=0.1))
-        quantize_checkpoint(str(base), self.weights, QuantizeConfig.load(bits=bits))
-        self.metrics = train(self.weights, self.rows, self.adapter, self.config)
-
-
-@pytest.fixture(scope="module")
-def made(
-    make_model: Callable[..., Path], orders: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Made]:
-    cache: dict[tuple[Any, ...], Made] = {}
-
-    def make(kind: str, bits: int = 4, **settings: Any) -> Made:
-        key = (kind, bits, *settings.items())
-        if key not in cache:
-            base = make_model(kind, dtype=torch.float16)
-            cache[key] = Made(base, tmp_path_factory.mktemp("made"), orders, bits, **settings)
-        return cache[key]
-
-    return make
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -150,72 +109,6 @@ def test_training_with_and_without_packing_agrees(made: Callable[..., Made], tmp
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        *((kind, {}) for kind in ARCHITECTURES),
-        ("llama", {"target_modules": "q_proj,v_proj"}),
-        ("llama", {"rank_stabilized": True}),
-    ],
-)
-def test_merged_logits_are_the_adapters_logits(
-    made: Callable[..., Made], tmp_path: Path, kind: str, settings: dict[str, Any]
-) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    run = made(kind, **settings)
-    numbers = merge_adapter(str(run.base), run.adapter, tmp_path / "out", MergeConfig(dtype="float32"))
-    assert numbers["num_merged"] == len(read_deltas(run.adapter)) > 0
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
-    ids = torch.arange(3, 60).unsqueeze(0)
-    with torch.no_grad():
-        before = base(ids).logits
-        adapted = PeftModel.from_pretrained(base, run.adapter)
-        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-3, atol=1e-4)
-        assert (adapted(ids).logits - before).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["q_proj"]])
-def test_heads_and_embeddings_merge_tied_or_not(
-    make_model: Callable[..., Path], tmp_path: Path, tied: bool, targets: list[str]
-) -> None:
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    source = make_model("llama", dtype=torch.float32, tie_word_embeddings=tied)
-    torch.manual_seed(3)
-    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of tied layers, which is the point here
-        adapted: PeftModel = get_peft_model(AutoModelForCausalLM.from_pretrained(source), config)
-        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    merge_weights(source, tmp_path / "adapter", tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    ids = torch.arange(3, 60).unsqueeze(0)
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-3, atol=1e-4)
-
-
-def test_a_merge_rounds_each_weight_once(made: Callable[..., Made], tmp_path: Path) -> None:
-    run = made("llama")
-    merge_adapter(str(run.base), run.adapter, tmp_path / "out", MergeConfig())
-    deltas = read_deltas(run.adapter)
-    after = {k: v for f in (tmp_path / "out" / "merged").glob("*.safetensors") for k, v in load_file(f).items()}
-    before = {k: v for f in run.base.glob("*.safetensors") for k, v in load_file(f).items()}
-    assert after.keys() == before.keys()
-    for name, weight in before.items():
-        wanted = weight
-        if name in deltas:
-            wanted = (weight.double() + deltas[name].scale * (deltas[name].b.double() @ deltas[name].a.double())).half()
-        assert after[name].dtype == weight.dtype
-        torch.testing.assert_close(after[name], wanted, rtol=1e-3, atol=6e-8)  # the last bit of float16
-
-
 def test_adapters_that_do_not_belong_are_refused(
     made: Callable[..., Made], make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -239,31 +132,6 @@ def test_unknown_target_modules_are_named(made: Callable[..., Made], tmp_path: P
         train(run.weights, run.rows, tmp_path / "out", config)
 
 
-def test_evaluation(made: Callable[..., Made], tmp_path: Path) -> None:
-    run = made("llama")
-    config = EvaluateConfig(num_prompts=10, max_new_tokens=8, batch_size=4)
-    result = evaluate_adapter(run.weights, run.adapter, run.rows, tmp_path / "out", config)
-    assert result.promoted and result.tuned.loss.value < result.base.loss.value
-    assert result.loss_difference.high < 0
-    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert len(content["samples"]) == 10 and content["verdict"] == "promoted"
-    assert "Promoted" in (tmp_path / "out" / "report.html").read_text()
-    assert (tmp_path / "out" / "README.md").read_text().startswith("---\nbase_model:")
-
-
-def test_losses_are_those_of_the_model_alone(made: Callable[..., Made]) -> None:
-    from peft import PeftModel
-
-    run = made("llama")
-    model = PeftModel.from_pretrained(load_base(run.weights, torch.float32), run.adapter).eval()
-    rows = pq.read_table(run.rows / "held_out.parquet").to_pylist()[:5]
-    ours = score_losses(model, rows, batch_size=3)
-    for row, total, count in zip(rows, ours.sums, ours.tokens, strict=True):
-        with torch.no_grad():
-            loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
-        assert total / count == pytest.approx(float(loss), rel=1e-4)
-
-
 def test_weights_and_biases_offline_and_mlflow(
     made: Callable[..., Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,13 +145,6 @@ def test_weights_and_biases_offline_and_mlflow(
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(run.weights, run.rows, tmp_path / "out", config)
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-
-
-def test_bootstrap_intervals_hold_the_value() -> None:
-    import numpy as np
-
-    estimate = bootstrap(np.array([1.0, 2.0, 3.0, 4.0]), np.ones(4))
-    assert estimate.low < estimate.value == 2.5 < estimate.high
 
 
 def test_dtype_without_a_gpu() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from components.config import PROMOTED, ConvertConfig, EvaluateConfig, MergeConfig, TrainConfig
 from components.runtime.outputs import write_record
+from components.storage import s3
 from components.storage.files import describe_files
 
 Outputs = tuple[Path, Path, Path]
@@ -47,3 +48,23 @@ def write_outputs(folder: Path, num_bytes: int = 25_600, data: str = "d") -> Out
     write_record(gguf, "convert", ConvertConfig(quantizations="Q8_0,Q4_K_M"), model="m")
     write_record(evaluation, "evaluate", EvaluateConfig(), verdict=PROMOTED)
     return merged, gguf, evaluation
+
+
+def left(bucket: str) -> list[str]:
+    """What lies in the bucket, but for leases."""
+    return [stored.key for stored in s3.list_objects(bucket, "") if "/lease/" not in stored.key]
+
+
+def retrain(outputs: tuple[Path, Path, Path], data: str, champion: str) -> None:
+    """Make the outputs those of a run on other data that was compared with `champion`."""
+    facts = {
+        "model": "m",
+        "teacher": "",
+        "data": data,
+        "held_out_sha256": "h",
+        "prepare": {"max_tokens": 32},
+        "bits": 4,
+    }
+    write_record(outputs[0] / "adapter", "train", TrainConfig(), **facts)
+    scores = {name: {} for name in ("base", "tuned", "loss_difference")} | {"champion": {"version": champion}}
+    (outputs[2] / "evaluation.json").write_text(json.dumps(scores))

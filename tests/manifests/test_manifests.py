@@ -169,7 +169,7 @@ def version_of(features: list[str], folder: Path) -> str:
     return str(one(build_with(features, folder), "PipelineVersion")["metadata"]["name"])
 
 
-PATCHED = ["disconnected", "gpu-t4", "images", "kueue"]  # what changes the version
+PATCHED = ["disconnected", "gpu-t4", "images", "kueue", "signing"]  # what changes the version
 
 
 @needs_kubectl

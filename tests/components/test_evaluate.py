@@ -1,7 +1,6 @@
 """The verdict, and that what is published is what was judged: real models, a real champion, a real S3 server."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,64 +16,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import (
     ConvertConfig,
     EvaluateConfig,
-    MergeConfig,
     PreflightConfig,
-    PrepareConfig,
-    QuantizeConfig,
     Recipe,
-    TrainConfig,
     UploadConfig,
-    derived_path,
-    override,
 )
 from components.convert.converter import convert_model
 from components.evaluate import batches
 from components.evaluate.decision import ChampionScore, Comparison, decide
 from components.evaluate.evaluation import evaluate_adapter
-from components.evaluate.scores import Estimate, Scores
-from components.merge.merger import merge_adapter
+from components.evaluate.scores import Estimate, Scores, bootstrap, score_losses
+from components.models.loading import load_base
 from components.preflight.checks import check
-from components.prepare.dataset import prepare_dataset
-from components.quantize.checkpoint import quantize_checkpoint
 from components.runtime.errors import Tune16Error
 from components.runtime.outputs import read_json, write_json
 from components.storage import versions
-from components.train.launch import train
 from components.upload.publisher import publish
+from tests.components.conftest import JUDGED, PATH, Flow, Made
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Could not find a config file"),  # PEFT looks on the Hub for a local base
 ]
-PATH = "team/llm"
-JUDGED = EvaluateConfig(num_prompts=10, max_new_tokens=12)
-
-
-class Flow:
-    """One model through the steps from prepare to evaluate."""
-
-    def __init__(self, base: Path, data: Path, folder: Path, epochs: float = 2, **settings: Any) -> None:
-        self.base, self.data, self.folder = base, data, folder
-        self.rows, self.weights, self.adapter = folder / "rows", folder / "weights", folder / "adapter"
-        config = {"epochs": epochs, "learning_rate": 5e-3, "rank": 8, "dropout": 0, "micro_batch": 2, **settings}
-        prepare_dataset(str(data), str(base), self.rows, PrepareConfig(max_tokens=128, held_out_share=0.1))
-        quantize_checkpoint(str(base), self.weights, QuantizeConfig())
-        train(self.weights, self.rows, self.adapter, TrainConfig(num_evaluations=1, max_gradient_norm=1, **config))
-
-    def judge(self, name: str, config: EvaluateConfig = JUDGED, champion: str = "") -> Any:
-        output = self.folder / name
-        return evaluate_adapter(self.weights, self.adapter, self.rows, output, config, PATH, champion)
-
-    def merge(self, name: str, evaluation: str) -> Path:
-        merge_adapter(
-            str(self.base), self.adapter, self.folder / name, MergeConfig(), self.rows, self.folder / evaluation
-        )
-        return self.folder / name
-
-
-@pytest.fixture(scope="module")
-def flow(make_model: Callable[..., Path], orders: Path, tmp_path_factory: pytest.TempPathFactory) -> Flow:
-    return Flow(make_model("llama"), orders, tmp_path_factory.mktemp("flow"))
 
 
 # The verdict.
@@ -161,24 +123,6 @@ def replace_improvement(share: float) -> EvaluateConfig:
     return JUDGED.model_copy(update={"minimum_improvement": share})
 
 
-def test_a_recipe_without_a_place_gets_one_of_its_own() -> None:
-    assert re.fullmatch("tune16/llama-2-7b-chat-hf-guanaco-llama2-1-[0-9a-f]{6}", Recipe().upload.path)
-    changed = override(
-        Recipe(), ["preflight.model=Qwen/Qwen2.5-7B-Instruct@main", "preflight.data=rows/My Rows.csv.gz"]
-    )
-    assert changed.upload.path.startswith("tune16/qwen2-5-7b-instruct-my-rows-")
-    assert override(changed, ["upload.path=a/b", "preflight.model=x/y"]).upload.path == "a/b"
-    places = {
-        derived_path(PreflightConfig(model=model, data=data))
-        for model in ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
-        for data in ("s3:///one/rows.jsonl", "https://two.example.com/rows.jsonl")
-    }
-    assert len(places) == 4 and all(place.startswith("tune16/deepseek-r1-distill-qw-rows-") for place in places)
-    for wrong in ("a", "/a/b", "a/b/", "a/../b", "a//b", "s3://a/b"):
-        with pytest.raises(Tune16Error, match=r"write it as prefix/model-name, such as team/llama"):
-            UploadConfig.load(path=wrong)
-
-
 # Batches.
 
 
@@ -243,47 +187,6 @@ def test_a_tuned_base_model_stops_where_its_template_does(make_model: Callable[.
     assert found["answers_as_judged"] == found["answers"] == 10
 
 
-def test_a_merged_model_that_does_not_do_as_it_was_judged_is_refused(
-    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from components.merge import merger
-
-    flow.judge("judged", EvaluateConfig(num_prompts=10, max_new_tokens=40))
-    written = merger.generation_settings
-    monkeypatch.setattr(merger, "generation_settings", lambda *inputs: {**written(*inputs), "eos_token_id": [3]})
-    with pytest.raises(Tune16Error, match="would not end its answers: its generation_config.json does not name"):
-        flow.merge("endless", "judged")
-    monkeypatch.undo()
-    adapter = tmp_path / "adapter"
-    shutil.copytree(flow.adapter, adapter)
-    (adapter / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
-    with pytest.raises(Tune16Error, match="Its files were changed after training"):
-        merge_adapter(str(flow.base), adapter, tmp_path / "out", MergeConfig(), flow.rows, flow.folder / "judged")
-    assert not (flow.folder / "endless").exists() and not (tmp_path / "out").exists()
-
-
-def test_a_window_that_the_conversion_loses_is_told(
-    make_model: Callable[..., Path], orders: Path, tmp_path: Path
-) -> None:
-    """llama.cpp has no sliding window for Mistral: the file computes something else than the weights."""
-    pytest.importorskip("llama_cpp")
-    flow = Flow(make_model("mistral", sliding_window=8), orders, tmp_path, epochs=4)
-    flow.judge("evaluation")
-    merged = flow.merge("merged", "evaluation")
-    with pytest.raises(Tune16Error, match="the loss of the 16-bit GGUF file is .* the weights it was made from"):
-        convert_model(merged, flow.rows, tmp_path / "gguf", ConvertConfig(quantizations="Q8_0"))
-    assert not (tmp_path / "gguf").exists()
-
-
-def test_the_rows_asked_are_the_longest_that_fit() -> None:
-    from components.merge.published import _choose
-
-    assert _choose([10, 2000, 30, 20], 55) == [2, 3]
-    assert _choose([10, 2000, 30, 20], 1) == [2, 3]
-    assert _choose([2000, 1500], 1) == [1]
-    assert len(_choose(list(np.arange(1, 100)), 10**9)) == 32
-
-
 def test_padding_that_the_embedding_lacks_never_reaches_the_model(
     make_model: Callable[..., Path], orders: Path, tmp_path: Path
 ) -> None:
@@ -298,3 +201,34 @@ def test_padding_that_the_embedding_lacks_never_reaches_the_model(
     assert flow.judge("evaluation").verdict == "promoted"
     largest = max(max(row) for row in pq.read_table(flow.rows / "train.parquet")["input_ids"].to_pylist())
     assert largest < read_json(base / "config.json")["vocab_size"]
+
+
+def test_evaluation(made: Callable[..., Made], tmp_path: Path) -> None:
+    run = made("llama")
+    config = EvaluateConfig(num_prompts=10, max_new_tokens=8, batch_size=4)
+    result = evaluate_adapter(run.weights, run.adapter, run.rows, tmp_path / "out", config)
+    assert result.promoted and result.tuned.loss.value < result.base.loss.value
+    assert result.loss_difference.high < 0
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert len(content["samples"]) == 10 and content["verdict"] == "promoted"
+    assert "Promoted" in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "README.md").read_text().startswith("---\nbase_model:")
+
+
+def test_losses_are_those_of_the_model_alone(made: Callable[..., Made]) -> None:
+    from peft import PeftModel
+
+    run = made("llama")
+    model = PeftModel.from_pretrained(load_base(run.weights, torch.float32), run.adapter).eval()
+    rows = pq.read_table(run.rows / "held_out.parquet").to_pylist()[:5]
+    ours = score_losses(model, rows, batch_size=3)
+    for row, total, count in zip(rows, ours.sums, ours.tokens, strict=True):
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
+        assert total / count == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_bootstrap_intervals_hold_the_value() -> None:
+
+    estimate = bootstrap(np.array([1.0, 2.0, 3.0, 4.0]), np.ones(4))
+    assert estimate.low < estimate.value == 2.5 < estimate.high
