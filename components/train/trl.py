@@ -184,10 +184,10 @@ def fit_teacher(teacher: Any, student: Any) -> Any:
     Raises:
         Tune16Error: the teacher's vocabulary is smaller than the student's.
     """
-    words, wanted = teacher.config.vocab_size, student.config.vocab_size
-    if words < wanted:
-        raise Tune16Error(f"train.teacher: has {words:,} tokens, the student {wanted:,}. Use one of its family.")
-    if words > wanted:
+    size, wanted = teacher.config.vocab_size, student.config.vocab_size
+    if size < wanted:
+        raise Tune16Error(f"train.teacher: has {size:,} tokens, the student {wanted:,}. Use one of its family.")
+    if size > wanted:
         head = teacher.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight[:wanted].clone(), requires_grad=False)
         head.out_features = teacher.config.vocab_size = wanted

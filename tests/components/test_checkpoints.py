@@ -21,7 +21,7 @@ from components.runtime.outputs import read_record
 from components.runtime.steps import TERMINATED_EXIT_CODE
 from components.storage import s3
 from components.storage.files import file_digest
-from components.train.checkpoints.record import SEAL
+from components.train.checkpoints.record import RECORD
 from components.train.checkpoints.store import FOLDER_VARIABLE, Checkpoints, Place
 from components.train.launch import train
 from components.train.loop import Loop
@@ -37,9 +37,9 @@ SETTINGS: dict[str, Any] = {"epochs": 2, "rank": 8, "micro_batch": 2, "num_evalu
 
 
 @pytest.fixture(scope="module")
-def lesson(make_model: Callable[..., Path], orders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made(make_model: Callable[..., Path], orders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Rows, weights, and a teacher's weights of the same family."""
-    folder = tmp_path_factory.mktemp("lesson")
+    folder = tmp_path_factory.mktemp("made")
     models = {"weights": make_model("llama"), "teacher": make_model("llama", hidden_size=128)}
     for name, model in models.items():
         quantize_checkpoint(str(model), folder / name, QuantizeConfig())
@@ -51,11 +51,11 @@ def lesson(make_model: Callable[..., Path], orders: Path, tmp_path_factory: pyte
     return {name: folder / name for name in ("weights", "teacher", "rows")}
 
 
-def _train(lesson: dict[str, Path], output: Path, path: str = "", **settings: Any) -> tuple[str, Any]:
+def _train(made: dict[str, Path], output: Path, path: str = "", **settings: Any) -> tuple[str, Any]:
     """Train; returns the adapter's SHA-256 and all logged losses."""
     config = TrainConfig(**{**SETTINGS, **settings})
-    teacher = lesson["teacher"] if config.teacher else None
-    train(lesson["weights"], lesson["rows"], output, config, teacher=teacher, path=path)
+    teacher = made["teacher"] if config.teacher else None
+    train(made["weights"], made["rows"], output, config, teacher=teacher, path=path)
     return file_digest(output / "adapter_model.safetensors"), read_record(output, "train")["losses"]
 
 
@@ -87,28 +87,28 @@ class TestTraining:
     )
     def test_stopped_and_started_again_it_ends_with_the_same_adapter(
         self,
-        lesson: dict[str, Path],
+        made: dict[str, Path],
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
         settings: dict[str, Any],
         share: float,
     ) -> None:
-        wanted = _train(lesson, tmp_path / "undisturbed", **settings)
+        wanted = _train(made, tmp_path / "undisturbed", **settings)
         steps = wanted[1][-1]["step"]
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             _ask_to_end_at(round(steps * share), patch)
-            _train(lesson, tmp_path / "adapter", **settings)
+            _train(made, tmp_path / "adapter", **settings)
         assert ended.value.code == TERMINATED_EXIT_CODE
         assert not (tmp_path / "adapter").exists()
         capsys.readouterr()
-        assert _train(lesson, tmp_path / "adapter", **settings) == wanted
+        assert _train(made, tmp_path / "adapter", **settings) == wanted
         assert "continuing from the checkpoint of step" in capsys.readouterr().out
         assert not list(tmp_path.glob(".*"))
 
     @pytest.mark.parametrize("engine", ["tune16", "trl"])
     def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
-        self, lesson: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+        self, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
     ) -> None:
         take_step = Loop._take_step
 
@@ -120,13 +120,13 @@ class TestTraining:
 
         monkeypatch.setattr(Loop, "_take_step", spoil)
         with pytest.raises(Tune16Error, match=r"the loss became NaN or infinite at step 4. Lower train.learning_rate"):
-            _train(lesson, tmp_path / "adapter", engine=engine)
+            _train(made, tmp_path / "adapter", engine=engine)
         assert not (tmp_path / "adapter").exists()
 
     def test_two_processes_go_on_together(
-        self, lesson: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
+        self, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
     ) -> None:
-        wanted = _train(lesson, tmp_path / "undisturbed", num_gpus=2)
+        wanted = _train(made, tmp_path / "undisturbed", num_gpus=2)
 
         def end() -> None:
             while not list(tmp_path.glob(".adapter.checkpoints/*/step-*")):
@@ -136,10 +136,10 @@ class TestTraining:
         watching = threading.Thread(target=end)
         watching.start()
         with pytest.raises(SystemExit) as ended:
-            _train(lesson, tmp_path / "adapter", PATH, num_gpus=2, checkpoint_minutes=0.001)
+            _train(made, tmp_path / "adapter", PATH, num_gpus=2, checkpoint_minutes=0.001)
         watching.join()
         assert ended.value.code == TERMINATED_EXIT_CODE
-        assert _train(lesson, tmp_path / "adapter", PATH, num_gpus=2) == wanted
+        assert _train(made, tmp_path / "adapter", PATH, num_gpus=2) == wanted
 
 
 @pytest.fixture
@@ -171,14 +171,14 @@ def test_the_newest_is_taken_and_old_ones_go(kept: Checkpoints, capsys: pytest.C
         (lambda path: os.truncate(path / "state.safetensors", 500), "its file state.safetensors is damaged"),
         (lambda path: (path / "state.safetensors").write_bytes(bytes(1000)), "state.safetensors is damaged"),
         (lambda path: (path / "state.json").unlink(), "its file state.json is missing"),
-        (lambda path: (path / SEAL).unlink(), "its checkpoint.json cannot be read"),
-        (lambda path: os.truncate(path / SEAL, 20), "its checkpoint.json cannot be read"),
-        (lambda path: _change(path / SEAL, made_of={**FACTS, "model": "other"}), "another run, with other model"),
-        (lambda path: _change(path / SEAL, made_of={**FACTS, "data": "other"}), "another run, with other data"),
-        (lambda path: _change(path / SEAL, step=2), "it is of step 2"),
-        (lambda path: _change(path / SEAL, step=None), "its checkpoint.json cannot be read"),
-        (lambda path: _change(path / SEAL, made_of=3), "its checkpoint.json cannot be read"),
-        (lambda path: _change(path / SEAL, files=["state.json"]), "its checkpoint.json cannot be read"),
+        (lambda path: (path / RECORD).unlink(), "its checkpoint.json cannot be read"),
+        (lambda path: os.truncate(path / RECORD, 20), "its checkpoint.json cannot be read"),
+        (lambda path: _change(path / RECORD, made_of={**FACTS, "model": "other"}), "another run, with other model"),
+        (lambda path: _change(path / RECORD, made_of={**FACTS, "data": "other"}), "another run, with other data"),
+        (lambda path: _change(path / RECORD, step=2), "it is of step 2"),
+        (lambda path: _change(path / RECORD, step=None), "its checkpoint.json cannot be read"),
+        (lambda path: _change(path / RECORD, made_of=3), "its checkpoint.json cannot be read"),
+        (lambda path: _change(path / RECORD, files=["state.json"]), "its checkpoint.json cannot be read"),
     ],
 )
 def test_a_damaged_one_is_passed_over_and_said(
@@ -226,7 +226,7 @@ def test_a_disk_that_is_gone_is_made_up_for_from_s3(
         first.save(7, lambda folder: _write(folder, 1000))
         first.wait()
     keys = [stored.key for stored in s3.list_objects(bucket, "team/checkpoints/")]
-    assert f"team/checkpoints/{first.key}/step-00000007/{SEAL}" in keys
+    assert f"team/checkpoints/{first.key}/step-00000007/{RECORD}" in keys
     other_node = Checkpoints(FACTS, Place(tmp_path / "node", "team"))
     assert (other_node.fetch(7) / "state.json").is_file()
     second = Checkpoints(FACTS, Place(tmp_path / "two", "team"))

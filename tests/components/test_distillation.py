@@ -39,9 +39,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
 
 
 @pytest.fixture(scope="module")
-def lesson(make_model: Callable[..., Path], orders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made(make_model: Callable[..., Path], orders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A student and a deeper teacher in 4 bits, and the student's rows."""
-    folder = tmp_path_factory.mktemp("lesson")
+    folder = tmp_path_factory.mktemp("made")
     student = make_model("llama", dtype=torch.float16)
     prepare_dataset(str(orders), str(student), folder / "rows", PrepareConfig(max_tokens=128, held_out_share=0.1))
     teacher = folder / "base"
@@ -66,37 +66,37 @@ def _teach(folder: Path, rows: Path) -> None:
     model.half().save_pretrained(folder)
 
 
-def config(lesson: dict[str, Path], **changes: Any) -> TrainConfig:
-    return TrainConfig(**{**SETTINGS, "teacher": str(lesson["base"]), **changes})
+def config(made: dict[str, Path], **changes: Any) -> TrainConfig:
+    return TrainConfig(**{**SETTINGS, "teacher": str(made["base"]), **changes})
 
 
 @pytest.mark.slow
 def test_a_student_comes_closer_to_its_teacher_and_is_evaluated_as_any_model(
-    lesson: dict[str, Path], tmp_path: Path
+    made: dict[str, Path], tmp_path: Path
 ) -> None:
-    inputs = (lesson["weights"], lesson["rows"])
-    metrics = train(*inputs, tmp_path / "adapter", config(lesson), teacher=lesson["teacher"])
+    inputs = (made["weights"], made["rows"])
+    metrics = train(*inputs, tmp_path / "adapter", config(made), teacher=made["teacher"])
     assert metrics["train_loss_last"] < 0.9 * metrics["train_loss_first"]
     assert metrics["tokens"] > 0 and metrics["held_out_loss"] < metrics["train_loss_first"]
     record = json.loads((tmp_path / "adapter" / "tune16.json").read_text())
-    assert record["teacher"] == str(lesson["base"]) and record["config"]["method"] == "distill"
-    again = train(*inputs, tmp_path / "again", config(lesson), teacher=lesson["teacher"])
+    assert record["teacher"] == str(made["base"]) and record["config"]["method"] == "distill"
+    again = train(*inputs, tmp_path / "again", config(made), teacher=made["teacher"])
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     assert again["held_out_loss"] == metrics["held_out_loss"]
     assert all(torch.equal(first[name], second[name]) for name in first), "the same seed gives the same adapter"
-    evaluate_adapter(lesson["weights"], tmp_path / "adapter", lesson["rows"], tmp_path / "verdict", EvaluateConfig())
-    assert f"taught by `{lesson['base']}`" in (tmp_path / "verdict" / "README.md").read_text()
-    merge_adapter(str(lesson["student"]), tmp_path / "adapter", tmp_path / "merged", MergeConfig())
-    divergences = [_divergence(lesson, folder) for folder in (lesson["student"], tmp_path / "merged" / "merged")]
+    evaluate_adapter(made["weights"], tmp_path / "adapter", made["rows"], tmp_path / "verdict", EvaluateConfig())
+    assert f"taught by `{made['base']}`" in (tmp_path / "verdict" / "README.md").read_text()
+    merge_adapter(str(made["student"]), tmp_path / "adapter", tmp_path / "merged", MergeConfig())
+    divergences = [_divergence(made, folder) for folder in (made["student"], tmp_path / "merged" / "merged")]
     assert divergences[1] < 0.9 * divergences[0]
 
 
 @torch.inference_mode()
-def _divergence(lesson: dict[str, Path], student: Path) -> float:
+def _divergence(made: dict[str, Path], student: Path) -> float:
     """KL(teacher || student) on held-out answers, in nats per token, with full-precision models."""
-    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (lesson["base"], student)]
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (made["base"], student)]
     total, count = 0.0, 0
-    for row in pq.read_table(lesson["rows"] / "held_out.parquet").to_pylist():
+    for row in pq.read_table(made["rows"] / "held_out.parquet").to_pylist():
         wanted, got = (model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1) for model in models)
         learnt = torch.tensor(row["labels"][1:]) >= 0
         total += torch.nn.functional.kl_div(got[learnt], wanted[learnt], log_target=True, reduction="sum").item()
@@ -105,22 +105,22 @@ def _divergence(lesson: dict[str, Path], student: Path) -> float:
 
 
 @pytest.mark.slow
-def test_missing_weights_of_the_teacher_are_told(lesson: dict[str, Path], tmp_path: Path) -> None:
-    inputs = (lesson["weights"], lesson["rows"], tmp_path / "adapter")
+def test_missing_weights_of_the_teacher_are_told(made: dict[str, Path], tmp_path: Path) -> None:
+    inputs = (made["weights"], made["rows"], tmp_path / "adapter")
     with pytest.raises(Tune16Error, match="train.teacher: its weights are missing. Run the step quantize"):
-        train(*inputs, config(lesson))
+        train(*inputs, config(made))
     quantize_teacher("", tmp_path / "none")
     with pytest.raises(Tune16Error, match="train.teacher: its weights are missing"):
-        train(*inputs, config(lesson), teacher=tmp_path / "none")
+        train(*inputs, config(made), teacher=tmp_path / "none")
 
 
 @pytest.mark.slow
 def test_a_teacher_of_another_vocabulary_fails_in_preflight(
-    lesson: dict[str, Path], make_model: Callable[..., Path], orders: Path
+    made: dict[str, Path], make_model: Callable[..., Path], orders: Path
 ) -> None:
     other = make_model("qwen2")
-    sections = {"preflight": {"model": str(lesson["student"]), "data": str(orders)}}
-    for teacher, message in ((other, "differ in vocabulary"), (lesson["base"], "")):
+    sections = {"preflight": {"model": str(made["student"]), "data": str(orders)}}
+    for teacher, message in ((other, "differ in vocabulary"), (made["base"], "")):
         recipe = parse(Recipe, {**sections, "train": {**SETTINGS, "teacher": str(teacher)}}, where="test")
         if message:
             with pytest.raises(Tune16Error, match=message):

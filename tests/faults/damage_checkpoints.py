@@ -17,7 +17,7 @@ from components.config import TrainConfig
 from components.runtime.outputs import read_record
 from components.storage import s3
 from components.storage.files import file_digest
-from components.train.checkpoints.record import SEAL, step_of
+from components.train.checkpoints.record import RECORD, step_of
 from components.train.launch import train
 from components.train.trainer import train_adapter  # noqa: F401
 from pipelines.s3server import S3Server
@@ -107,8 +107,8 @@ def _damage(folder: Path, kept: dict[str, Path], wanted: Any, number: int, rng: 
         shutil.rmtree(run.parent)
     code = child(lambda: _train(folder, "own", work / "adapter", PATH if in_s3 else ""), work / "log")
     text = (work / "log").read_text()
-    # Without its seal a checkpoint in S3 does not exist; everywhere else it is said why it was not taken.
-    is_said = "skipped the checkpoint" in text or (in_s3 and not (newest / SEAL).is_file())
+    # Without its record a checkpoint in S3 does not exist; everywhere else it is said why it was not taken.
+    is_said = "skipped the checkpoint" in text or (in_s3 and not (newest / RECORD).is_file())
     outcome = {
         "kind": kind,
         "in_s3": in_s3,

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: sealed with the hashes of its files, and checked before anybody goes on from it."""
+"""A checkpoint's record: the hashes of its files, which are checked before a run continues from it."""
 
 import os
 from pathlib import Path
@@ -7,20 +7,20 @@ from typing import Any
 from components.runtime.outputs import read_json, write_json
 from components.storage.files import describe_files, first_difference
 
-SEAL = "checkpoint.json"
+RECORD = "checkpoint.json"
 
 
 class DamagedError(Exception):
     """A checkpoint that cannot be used, and why."""
 
 
-def seal(folder: Path, step: int, made_of: dict[str, Any]) -> None:
-    """Write the seal of the files in a folder, bring all to the disk itself, and read them back.
+def write_record(folder: Path, step: int, made_of: dict[str, Any]) -> None:
+    """Write the record of the files in a folder, flush all to the disk, and read them back.
 
     Raises:
         DamagedError: what can be read is not what was written.
     """
-    write_json(folder / SEAL, {"step": step, "made_of": made_of, "files": describe_files(folder)})
+    write_json(folder / RECORD, {"step": step, "made_of": made_of, "files": describe_files(folder)})
     sync(folder)
     check(folder, step, made_of)
 
@@ -32,11 +32,11 @@ def check(path: Path, step: int, made_of: dict[str, Any]) -> None:
         DamagedError: it is not; says why.
     """
     try:
-        content = read_json(path / SEAL)
+        content = read_json(path / RECORD)
         difference = first_difference(path, content["files"])
         other, its_step = dict(content["made_of"]), int(content["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"its {SEAL} cannot be read ({type(error).__name__})") from None
+        raise DamagedError(f"its {RECORD} cannot be read ({type(error).__name__})") from None
     if other != made_of:
         names = sorted(name for name in made_of | other if made_of.get(name) != other.get(name))
         raise DamagedError(f"it belongs to another run, with other {', '.join(names)}")

@@ -29,7 +29,7 @@ from components.runtime.outputs import new_folder
 from components.runtime.steps import say
 from components.storage import s3
 from components.storage.lease import Lease, TakenOverError, held, locked
-from components.train.checkpoints.record import SEAL, DamagedError, check, name_of, seal, step_of, sync
+from components.train.checkpoints.record import RECORD, DamagedError, check, name_of, step_of, sync, write_record
 
 FOLDER_VARIABLE = "TUNE16_CHECKPOINTS"  # where checkpoints are kept on a disk that outlives the step: a mounted PVC
 _LOCK, _FETCH_LOCK = ".lock", ".fetch"
@@ -217,7 +217,7 @@ class Checkpoints:
         try:
             with new_folder(path) as partial:
                 write(partial)
-                seal(partial, step, self._made_of)
+                write_record(partial, step, self._made_of)
             sync(self.folder)
         except (OSError, SafetensorError, DamagedError) as error:
             say("train", f"the checkpoint of step {step:,} could not be kept ({error}); training continues")
@@ -238,7 +238,7 @@ class Checkpoints:
             remote = self._remote_steps()
             if steps[-1] in remote:
                 return
-            for file in sorted(path.iterdir(), key=lambda file: file.name == SEAL):
+            for file in sorted(path.iterdir(), key=lambda file: file.name == RECORD):
                 s3.upload(file, s3.default_bucket(), f"{self.prefix}/{path.name}/{file.name}")
             for step in sorted(remote)[: -(_NUM_KEPT - 1)]:
                 self._remove_from_s3(step)
@@ -258,7 +258,7 @@ class Checkpoints:
         if not self.prefix:
             return set()
         keys = [stored.key for stored in s3.list_objects(s3.default_bucket(), f"{self.prefix}/step-")]
-        return {step_of(Path(key).parent) for key in keys if key.endswith(f"/{SEAL}")}
+        return {step_of(Path(key).parent) for key in keys if key.endswith(f"/{RECORD}")}
 
     def _remove_old(self) -> None:
         """Keep the newest ones, and the one that is on its way to S3."""
@@ -268,7 +268,7 @@ class Checkpoints:
                 _remove_folder(self._path(step))
 
     def _remove_from_s3(self, step: int) -> None:
-        s3.delete_folder(s3.default_bucket(), f"{self.prefix}/{name_of(step)}/", first=SEAL)
+        s3.delete_folder(s3.default_bucket(), f"{self.prefix}/{name_of(step)}/", first=RECORD)
 
 
 def _steps(folder: Path) -> list[int]:
