@@ -195,7 +195,7 @@ def keep(
     path: Published,
     num_versions: Annotated[int, typer.Option(help="The newest versions to keep; 0 keeps all.", min=0)],
 ) -> None:
-    """Set how many versions publishing keeps, besides the champion and the one before it."""
+    """Keep only the newest versions when publishing; the champion and the one before it are never removed."""
     from components.upload.retention import keep_versions
 
     with user_errors():

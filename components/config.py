@@ -246,7 +246,9 @@ class TrainConfig(StepConfig):
     @model_validator(mode="after")
     def _teaches_one_student(self) -> Self:
         if (self.method == "distill") != bool(self.teacher):
-            raise ValueError("train.teacher belongs to train.method distill: set both or neither")
+            raise ValueError(
+                "train.teacher belongs to train.method distill: set both or neither (in the form: more_train_options)"
+            )
         if self.teacher and self.num_processes > 1:
             raise ValueError("train.method distill trains on one GPU: set train.num_gpus and train.num_nodes to 1")
         return self
@@ -468,7 +470,8 @@ with warnings.catch_warnings():
         def _has_what_it_serves(self) -> Self:
             if self.deploy.runtime.startswith("llama.cpp") and not self.convert.names:
                 raise ValueError(
-                    f"deploy.runtime {self.deploy.runtime} serves a GGUF file, but convert.quantizations names none"
+                    f"deploy.runtime {self.deploy.runtime} (in the form: serving_runtime) serves a GGUF file, but "
+                    "convert.quantizations (gguf_quantizations) names none"
                 )
             return self
 
@@ -564,7 +567,14 @@ def read_form(form: dict[str, Any]) -> "Recipe":
     for name, value in form.items():
         step, _, field = FORM[name].partition(".")
         given[step][field] = value
-    sections = {step: cls.load(given[step].pop(_OPTIONS, None), **given[step]) for step, cls in CONFIG_OF_STEP.items()}
+    sections, faults = {}, []
+    for step, cls in CONFIG_OF_STEP.items():
+        try:
+            sections[step] = cls.load(given[step].pop(_OPTIONS, None), **given[step])
+        except Tune16Error as error:
+            faults.append(str(error))
+    if faults:
+        raise Tune16Error("\n".join(faults))
     return parse(Recipe, sections, where="form")
 
 

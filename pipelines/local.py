@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -196,6 +196,7 @@ class _Listener:
         *whole, self._line = self._line.split("\n")
         for line in whole:
             said = Line.parse(line.removeprefix(_INDENT))
+            said = replace(said, text=redacted(said.text)) if said else None
             self._log.write(f"{_INDENT}{said}\n" if said else f"{line}\n")
             if said:
                 self._take(said)

@@ -80,7 +80,7 @@ class Engine:
         self.offload = False  # keep the blocks' inputs in the host's memory
         self.has_stepped_back = False
         self._most_tokens: int | None = None  # of a micro-batch, once a larger one has run out of memory
-        self._views = self._adopt()
+        self._adopt()
 
     def keep(self, count: int) -> None:
         """Let `count` blocks keep what their backward needs."""
@@ -179,12 +179,12 @@ class Engine:
             x = block(x, shared)
         return x
 
-    def _adopt(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Make the model's adapter, and each block's part of it, views of the flat buffers; returns the gradients'."""
+    def _adopt(self) -> None:
+        """Make the model's adapter and its gradients, and each block's part of them, views of the flat buffers."""
         self.values.grad = self.gradients
         largest = max(block.size for block in self.blocks)
         work, sums = torch.empty(2, largest, dtype=self._head.dtype, device=self._head.device)
-        start, views = 0, []
+        start = 0
         for block in self.blocks:
             part = slice(start, start + block.size)
             block.bind(self.values.data[part], self.gradients[part], work[: block.size], sums[: block.size])
@@ -192,9 +192,7 @@ class Engine:
                 view = slice(start, start + parameter.numel())
                 parameter.data = self.values.data[view].view_as(parameter)
                 parameter.grad = self.gradients[view].view_as(parameter)
-                views.append((parameter, parameter.grad))
                 start = view.stop
-        return views
 
 
 def unsupported(base: Any, shape: ModelShape, max_tokens: int) -> str:

@@ -42,17 +42,19 @@ def send(
         urllib3.exceptions.HTTPError: it gives no answer.
     """
     try:
-        return api.call_api(
+        found = api.call_api(
             path,
             method,
             query_params=list((query or {}).items()),
             header_params={"Accept": "*/*", "Content-Type": content_type},
             body=body,
             auth_settings=["BearerToken"],
-            response_type=answer,
+            response_type="object",
             _return_http_data_only=True,
+            _preload_content=answer != "str",  # the client would read text that is JSON as such
             _request_timeout=timeout,
         )
+        return found.data.decode(errors="replace") if answer == "str" else found
     except ApiException as error:
         refuse_certificate(error)
         raise

@@ -163,7 +163,9 @@ def _check_names(reference: Reference, names: list[str]) -> None:
 
 def _check_name(name: str) -> None:
     if name and not is_safe_name(name):  # the one file at an https:// address has none
-        raise Tune16Error(f"{name!r}: a file of this name would be written outside its folder. Refused.")
+        raise Tune16Error(
+            f"{name!r}: a file of this name would be written outside its folder, or under another name. Refused."
+        )
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -1,6 +1,7 @@
 """Models and data sets at plain ``https://`` addresses: no listing, so a model's files are tried by their names."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ def mark(address: str) -> str:
     Raises:
         Tune16Error: the server cannot be reached or refuses.
     """
-    return _strong_etag(_ask("HEAD", address)) or _attempt(address, lambda: _digest(address))
+    return _strong_etag(_ask("HEAD", address)) or _attempt(address, lambda: _digest(address), math.inf)
 
 
 def download(address: str, target: Path) -> None:
@@ -65,19 +66,24 @@ def download(address: str, target: Path) -> None:
     Raises:
         Tune16Error: the server cannot be reached or refuses.
     """
-    etag = ""
+    etag = ""  # of what is there already; empty begins anew
 
     def fetch() -> None:
         nonlocal etag
         size = target.stat().st_size if target.is_file() and etag else 0
-        rest = {"Range": f"bytes={size}-", "If-Range": etag} if size else {}
+        known, etag = etag, ""
+        rest = {"Range": f"bytes={size}-", "If-Range": known} if size else {}
         with _stream(address, rest) as response:
+            is_rest = response.status_code == httpx.codes.PARTIAL_CONTENT
+            begins = response.headers.get("content-range", "").startswith(f"bytes {size}-")
+            if is_rest and not (begins and _strong_etag(response) == known):
+                raise httpx.RemoteProtocolError("the server sent another part than the one asked for")
             etag = _strong_etag(response)
-            with target.open("ab" if response.status_code == httpx.codes.PARTIAL_CONTENT else "wb") as file:
+            with target.open("ab" if is_rest else "wb") as file:
                 for block in response.iter_raw(1 << 20):
                     file.write(block)
 
-    _attempt(address, fetch)
+    _attempt(address, fetch, math.inf)
 
 
 def _digest(address: str) -> str:
@@ -142,14 +148,16 @@ def _answered(response: httpx.Response) -> httpx.Response:
     return response.raise_for_status()
 
 
-def _attempt(address: str, call: Callable[[], Answer]) -> Answer:
+def _attempt(address: str, call: Callable[[], Answer], seconds: float = 0) -> Answer:
     """Ask, again where a fault may pass; what stays becomes a message.
+
+    `seconds` after which there is no new try are a minute by default; a large file takes longer than that.
 
     Raises:
         Tune16Error: the server cannot be reached or refuses.
     """
     try:
-        return retry(call, _may_pass)
+        return retry(call, _may_pass, seconds=seconds)
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
         raise Tune16Error(f"{address}: the server answers {status}. Check the address and its access rights.") from None
@@ -158,6 +166,6 @@ def _attempt(address: str, call: Callable[[], Answer]) -> Answer:
 
 
 def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code in _PASSING
+    if isinstance(error, httpx.HTTPStatusError):  # 416: what is there is no part of what the server has
+        return error.response.status_code in _PASSING or error.response.status_code == 416
     return isinstance(error, httpx.TransportError) and "CERTIFICATE_VERIFY_FAILED" not in str(error)

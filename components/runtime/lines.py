@@ -6,7 +6,7 @@ A pod prints text, as its log is for people. A run on this machine and a trainin
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from components.runtime.redaction import redacted
@@ -35,8 +35,8 @@ class Line:
 
     def write(self) -> None:
         """Print the line, at once and without secrets, for whoever reads this process's output."""
-        text = self.as_json() if os.environ.get(VARIABLE) == JSON else str(self)
-        print(redacted(text), flush=True)
+        line = replace(self, text=redacted(self.text))  # before JSON writes it in another way
+        print(redacted(line.as_json() if os.environ.get(VARIABLE) == JSON else str(line)), flush=True)
 
     @classmethod
     def parse(cls, text: str) -> Self | None:

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 from components.runtime.errors import Tune16Error
 from components.storage import s3
 
+_LARGEST_PROBE = 1 << 20  # bytes
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -27,7 +29,7 @@ class Artifact:
 
 
 def find_artifact(uri: str, folder: Path) -> Artifact | None:
-    """Where the connection's storage has an artifact, with just the files that were downloaded into a folder.
+    """Where the connection's storage has an artifact, with exactly the files that were downloaded into a folder.
 
     Args:
         uri: the artifact's, as the pipeline server gives it: ``s3://bucket/key``, ``minio://bucket/key``.
@@ -43,10 +45,14 @@ def find_artifact(uri: str, folder: Path) -> Artifact | None:
     here = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     try:
         objects = s3.list_objects(found.bucket, f"{found.key}/")
+        stored = {one.key.removeprefix(f"{found.key}/"): one.size for one in objects}
+        if not here or stored != here:
+            return None
+        smallest = min(objects, key=lambda one: one.size)  # who may list it need not be allowed to read it
+        may_be_read = smallest.size <= _LARGEST_PROBE and s3.read(found.bucket, smallest.key) is not None
     except Tune16Error:
         return None
-    stored = {one.key.removeprefix(f"{found.key}/"): one.size for one in objects}
-    return found if here and stored.items() >= here.items() else None
+    return found if may_be_read else None
 
 
 def copy_file(artifact: Artifact, name: str, bucket: str, key: str, sha256: str) -> bool:

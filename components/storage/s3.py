@@ -22,6 +22,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ProfileNotFound
 from botocore.parsers import ResponseParserError
+from s3transfer.exceptions import S3CopyFailedError
 from urllib3.exceptions import HTTPError
 
 from components.config import CONNECTION_VARIABLES, SESSION_TOKEN
@@ -295,14 +296,24 @@ def download(bucket: str, key: str, path: Path) -> None:
 
 
 def copy(source_bucket: str, source_key: str, bucket: str, key: str, sha256: str) -> None:
-    """Let the server copy an object; the SHA-256 is kept with the copy.
+    """Let the server copy an object, unless it has; the SHA-256 is kept with the copy.
 
     Raises:
         Tune16Error: the server cannot or may not.
     """
     source: Any = {"Bucket": source_bucket, "Key": source_key}
     extra = {"Metadata": {"sha256": sha256}, "MetadataDirective": "REPLACE"}
-    attempt(f"s3://{bucket}/{key}", lambda: client().copy(source, bucket, key, ExtraArgs=extra, Config=_TRANSFER))
+    address = f"s3://{bucket}/{key}"
+
+    def act() -> None:
+        size = client().head_object(**source)["ContentLength"]
+        if not transfer.is_there(client(), bucket, key, size, sha256):
+            client().copy(source, bucket, key, ExtraArgs=extra, Config=_TRANSFER)
+
+    try:
+        attempt(address, act)
+    except (S3CopyFailedError, KeyError) as error:  # of servers that copy parts in another way
+        raise Tune16Error(f"{address}: the server could not copy {source_key} ({error}).") from None
 
 
 def delete(bucket: str, key: str) -> None:

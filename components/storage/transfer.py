@@ -70,7 +70,7 @@ def send(client: "S3Client", path: Path, bucket: str, key: str, sha256: str, adv
     size = path.stat().st_size
     if size <= PART_BYTES:
         _put(upload)
-    elif sha256 and _is_there(upload, size, sha256):
+    elif sha256 and attempt(upload.address, lambda: is_there(client, bucket, key, size, sha256)):
         advance(size)
     else:
         _send_parts(upload, size)
@@ -114,17 +114,19 @@ def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _is_there(upload: _Upload, size: int, sha256: str) -> bool:
-    def ask() -> bool:
-        try:
-            found = upload.client.head_object(**upload.place)
-        except ClientError as error:
-            if code_of(error) in {"404", "NoSuchKey"}:
-                return False
-            raise
-        return found["ContentLength"] == size and found["Metadata"].get("sha256") == sha256
+def is_there(client: "S3Client", bucket: str, key: str, size: int, sha256: str) -> bool:
+    """Whether an object of this size and with this SHA-256 is there already.
 
-    return attempt(upload.address, ask)
+    Raises:
+        botocore.exceptions.ClientError: the server refuses.
+    """
+    try:
+        found = client.head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if code_of(error) in {"404", "NoSuchKey"}:
+            return False
+        raise
+    return found["ContentLength"] == size and found["Metadata"].get("sha256") == sha256
 
 
 def _put(upload: _Upload) -> None:

@@ -74,7 +74,7 @@ class Learner(ABC):
     def begin_step(self) -> None:
         """Drop the gradients of the step before."""
         for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+            parameter.grad = None
 
     def end_step(self, step: int) -> None:  # noqa: B027  (most learn nothing from a step)
         """See how the step with this number has gone."""

@@ -5,7 +5,8 @@ summed loss over the step's number of learnt tokens, of all processes; these gra
 clipped, and the optimiser and the schedule move on. So the loss is the mean over all learnt tokens of a step, whatever
 the number of micro-batches, rows and processes.
 
-Losses stay on the GPU until they are logged, evaluated or kept in a checkpoint, which wait for it anyway.
+The engine's losses stay on the GPU until they are logged, evaluated or kept in a checkpoint, which wait for it anyway;
+TRL waits for the GPU in each micro-batch.
 """
 
 import math
@@ -74,6 +75,7 @@ class Loop:
         self.pending = list[list[float]]()  # sums of each step since the last log entry: loss, learnt, tokens, measured
         self._unseen = list[tuple[torch.Tensor, int, int]]()  # of this process: sums on the GPU, learnt, tokens
         self._norm = torch.zeros(())
+        self._order: tuple[int, list[int]] = (-1, [])  # an epoch, and its micro-batches in their order
         self._kept_step, self._kept_at = -1, time.monotonic()
         self._seconds_before, self._started = 0.0, time.monotonic()
 
@@ -158,10 +160,11 @@ class Loop:
     def _numbers_of_step(self) -> list[int]:
         """The process's own micro-batches of the step, of an order that is another in each epoch; -1 fills up."""
         epoch, step = divmod(self.step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self._config.seed + epoch)
-        order = torch.randperm(self.learner.num_batches, generator=generator).tolist()
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._config.seed + epoch)
+            self._order = epoch, torch.randperm(self.learner.num_batches, generator=generator).tolist()
         size = self.learner.per_step * self._num_processes
-        of_step: list[int] = order[step * size : (step + 1) * size]
+        of_step = self._order[1][step * size : (step + 1) * size]
         of_step += [-1] * (-len(of_step) % self._num_processes)
         return of_step[self._index :: self._num_processes]
 

@@ -12,6 +12,7 @@ from components.runtime.errors import Tune16Error
 from components.runtime.steps import say
 
 Log = Callable[[dict[str, float], int], object]
+End = Callable[[bool], object]
 
 
 class Trackers:
@@ -24,7 +25,7 @@ class Trackers:
     def __init__(self, config: TrainConfig, facts: dict[str, Any]) -> None:
         settings = {**config.model_dump(), "model": facts["model"]}
         self._logs: dict[str, Log] = {}
-        self._ends: dict[str, Callable[[], object]] = {}
+        self._ends: dict[str, End] = {}
         for name, wanted, begin in (
             ("MLflow", os.environ.get("MLFLOW_TRACKING_URI"), self._begin_mlflow),
             ("Weights & Biases", config.wandb_project, self._begin_wandb),
@@ -47,10 +48,10 @@ class Trackers:
         for name, log in list(self._logs.items()):
             self._call(name, lambda log=log: log(numbers, entry["step"]))  # type: ignore[misc]
 
-    def end(self) -> None:
-        """Close the runs, so that all that was logged arrives."""
+    def end(self, has_failed: bool) -> None:
+        """Close the runs as finished or as failed, so that all that was logged arrives."""
         for name, end in self._ends.items():
-            self._call(name, end)
+            self._call(name, lambda end=end: end(has_failed))  # type: ignore[misc]
         self._ends = {}
 
     def _call(self, name: str, act: Callable[[], object]) -> None:
@@ -61,15 +62,18 @@ class Trackers:
             say("train", f"{name} does not answer ({_line(error)}); training continues without it")
 
     @staticmethod
-    def _begin_mlflow(config: TrainConfig, settings: dict[str, Any]) -> tuple[Log, Callable[[], object]]:
+    def _begin_mlflow(config: TrainConfig, settings: dict[str, Any]) -> tuple[Log, End]:
         import mlflow
+
+        def end(has_failed: bool) -> None:
+            mlflow.end_run("FAILED" if has_failed else "FINISHED")
 
         mlflow.start_run()  # the experiment is MLFLOW_EXPERIMENT_NAME's
         mlflow.log_params(settings)
-        return lambda numbers, step: mlflow.log_metrics(numbers, step=step), mlflow.end_run
+        return lambda numbers, step: mlflow.log_metrics(numbers, step=step), end
 
     @staticmethod
-    def _begin_wandb(config: TrainConfig, settings: dict[str, Any]) -> tuple[Log, Callable[[], object]]:
+    def _begin_wandb(config: TrainConfig, settings: dict[str, Any]) -> tuple[Log, End]:
         if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
             raise Tune16Error(
                 "train.wandb_project: is set, but WANDB_API_KEY is not in the environment. Put it into the Secret "
@@ -78,7 +82,7 @@ class Trackers:
         import wandb
 
         run = wandb.init(project=config.wandb_project, config=settings)
-        return lambda numbers, step: run.log(numbers, step=step), run.finish
+        return lambda numbers, step: run.log(numbers, step=step), lambda failed: run.finish(exit_code=int(failed))
 
 
 def _line(error: Exception) -> str:

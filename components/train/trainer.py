@@ -167,6 +167,7 @@ def _train(inputs: TrainingInputs, checkpoints: Checkpoints, scratch: Path) -> L
     for line in card_facts():
         say("train", line)
     trackers = Trackers(inputs.config, inputs.quantized) if is_first() else None
+    is_complete = False
     try:
         with _outlasting(inputs.config):
             newest = newest_of_all(checkpoints, inputs.config.num_nodes > 1)
@@ -175,7 +176,8 @@ def _train(inputs: TrainingInputs, checkpoints: Checkpoints, scratch: Path) -> L
         loop = Loop(learner, inputs.config, inputs.dtype, checkpoints, log)
         say("train", f"{loop.num_steps:,} steps, {inputs.dtype}")
         with deferred_termination() as termination:
-            if not loop.run(newest, termination):
+            is_complete = loop.run(newest, termination)
+            if not is_complete:
                 if is_first():
                     checkpoints.wait()
                 agreed(
@@ -184,7 +186,7 @@ def _train(inputs: TrainingInputs, checkpoints: Checkpoints, scratch: Path) -> L
                 raise SystemExit(TERMINATED_EXIT_CODE)
     finally:
         if trackers:
-            trackers.end()
+            trackers.end(has_failed=not is_complete)
     return loop
 
 
@@ -252,7 +254,9 @@ def _plan(step: Step, newest: Path | None) -> MemoryPlan:
         Tune16Error: the rows, or these micro-batches, do not fit.
     """
     available, begun_with = least(available_memory()), read_split(newest) if newest else None
-    planned = step.fullest(*begun_with, available) if begun_with else step.solve(available)
+    chosen = step.solve(available)  # which depends on the GPU's speed, so the first process chooses for all
+    tokens, num = begun_with or of_first((chosen.micro_batch_tokens, chosen.num_micro_batches))
+    planned = step.fullest(tokens, num, available)
     if not planned.fits:
         raise Tune16Error(
             f"train: {'micro-batches' if begun_with else 'rows'} of {planned.micro_batch_tokens:,} tokens need "

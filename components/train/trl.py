@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from components.config import TrainConfig
@@ -32,8 +32,11 @@ class TrlLearner(Learner):
         dtype: number format of the computation.
     """
 
+    measured: tuple[str, ...] = ("entropy", "mean_token_accuracy")
+
     def __init__(self, trainer: Trainer, config: TrainConfig, dtype: torch.dtype) -> None:
         self._trainer, self._dtype = trainer, dtype
+        trainer.remove_callback(PrinterCallback)
         self.model = trainer.model
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in self.parameters:  # TRL makes a 4-bit model's adapter bfloat16; loss scaling needs float32
@@ -52,12 +55,21 @@ class TrlLearner(Learner):
         chosen = range(number * self._rows, min((number + 1) * self._rows, len(rows)))
         return self._collate([rows[index] for index in chosen])
 
-    def loss(self, content: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, content: tuple[dict[str, torch.Tensor], int]) -> torch.Tensor:
         """TRL's loss, which divides by a number of tokens that it is told: by 1, so that it is a sum."""
+        inputs, num_learnt = content
         with self._autocast():
-            inputs = send_to_device(content, device())
+            inputs = send_to_device(inputs, device())
             loss: torch.Tensor = self._trainer.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(1))
-        return loss.float().reshape(1)
+        means = self._last_metrics()
+        sums = loss.new_tensor([num_learnt * means[name] for name in self.measured], dtype=torch.float32)
+        return torch.cat([loss.float().reshape(1), sums])
+
+    def _last_metrics(self) -> dict[str, float]:
+        """What TRL has measured in the last micro-batch: it keeps that for its own log, which is emptied here."""
+        self._trainer.log({})
+        entry: dict[str, float] = self._trainer.state.log_history.pop()
+        return {name.removeprefix("eval_"): value or 0.0 for name, value in entry.items()}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         is_mixed = self._dtype != torch.float32
@@ -66,7 +78,7 @@ class TrlLearner(Learner):
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         content = self._trainer.data_collator(rows)
         num_learnt = int((content["labels"] != IGNORED).sum())
-        return Batch(content, num_learnt, sum(len(row["input_ids"]) for row in rows))
+        return Batch((content, num_learnt), num_learnt, sum(len(row["input_ids"]) for row in rows))
 
 
 def plain_learner(
@@ -110,6 +122,8 @@ class DistillationLearner(TrlLearner):
     same held-out loss for the same weights.
     """
 
+    measured = ("entropy",)
+
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         """TRL's batch, of which it learns where ``tool_mask`` is 1: the first token of a row stands for the prompt.
 
@@ -125,9 +139,9 @@ class DistillationLearner(TrlLearner):
             "completion_ids": pad_sequence(rest, batch_first=True, padding_value=fill),
             "completion_mask": pad_sequence([torch.ones_like(row) for row in rest], batch_first=True),
             "tool_mask": pad_sequence([mask[1:] for mask in learnt], batch_first=True),
-            "num_items_in_batch": torch.tensor(1.0),
         }
-        return Batch(content, int(content["tool_mask"].sum()), sum(map(len, ids)))
+        num_learnt = int(content["tool_mask"].sum())
+        return Batch((content, num_learnt), num_learnt, sum(map(len, ids)))
 
 
 def distillation_learner(

@@ -261,6 +261,7 @@ def _upload_files(folder: Path, files: list[dict[str, Any]], prefix: str, source
     advance = _progress(sum(file["size"] for file in rest))
     for file in rest:
         s3.upload(folder / file["path"], s3.default_bucket(), f"{prefix}/{file['path']}", advance, file["sha256"])
+    s3.abort_uploads(s3.default_bucket(), f"{prefix}/", lambda _: True)  # parts of copies that were killed
 
 
 def _copy(file: dict[str, Any], key: str, sources: dict[str, Artifact | None]) -> bool:

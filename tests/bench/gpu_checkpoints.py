@@ -101,7 +101,7 @@ def _run(folder: Path, name: str, minutes: float) -> dict[str, Any]:
         "peak_gib": record["metrics"]["peak_memory_gib"],
         "checkpoints": text.count(" kept, "),
         "sizes": sorted({line.partition(" kept, ")[2] for line in text.splitlines() if " kept, " in line}),
-        "resumed": [line for line in text.splitlines() if "going on from" in line],
+        "resumed": [line for line in text.splitlines() if "continuing from" in line],
         "sha256": file_digest(folder / name / "adapter_model.safetensors"),
         "losses": record["losses"],
     }

@@ -1,5 +1,7 @@
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +11,7 @@ from components.config import (
     Recipe,
     UploadConfig,
     derived_path,
+    load_recipe,
     override,
 )
 from components.knobs import knobs_page
@@ -132,3 +135,38 @@ def test_a_recipe_without_a_place_gets_one_of_its_own() -> None:
     for wrong in ("a", "/a/b", "a/b/", "a/../b", "a//b", "s3://a/b"):
         with pytest.raises(Tune16Error, match=r"write it as prefix/model-name, such as team/llama"):
             UploadConfig.load(path=wrong)
+
+
+RECIPES = sorted((Path(config.__file__).parents[1] / "pipelines" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_form_filled_in_from_a_recipe_is_that_recipe(path: Path) -> None:
+    """Numbers arrive as doubles, as KFP's protobuf has them, and JSON objects as text from some clients."""
+    recipe = load_recipe(path)
+    values = config.form_values(recipe)
+    as_sent = {
+        name: float(value) if isinstance(value, int) else json.dumps(value) if name.startswith("more_") else value
+        for name, value in values.items()
+    }
+    for form in (values, as_sent):
+        found = config.read_form(form)
+        assert found == recipe.model_copy(update={"setup": found.setup, "description": found.description})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"epochs": -1, "load_in_bits": 3},
+            r"quantize: 'bits' is 3.*In the form: load_in_bits.\ntrain: 'epochs' is -1.*",
+        ),
+        ({"more_train_options": {"rank": 4}}, "more_train_options: 'rank' has a field of its own, lora_rank"),
+        ({"more_train_options": "[1]"}, "more_train_options: is a JSON list, but an object is needed"),
+        ({"serving_runtime": "llama.cpp", "gguf_quantizations": ""}, "form: .*serving_runtime.*gguf_quantizations"),
+    ],
+)
+def test_what_is_wrong_in_a_form_is_named_as_the_form_names_it(changes: dict[str, Any], message: str) -> None:
+    form = config.form_values(Recipe.model_validate({"upload": {"path": "team/llm"}}))
+    with pytest.raises(Tune16Error, match=message):
+        config.read_form({**form, **changes})

@@ -162,3 +162,16 @@ def test_the_plan_counts_the_adapter_and_the_weights_exactly(made: Callable[...,
     linears = sum(w.numel() for name, w in weights.items() if name.startswith("model.layers.") and w.dim() == 2)
     assert shape.num_linear_weights == linears
     assert shape.num_embedding_weights == sum(w.numel() for n, w in weights.items() if "embed" in n or "lm_head" in n)
+
+
+def test_plain_trl_trains_in_two_processes_too(made: Callable[..., Made], tmp_path: Path) -> None:
+    """Rows that fill no step for both: one of the processes takes part without counting."""
+    run = made("llama")
+    rows = tmp_path / "rows"
+    shutil.copytree(run.rows, rows)
+    pq.write_table(pq.read_table(run.rows / "train.parquet").slice(0, 7), rows / "train.parquet")
+    same = {**SETTINGS, "engine": "trl", "packing": False, "dropout": 0, "micro_batch": 2, "num_evaluations": 1}
+    one = train(run.weights, rows, tmp_path / "one", TrainConfig(**{**same, "gradient_accumulation": 2}))
+    two = train(run.weights, rows, tmp_path / "two", TrainConfig(**{**same, "num_gpus": 2}))
+    for name in ("train_loss_first", "train_loss_last", "held_out_loss", "steps", "tokens"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3), name

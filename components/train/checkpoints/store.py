@@ -1,6 +1,6 @@
 """Checkpoints of a training run: each complete or absent, and found again when the same run is restarted.
 
-    <folder>/<run key>/step-00000120/                           state.safetensors, state.json, trainer_state.json,
+    <folder>/<run key>/step-00000120/                           state.safetensors, state.json,
                                                                 and checkpoint.json: their sizes and SHA-256
     s3://bucket/<prefix>/checkpoints/<run key>/step-00000120/   the same, checkpoint.json last
 

@@ -6,6 +6,7 @@ accelerate joins them, by the variables that :mod:`.pod` sets: NCCL between GPUs
 import os
 import random
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ from accelerate import PartialState
 from torch import distributed
 
 from components.models.loading import device
+from components.runtime.retry import OUTAGE_SECONDS
 
 
 def join() -> PartialState:
-    """Join the others; returns their number and this process's index among them."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    """Join the others; returns their number and this process's index among them.
+
+    A process that is late, or waits for the storage, is waited for: its pod may have to be started first.
+    """
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=2 * OUTAGE_SECONDS))
 
 
 def is_first() -> bool:
@@ -51,11 +56,13 @@ def add_up(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def add_up_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace gradients by their sums over all processes, in one message."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace gradients by their sums over all processes, in one message; one that is missing is zero."""
     if not distributed.is_initialized():
         return
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
     flat = add_up(gradients[0] if len(gradients) == 1 else torch.cat([one.reshape(-1) for one in gradients]))
     if len(gradients) > 1:
         parts = torch.split(flat, [one.numel() for one in gradients])
