@@ -52,7 +52,6 @@ def train(
         from components.train.trainer import TrainingInputs, train_adapter
 
         check_gpus(config.num_gpus)
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # its own
         return train_adapter(TrainingInputs(weights, rows, config, teacher), output, Place.of(output, path))
     metrics: dict[str, float] = read_record(output, "train")["metrics"]
     return metrics

@@ -1,6 +1,6 @@
 """Losses that TRL computes: its SFTTrainer where the engine cannot take a model, its DistillationTrainer for a teacher.
 
-Of TRL's trainers the constructor and ``compute_loss`` are used, and nothing else: the loop is ours
+Of TRL's trainers the constructor, ``compute_loss`` and ``log`` are used: the loop is ours
 (:mod:`components.train.loop`), the same for every learner.
 """
 
@@ -101,6 +101,7 @@ def plain_learner(
         average_tokens_across_devices=False,
         **_arguments(config, facts["dtype"], facts["scratch"]),
     )
+    arguments._n_gpu = 1  # a process trains on its own GPU, however many it sees
     train, held_out = _read_rows(rows, facts["scratch"])
     trainer = SFTTrainer(
         model=base,
@@ -154,11 +155,13 @@ def distillation_learner(
     **facts: Any,
 ) -> DistillationLearner:
     """TRL's DistillationTrainer on the answers of the data; arguments as for :func:`plain_learner`, and the teacher."""
+    arguments = DistillationConfig(beta=0.0, **_arguments(config, facts["dtype"], facts["scratch"]))  # forward KL
+    arguments._n_gpu = 1  # as there
     train, held_out = _read_rows(rows, facts["scratch"])
     trainer = DistillationTrainer(
         model=base,
         teacher_model=fit_teacher(teacher, base),
-        args=DistillationConfig(beta=0.0, **_arguments(config, facts["dtype"], facts["scratch"])),  # forward KL
+        args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,

@@ -385,7 +385,7 @@ def test_names_and_runtimes_that_do_not_fit_are_told_at_once() -> None:
         and service_name("a/" + "x" * 80) == "x" * 40
     )
     with pytest.raises(
-        Tune16Error, match="deploy.runtime llama.cpp serves a GGUF file, but convert.quantizations names"
+        Tune16Error, match=r"deploy.runtime llama.cpp .*serves a GGUF file, but convert.quantizations .*names"
     ):
         parse(Recipe, {"deploy": {"runtime": "llama.cpp"}, "convert": {"quantizations": ""}}, where="form")
     with pytest.raises(Tune16Error, match="'runtime' is 'tgi': input should be '', 'vllm', 'vllm-adapter'"):

@@ -221,7 +221,7 @@ NAMES = ("../out.json", "/etc/out.json", "a/../../out.json", "..\\out.json", "a\
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_lead_outside_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(Tune16Error, match="outside its folder. Refused"):
+    with pytest.raises(Tune16Error, match="outside its folder"):
         _inside(tmp_path, name)
 
 
@@ -229,7 +229,7 @@ def test_names_that_lead_outside_are_refused(name: str, tmp_path: Path) -> None:
 def test_such_names_in_a_bucket_are_refused(name: str, bucket: str, tmp_path: Path) -> None:
     s3.write(bucket, f"models/evil/{name}", b"{}")
     for act in (pin, lambda reference: fetch(reference, tmp_path / "x", MODEL_FILES)):
-        with pytest.raises(Tune16Error, match="outside its folder. Refused"):
+        with pytest.raises(Tune16Error, match="outside its folder"):
             act(parse(f"s3://{bucket}/models/evil", "model"))
     assert not (tmp_path / "out.json").exists() and not list(tmp_path.rglob("*out.json"))
 
@@ -238,7 +238,7 @@ def test_such_names_in_a_bucket_are_refused(name: str, bucket: str, tmp_path: Pa
 def test_such_names_in_an_index_on_the_web_are_refused(name: str, hub: str, tmp_path: Path) -> None:
     index = {"weight_map": {"a": name}}
     (tmp_path / "hub" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(Tune16Error, match="outside its folder. Refused"):
+    with pytest.raises(Tune16Error, match="outside its folder"):
         fetch(parse(f"{hub}/files", "model"), tmp_path / "model", MODEL_FILES)
     (tmp_path / "hub" / "model.safetensors.index.json").write_text("[" * 100_000)
     with pytest.raises(Tune16Error, match="is not an index of safetensors files"):
@@ -376,6 +376,31 @@ def test_a_download_that_ends_early_is_refused(tmp_path: Path, monkeypatch: pyte
         fetch(parse(f"{address}/rows.jsonl", "data"), tmp_path / "x", DATA_FILES)
 
 
+def test_a_server_that_sends_another_part_than_was_asked_for_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers a question for the rest with the rest of a file that has changed meanwhile."""
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_SECONDS", 0.01)
+    old, new = bytes(3 << 20), b"x" * (3 << 20)
+    asked: list[str] = []
+
+    class Changing(Turncoat):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Range", ""))
+            start = int(asked[-1].removeprefix("bytes=").removesuffix("-") or 0)
+            self.send_response(206 if start else 200)
+            self.send_header("ETag", '"old"' if len(asked) == 1 else '"new"')
+            self.send_header("Content-Range", f"bytes {start}-{len(new) - 1}/{len(new)}")
+            self.send_header("Content-Length", str(len(new) - start))
+            self.end_headers()
+            self.wfile.write(old[: 5 << 19] if len(asked) == 1 else new[start:])
+            self.close_connection = len(asked) == 1
+
+    with _serving(handler=Changing) as address:
+        path = fetch(parse(f"{address}/rows.jsonl", "data"), tmp_path / "x", DATA_FILES)
+    assert path.read_bytes() == new and asked == ["", f"bytes={2 << 20}-", ""]
+
+
 @pytest.mark.parametrize("fault", ["a broken connection", "503"])
 def test_a_download_goes_on_where_it_was_broken_off(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -392,6 +417,7 @@ def test_a_download_goes_on_where_it_was_broken_off(
             start = int(asked[-1].removeprefix("bytes=").removesuffix("-") or 0)
             self.send_response(206 if start else 200)
             self.send_header("ETag", '"one"')
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             self.wfile.write(content[start:] if len(asked) > 1 else content[: 5 << 19])

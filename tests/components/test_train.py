@@ -164,6 +164,18 @@ def test_the_plan_counts_the_adapter_and_the_weights_exactly(made: Callable[...,
     assert shape.num_embedding_weights == sum(w.numel() for n, w in weights.items() if "embed" in n or "lm_head" in n)
 
 
+def test_transformers_still_counts_the_gpus_of_a_process_where_we_set_their_number(tmp_path: Path) -> None:
+    """The one private name of theirs: TRL refuses a process that sees several GPUs and does not set it."""
+    from trl import SFTConfig
+
+    arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    assert hasattr(arguments, "_n_gpu"), (
+        "Transformers has moved TrainingArguments._n_gpu: components/train/trl.py sets it"
+    )
+    arguments._n_gpu = 5
+    assert arguments.n_gpu == 5, "TrainingArguments.n_gpu no longer reads _n_gpu: components/train/trl.py sets it to 1"
+
+
 def test_plain_trl_trains_in_two_processes_too(made: Callable[..., Made], tmp_path: Path) -> None:
     """Rows that fill no step for both: one of the processes takes part without counting."""
     run = made("llama")
