@@ -221,7 +221,7 @@ def _keep(run: LocalRun, line: Line) -> None:
     result = run.steps.setdefault(line.step, StepResult())
     if line.event == lines.FINISHED:
         result.seconds = line.data["seconds"]
-    else:
+    elif line.event != lines.CHECKPOINT:  # which is written in the background, after the result
         result.said = line.text
 
 

@@ -13,7 +13,7 @@ from components.runtime.redaction import redacted
 
 VARIABLE = "TUNE16_LINES"
 JSON = "json"  # its value where a program reads the output
-STARTED, FINISHED, ERROR = "started", "finished", "error"
+STARTED, FINISHED, ERROR, CHECKPOINT = "started", "finished", "error", "checkpoint"
 _MARK = "tune16"  # the one key of a line
 
 

@@ -92,6 +92,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     assert order[0] == "preflight" and {*order[1:3]} == {"prepare", "quantize"}
     assert order[3:] == ["train", "evaluate", "merge", "convert", "upload", "register", "deploy"]
     assert all(step["seconds"] is not None for step in result["steps"].values())
+    assert re.fullmatch(r"step 148/148  held-out loss [\d.]+", result["steps"]["train"]["said"])
     base, tuned = result["evaluation"]["base"], result["evaluation"]["tuned"]
     assert tuned["loss"]["value"] <= 0.7 * base["loss"]["value"]
     assert tuned["exact_match"]["value"] >= base["exact_match"]["value"] + 0.5

@@ -25,6 +25,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from components.runtime.errors import Tune16Error
+from components.runtime.lines import CHECKPOINT, Line
 from components.runtime.outputs import new_folder
 from components.runtime.steps import say
 from components.storage import s3
@@ -222,7 +223,7 @@ class Checkpoints:
         except (OSError, SafetensorError, DamagedError) as error:
             say("train", f"the checkpoint of step {step:,} could not be kept ({error}); training continues")
             return
-        say("train", f"checkpoint of step {step:,} kept, {_size(path) / 2**20:,.0f} MiB")
+        Line("train", f"checkpoint of step {step:,} kept, {_size(path) / 2**20:,.0f} MiB", CHECKPOINT).write()
         self._remove_old()
         if self.prefix:
             self._uploading = self._uploader.submit(self._upload_newest)
