@@ -35,7 +35,7 @@ def main() -> None:
 def _chat_requirements() -> str:
     """The few common packages that the chat page needs, and its own."""
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    names = ("boto3", "httpx2", "pydantic", "pyyaml", "typer")
+    names = ("boto3", "httpx2", "pydantic", "pyyaml", "tenacity", "typer")
     shared = [line for line in project["dependencies"] if line.startswith(names)]
     assert len(shared) == len(names)
     return "\n".join([*shared, *project["optional-dependencies"]["chat"]])

@@ -45,16 +45,19 @@ def find_shapes(settings: Recipe) -> tuple[ModelShape, ModelShape | None]:
 
 
 def find_shape(model: str) -> ModelShape:
-    """The sizes of a model: known ones, or from its config.json.
+    """The sizes of a model: known ones, or from its config.json, which may be all that there is of it.
 
     Raises:
         Tune16Error: the model cannot be read from here, or its architecture is not supported.
     """
     shape = known_shape(model)
     if shape is None:
-        from components.models.fetching import read_config
+        from components.models.fetching import read_config, read_document
         from components.models.references import parse
 
+        document = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+        if document.is_file():
+            return read_shape(read_document(document), where=model)
         with tempfile.TemporaryDirectory() as scratch:
             reference = parse(model, "model")
             shape = read_shape(read_config(reference, Path(scratch)), where=model)

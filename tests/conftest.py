@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; tests of the Hub set it back
@@ -18,6 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -38,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
 
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "phi3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "phi3", "granite")
 BUCKET = "tune16"
 
 _SIZES = {
@@ -52,16 +54,32 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "phi3": Phi3Config,
     "qwen3": Qwen3Config,
+    "granite": partial(
+        GraniteConfig,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.05,
+        logits_scaling=0.25,  # published ones have 8 and more, against which a tiny random model learns nothing
+        tie_word_embeddings=True,
+    ),
 }
 _SPECIAL_TOKENS = {
     "qwen2": ["<|im_start|>", "<|im_end|>"],
     "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    "granite": ["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"],
+}
+_TEMPLATES = {  # of models that bring their own
+    "granite": (
+        "{% for m in messages %}<|start_of_role|>{{ m['role'] }}<|end_of_role|>{{ m['content'] }}"
+        "<|end_of_text|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
+    ),
 }
 
 
@@ -96,6 +114,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             folder = tmp_path_factory.mktemp(kind)
             tokenizer = _byte_level() if kind in _BYTE_LEVEL else _train_tokenizer(CORPUS.read_text())
             tokenizer.add_special_tokens({"additional_special_tokens": _SPECIAL_TOKENS.get(kind, [])})
+            tokenizer.chat_template = _TEMPLATES.get(kind)
             torch.manual_seed(7)
             config = _CONFIGS[kind](**{**_SIZES, "vocab_size": len(tokenizer), **changes})
             model = AutoModelForCausalLM.from_config(config).to(dtype)

@@ -154,7 +154,9 @@ class AttentionBlock(Block):
         attention = layer.self_attn
         names = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
         super().__init__(
-            layer.input_layernorm, Linears([getattr(attention, name) for name in names]), Linears([attention.o_proj])
+            layer.input_layernorm,
+            Linears([getattr(attention, name) for name in names]),
+            Linears([attention.o_proj], _residual_gain(config)),
         )
         self._num_heads, self._num_key_heads = config.num_attention_heads, config.num_key_value_heads
         self._num_rotated = self._num_heads + self._num_key_heads
@@ -231,11 +233,13 @@ class _KeptMlp:
 class MlpBlock(Block):
     """x + down(silu(gate) · up), with gate and up of norm(x); one part of the tokens at a time."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, config: Any) -> None:
         mlp = layer.mlp
         names = ("gate_up_proj",) if hasattr(mlp, "gate_up_proj") else ("gate_proj", "up_proj")
         super().__init__(
-            layer.post_attention_layernorm, Linears([getattr(mlp, name) for name in names]), Linears([mlp.down_proj])
+            layer.post_attention_layernorm,
+            Linears([getattr(mlp, name) for name in names]),
+            Linears([mlp.down_proj], _residual_gain(config)),
         )
 
     def forward(self, x: torch.Tensor, batch: Batch, seed: int | None) -> tuple[torch.Tensor, list[_KeptMlp]]:
@@ -284,6 +288,11 @@ class MlpBlock(Block):
             outputs.append(self._norm_backward(inner, part, residual=g))
             del one, inner
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _residual_gain(config: Any) -> float:
+    """What a block's output is multiplied by before it is added to its input: Granite has such a factor."""
+    return float(getattr(config, "residual_multiplier", 1.0))
 
 
 def _parts(x: torch.Tensor, seed: int | None) -> list[tuple[torch.Tensor, int | None]]:

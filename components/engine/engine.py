@@ -71,9 +71,11 @@ class Engine:
         self._tell = tell
         self._model, base = model, model.get_base_model()
         self._decoder, self._head = base.model, base.lm_head.weight
+        self._embedding_gain = float(getattr(base.config, "embedding_multiplier", 1.0))
+        self._logits_scaling = float(getattr(base.config, "logits_scaling", None) or 1.0)
         self.blocks: list[Block] = []
         for layer in self._decoder.layers:
-            self.blocks += [AttentionBlock(layer, base.config), MlpBlock(layer)]
+            self.blocks += [AttentionBlock(layer, base.config), MlpBlock(layer, base.config)]
         parameters = [parameter for block in self.blocks for parameter in block.parameters]
         self.values = torch.nn.Parameter(torch.cat([parameter.data.float().reshape(-1) for parameter in parameters]))
         self.gradients = torch.zeros_like(self.values.data)
@@ -166,12 +168,14 @@ class Engine:
         """
         with torch.autocast(self._head.device.type, enabled=False):
             x = self.hidden(batch, done)
-            sums: torch.Tensor = HeadLoss.apply(x, self._decoder.norm, self._head, batch.labels)  # type: ignore[no-untyped-call]
+            head = (self._decoder.norm, self._head, batch.labels, self._logits_scaling)
+            sums: torch.Tensor = HeadLoss.apply(x, *head)  # type: ignore[no-untyped-call]
         return sums
 
     def hidden(self, batch: MicroBatch, done: set[Block] | None = None) -> torch.Tensor:
         """The states after the last layer, before the final norm, [tokens, hidden]."""
-        x: torch.Tensor = self._decoder.embed_tokens(batch.tokens).detach().requires_grad_(torch.is_grad_enabled())
+        x: torch.Tensor = self._decoder.embed_tokens(batch.tokens).detach()
+        x = (x * self._embedding_gain if self._embedding_gain != 1 else x).requires_grad_(torch.is_grad_enabled())
         cos, sin = self._decoder.rotary_emb(x, position_ids=batch.positions[None])
         done = set() if done is None else done
         shared = Batch(cos[0], sin[0], batch.segments, self._model.training, self.offload, done)

@@ -21,15 +21,17 @@ class Dropout:
 
 
 class Linears:
-    """Linear layers with one input: y = x W^T + bias + scale · dropout(x) A^T B^T, with W frozen.
+    """Linear layers with one input: y = gain · (x W^T + bias + scale · dropout(x) A^T B^T), with W frozen.
 
     Layers without an adapter may be among them. The dropout's mask is one for all of them.
 
     Args:
         layers: PEFT's LoRA layers, or the plain ones that have no adapter; see :func:`is_supported`.
+        gain: factor of the output, such as Granite's ``residual_multiplier``.
     """
 
-    def __init__(self, layers: list[Any]) -> None:
+    def __init__(self, layers: list[Any], gain: float = 1.0) -> None:
+        self._gain = gain
         self._bases = [_base(layer) for layer in layers]
         self._rows = [base.out_features for base in self._bases]
         self._columns: int = self._bases[0].in_features
@@ -37,7 +39,7 @@ class Linears:
         self._adapted = [index for index, layer in enumerate(layers) if _is_adapted(layer)]
         adapted = [layers[index] for index in self._adapted]
         self._ranks = [layer.r["default"] for layer in adapted]
-        self._scales = [float(layer.scaling["default"]) for layer in adapted]
+        self._scales = [gain * float(layer.scaling["default"]) for layer in adapted]
         self._share = getattr(adapted[0].lora_dropout["default"], "p", 0.0) if adapted else 0.0
         self.parameters = [layer.lora_A["default"].weight for layer in adapted]
         self.parameters += [layer.lora_B["default"].weight for layer in adapted]
@@ -87,12 +89,18 @@ class Linears:
     def forward(
         self, x: torch.Tensor, h: torch.Tensor | None, dense: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The output [tokens, sum of rows], from x [tokens, columns] and its h; `residual` [tokens, rows] is added."""
+        """The output [tokens, sum of rows], from x [tokens, columns] and its h; `residual` [tokens, rows] is added.
+
+        Only layers with a residual have a gain.
+        """
         # Bounded, since infinity and the adapter's infinity of the other sign would add up to NaN.
-        y = torch.mm(x, dense.t()) if residual is None else kernels.bound_(torch.addmm(residual, x, dense.t()))
+        if residual is None:
+            y = torch.mm(x, dense.t())
+        else:
+            y = kernels.bound_(torch.addmm(residual, x, dense.t(), alpha=self._gain))
         outputs = _split(y, self._rows, 1)
         for index in self._biases:
-            outputs[index].add_(self._bases[index].bias)
+            outputs[index].add_(self._bases[index].bias, alpha=self._gain)
         if h is not None:
             reduced = _split(h, self._ranks, 1)
             for index, part, b_t, scale in zip(self._adapted, reduced, self._b_t, self._scales, strict=True):
@@ -104,6 +112,8 @@ class Linears:
     ) -> torch.Tensor:
         """The gradient of x [tokens, columns] from that of y; the adapters' gradients are added up."""
         grad_x = torch.mm(grad, dense)
+        if self._gain != 1:
+            grad_x *= self._gain
         if h is None:
             return grad_x
         grads, grad_h = _split(grad, self._rows, 1), torch.empty_like(h)

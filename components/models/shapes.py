@@ -13,6 +13,7 @@ _LINEARS_OF_ARCHITECTURE = {
     "Qwen2ForCausalLM": _LINEARS_SPLIT,
     "Qwen3ForCausalLM": _LINEARS_SPLIT,
     "Phi3ForCausalLM": _LINEARS_FUSED,
+    "GraniteForCausalLM": _LINEARS_SPLIT,  # with factors of embedding, residuals, attention and logits
 }
 
 # Shapes of well-known models, so that their recipes can be planned without network:
@@ -26,8 +27,14 @@ _KNOWN_SHAPES = {
     "Qwen/Qwen2.5-7B-Instruct": ("Qwen2ForCausalLM", 3584, 28, 28, 4, 18944, 152064),
     "Qwen/Qwen2.5-1.5B-Instruct": ("Qwen2ForCausalLM", 1536, 28, 12, 2, 8960, 151936),
     "microsoft/Phi-3.5-mini-instruct": ("Phi3ForCausalLM", 3072, 32, 32, 32, 8192, 32064),
+    "ibm-granite/granite-3.3-2b-instruct": ("GraniteForCausalLM", 2048, 40, 32, 8, 8192, 49159),
+    "ibm-granite/granite-3.3-8b-instruct": ("GraniteForCausalLM", 4096, 40, 32, 8, 12800, 49159),
 }
-_TIED = {"Qwen/Qwen2.5-1.5B-Instruct"}  # whose head is the embedding
+_TIED = {  # whose head is the embedding
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "ibm-granite/granite-3.3-2b-instruct",
+    "ibm-granite/granite-3.3-8b-instruct",
+}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -53,12 +54,19 @@ ROPE3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }  # fmt: skip
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.05,
+    "logits_scaling": 8.0,
+}
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], str, dict[str, Any]]] = {
     "llama2": (LlamaConfig, "llama2", {}),
     "llama3": (LlamaConfig, "llama3", {"rope_parameters": ROPE3, "max_position_embeddings": 2048}),
     "mistral": (MistralConfig, "llama2", {"sliding_window": None}),
     "qwen2": (Qwen2Config, "qwen2", {"tie_word_embeddings": True}),
     "phi3": (Phi3Config, "phi3", {"num_key_value_heads": 4, "original_max_position_embeddings": 512}),
+    "granite": (GraniteConfig, "llama3", {**GRANITE, "tie_word_embeddings": True}),
 }
 NASTY = [
     "Hello world",

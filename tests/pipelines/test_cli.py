@@ -45,6 +45,16 @@ def test_plan_for_another_model_and_gpu_with_time_and_cost() -> None:
     assert plan["cost"] == pytest.approx(0.8 * plan["hours"])
 
 
+def test_plan_needs_nothing_but_a_config(tmp_path: Path) -> None:
+    """Granite-3.3-2B's own, alone in a folder or by its path: the plan is known before the model is fetched."""
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = {"architectures": ["GraniteForCausalLM"], "intermediate_size": 8192, "vocab_size": 49159, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    named = json.loads(call(BIN / "tune16", "plan", "--model", "ibm-granite/granite-3.3-2b-instruct", "--json").stdout)
+    for place in (tmp_path, tmp_path / "config.json"):
+        assert json.loads(call(BIN / "tune16", "plan", "--model", place, "--json").stdout) == named
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
