@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from components.runtime.errors import Tune16Error
+from components.runtime.errors import Tune16Error, first_line
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a full GPU has no room for fragments
@@ -109,7 +109,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, on_disk: bool = False) ->
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise Tune16Error(f"{folder}: the model cannot be loaded: {reason}") from error
     for what, name in (("missing", "missing_keys"), ("misshapen", "mismatched_keys"), ("unreadable", "error_msgs")):
         if found := sorted(map(str, report[name])):

@@ -10,7 +10,7 @@ from components.models.fetching import TOKENIZER_FILES, fetch, read_config
 from components.models.references import DATA_FILES, DATA_SUFFIXES, parse
 from components.prepare.tokenize.chat import Template, choose_template
 from components.prepare.tokenize.tokens import Limits
-from components.runtime.errors import Tune16Error
+from components.runtime.errors import Tune16Error, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,7 +150,7 @@ def load_tokenizer(model: str, template: str, scratch: Path) -> "tuple[PreTraine
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the libraries raise on an unknown folder
-        raise Tune16Error(f"{model}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+        raise Tune16Error(f"{model}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise Tune16Error(f"{model}: has no tokenizer.json. {_MAKE_TOKENIZER}")
     chosen = choose_template(template, tokenizer, str(config.get("model_type", "")), model)
@@ -183,10 +183,6 @@ def _check_tokenizer_files(model: str, folder: Path) -> None:
         f"{model}: has no tokenizer: tokenizer.json is missing. Copy it, and tokenizer_config.json, from the model "
         "that this one was made from."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _number(config: dict[str, object], name: str) -> int:

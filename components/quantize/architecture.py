@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from components.models.tensors import StoredTensor, read_header, weight_files
-from components.runtime.errors import Tune16Error
+from components.runtime.errors import Tune16Error, first_line
 
 _UNUSED = (".rotary_emb.inv_freq", ".attention.bias", ".masked_bias")  # buffers that older files carry along
 
@@ -54,7 +54,7 @@ def _needed(source: Path, where: str) -> tuple[dict[str, tuple[int, ...]], set[s
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever the library raises on an unknown config.json
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise Tune16Error(f"{where}: Transformers cannot build a model from its config.json: {reason}") from None
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()

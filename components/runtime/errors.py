@@ -67,10 +67,10 @@ def message_of(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and _NO_SCRATCH in text:
         return f"{error.strerror}: free space in one of them, or set TMPDIR to a folder that can be written."
     if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or _has(text, _NO_MEMORY):
-        return f"There is not enough memory ({_first_line(error)}). Give the step more, then run it again."
+        return f"There is not enough memory ({first_line(error)}). Give the step more, then run it again."
     if _has(text, _KILLED):
         return (
-            f"A process of this step was killed ({_first_line(error)}); the usual reason is a lack of memory. Give the "
+            f"A process of this step was killed ({first_line(error)}); the usual reason is a lack of memory. Give the "
             "step more, then run it again."
         )
     return ""
@@ -80,8 +80,9 @@ def _has(text: str, signs: tuple[str, ...]) -> bool:
     return any(sign in text for sign in signs)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type where it says nothing: libraries go on for pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from components.config import TrainConfig
-from components.runtime.errors import Tune16Error
+from components.runtime.errors import Tune16Error, first_line
 from components.runtime.steps import say
 
 Log = Callable[[dict[str, float], int], object]
@@ -37,8 +37,8 @@ class Trackers:
                     raise
                 except Exception as error:  # each library has errors of its own
                     raise Tune16Error(
-                        f"train: {name} does not take this run ({_line(error)}). Check its address and its token, or "
-                        "run without it."
+                        f"train: {name} does not take this run ({first_line(error)}). Check its address and its "
+                        "token, or run without it."
                     ) from None
 
     def log(self, entry: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class Trackers:
             act()
         except Exception as error:  # as above
             self._logs.pop(name, None)
-            say("train", f"{name} does not answer ({_line(error)}); training continues without it")
+            say("train", f"{name} does not answer ({first_line(error)}); training continues without it")
 
     @staticmethod
     def _begin_mlflow(config: TrainConfig, settings: dict[str, Any]) -> tuple[Log, End]:
@@ -83,7 +83,3 @@ class Trackers:
 
         run = wandb.init(project=config.wandb_project, config=settings)
         return lambda numbers, step: run.log(numbers, step=step), lambda failed: run.finish(exit_code=int(failed))
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from components.config import TrainConfig
@@ -101,16 +101,7 @@ def plain_learner(
         average_tokens_across_devices=False,
         **_arguments(config, facts["dtype"], facts["scratch"]),
     )
-    arguments._n_gpu = 1  # a process trains on its own GPU, however many it sees
-    train, held_out = _read_rows(rows, facts["scratch"])
-    trainer = SFTTrainer(
-        model=base,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
+    trainer = SFTTrainer(model=base, peft_config=lora, **_inputs(arguments, rows, tokenizer))
     return TrlLearner(trainer, config, facts["dtype"])
 
 
@@ -156,16 +147,11 @@ def distillation_learner(
 ) -> DistillationLearner:
     """TRL's DistillationTrainer on the answers of the data; arguments as for :func:`plain_learner`, and the teacher."""
     arguments = DistillationConfig(beta=0.0, **_arguments(config, facts["dtype"], facts["scratch"]))  # forward KL
-    arguments._n_gpu = 1  # as there
-    train, held_out = _read_rows(rows, facts["scratch"])
     trainer = DistillationTrainer(
         model=base,
         teacher_model=fit_teacher(teacher, base),
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
         peft_config=lora,
+        **_inputs(arguments, rows, tokenizer),
     )
     return DistillationLearner(trainer, config, facts["dtype"])
 
@@ -186,13 +172,21 @@ def _arguments(config: TrainConfig, dtype: torch.dtype, scratch: Path) -> dict[s
     }
 
 
-def _read_rows(rows: Path, scratch: Path) -> tuple[Dataset, Dataset]:
-    """The tokenised rows to train on, and those to look at now and then."""
+def _inputs(arguments: TrainingArguments, rows: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What both of TRL's trainers take: arguments, tokenizer, the rows to train on, and some of those held out."""
+    arguments._n_gpu = 1  # a process trains on its own GPU, however many it sees
     train, held_out = (
-        Dataset.from_parquet(str(rows / f"{name}.parquet"), columns=["input_ids", "labels"], cache_dir=str(scratch))
+        Dataset.from_parquet(
+            str(rows / f"{name}.parquet"), columns=["input_ids", "labels"], cache_dir=arguments.output_dir
+        )
         for name in ("train", "held_out")
     )
-    return train, held_out.select(range(min(len(held_out), MAX_HELD_OUT_ROWS)))
+    return {
+        "args": arguments,
+        "train_dataset": train,
+        "eval_dataset": held_out.select(range(min(len(held_out), MAX_HELD_OUT_ROWS))),
+        "processing_class": tokenizer,
+    }
 
 
 def fit_teacher(teacher: Any, student: Any) -> Any:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from components.models.loading import choose_dtype, device, load_model
 from components.models.stopping import as_list
 from components.playground.serve.api import Messages, Sampling, Writer
-from components.runtime.errors import Tune16Error
+from components.runtime.errors import Tune16Error, first_line
 
 _UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
 
@@ -27,7 +27,7 @@ class WeightsModel:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # whatever the library raises on an unknown folder
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise Tune16Error(f"{folder}: its tokenizer cannot be loaded: {reason}") from None
         if not self._tokenizer.chat_template:
             raise Tune16Error(f"{folder}: its tokenizer has no chat template, so it cannot be served for chat.")
